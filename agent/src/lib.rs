@@ -1,0 +1,1 @@
+//! The program understudy: daemon, command line, the owner's epoch loop, the standby's activation, benches, demo.

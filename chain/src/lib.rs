@@ -1,0 +1,1 @@
+//! The chain-replicated checkpoint store (protocol core without I/O, store, transport) and the master.

@@ -1,0 +1,1 @@
+//! Disk writes held per epoch; mirror images; the activation record.

@@ -1,0 +1,1 @@
+//! The probe guest: a small freestanding guest for the demo and the benchmarks.

@@ -1,0 +1,1 @@
+//! Frames held per epoch and released on commit; the tap device; announcements.

@@ -1,0 +1,1 @@
+//! Whole-system tests: several hosts, real guests, failures.

@@ -1,0 +1,1 @@
+//! A minimal KVM virtual machine: boot, devices, dirty tracking, pause, capture, restore. Knows nothing of replication.
