@@ -5,6 +5,10 @@
 
 pub mod proto;
 
+/// The probe guest's image: a static x86-64 ELF, linked at 2 MiB, entry point of the Linux 64-bit boot protocol.
+/// Built from `image/` by the build script.
+pub const IMAGE: &[u8] = include_bytes!(env!("PROBE_IMAGE"));
+
 #[cfg(test)]
 mod tests {
     use super::proto::*;
