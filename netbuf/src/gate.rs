@@ -4,7 +4,6 @@
 //! seals an epoch never wait for the tap. `out` is held by whoever writes frames to the port and fixes their order;
 //! it is always taken before `queue`.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -395,72 +394,5 @@ fn wait_writable(fd: RawFd) {
     let n = unsafe { libc::poll(&raw mut p, 1, RETRY_WAIT_MS) };
     if n > 0 {
         std::thread::yield_now();
-    }
-}
-
-/// A port that keeps what it is given, for tests here and in the layers below: outbound frames are collected, inbound
-/// ones come from a list; its descriptor is an eventfd that is always writable.
-#[doc(hidden)]
-#[derive(Debug)]
-pub struct MemoryPort {
-    /// Frames sent, in order.
-    pub sent: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// Errors to answer the next sends with, then success.
-    pub refuse: Arc<Mutex<VecDeque<io::Error>>>,
-    inbound: Mutex<VecDeque<Vec<u8>>>,
-    wake: Wake,
-}
-
-impl MemoryPort {
-    /// A port with these frames to be received.
-    ///
-    /// # Errors
-    /// No descriptor left.
-    pub fn new(inbound: Vec<Vec<u8>>) -> io::Result<MemoryPort> {
-        let wake = Wake::new()?;
-        if !inbound.is_empty() {
-            wake.raise();
-        }
-        Ok(MemoryPort {
-            sent: Arc::default(),
-            refuse: Arc::default(),
-            inbound: Mutex::new(inbound.into()),
-            wake,
-        })
-    }
-}
-
-impl Port for MemoryPort {
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
-        let refused = self
-            .refuse
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front();
-        if let Some(e) = refused {
-            return Err(e);
-        }
-        self.sent
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(frame.to_vec());
-        Ok(())
-    }
-
-    fn recv(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        let next = self
-            .inbound
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front();
-        Ok(next.map(|f| {
-            let n = f.len().min(buf.len());
-            buf[..n].copy_from_slice(&f[..n]);
-            n
-        }))
-    }
-
-    fn fd(&self) -> RawFd {
-        self.wake.fd()
     }
 }

@@ -8,6 +8,8 @@
 pub mod announce;
 pub mod gate;
 pub mod hold;
+#[doc(hidden)]
+pub mod memory;
 pub mod netconf;
 pub mod port;
 pub mod queue;
