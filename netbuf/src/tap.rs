@@ -6,8 +6,9 @@
 //! The header is ours on both ways. Out: the guest's is not passed on but replaced by zeros, since no offload is
 //! negotiated and the kernel would act on what a hostile guest wrote there. In: it is set to zero and `num_buffers` to
 //! 1 (virtio 1.2, 5.1.6.4), since the kernel leaves those two bytes alone and may flag `DATA_VALID`, which nobody
-//! negotiated. Hence a tap with `IFF_VNET_HDR` and one without look the same from here; the former is what
-//! other VMMs' taps are made with, and a persistent tap must be opened with the flags it was made with.
+//! negotiated. Hence a tap with `IFF_VNET_HDR` and one without look the same from here. With it is the usual choice:
+//! one copy less of twelve bytes does not matter, but other programs that attach to the same persistent tap expect it.
+//! (The flags of the newest attachment count, not those a persistent tap was made with.)
 
 use std::fs::{File, OpenOptions};
 use std::io;
