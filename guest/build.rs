@@ -9,7 +9,14 @@ fn main() {
     let manifest = PathBuf::from(var("CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(var("OUT_DIR"));
     let image = manifest.join("image");
-    for input in ["image/src", "image/Cargo.toml", "image/Cargo.lock", "image/image.ld", "src/proto.rs", "build.rs"] {
+    for input in [
+        "image/src",
+        "image/Cargo.toml",
+        "image/Cargo.lock",
+        "image/image.ld",
+        "src/proto.rs",
+        "build.rs",
+    ] {
         println!("cargo::rerun-if-changed={}", manifest.join(input).display());
     }
 
@@ -31,7 +38,14 @@ fn main() {
     let mut cargo = Command::new(var("CARGO"));
     cargo
         .current_dir(&image)
-        .args(["build", "--release", "--locked", "--target", target, "--target-dir"])
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "--target",
+            target,
+            "--target-dir",
+        ])
         .arg(&target_dir);
     // The outer build's settings (flags, profiles, clippy's or a coverage tool's wrappers, smoltcp's sizes) are not
     // meant for the guest. What says where to find crates and how to link (CARGO_HOME, CARGO_NET_*, *_LINKER) stays.
@@ -59,8 +73,12 @@ fn main() {
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
     match cargo.status() {
         Ok(s) if s.success() => {}
-        Ok(s) => fail(&format!("building the probe guest's image failed ({s}); its messages are above")),
-        Err(e) => fail(&format!("cannot start cargo for the probe guest's image: {e}")),
+        Ok(s) => fail(&format!(
+            "building the probe guest's image failed ({s}); its messages are above"
+        )),
+        Err(e) => fail(&format!(
+            "cannot start cargo for the probe guest's image: {e}"
+        )),
     }
     let elf = target_dir.join(target).join("release").join("probe-image");
     println!("cargo::rustc-env=PROBE_IMAGE={}", elf.display());

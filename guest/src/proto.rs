@@ -183,7 +183,7 @@ impl Request {
     }
 
     /// The request's bytes.
-    pub fn to_bytes(&self) -> [u8; REQUEST_LEN] {
+    pub fn to_bytes(self) -> [u8; REQUEST_LEN] {
         let mut b = [0; REQUEST_LEN];
         b[0..4].copy_from_slice(&REQUEST_MAGIC.to_le_bytes());
         b[4..6].copy_from_slice(&self.op.to_le_bytes());
@@ -212,7 +212,7 @@ impl Request {
 
 impl Response {
     /// The response's bytes.
-    pub fn to_bytes(&self) -> [u8; RESPONSE_LEN] {
+    pub fn to_bytes(self) -> [u8; RESPONSE_LEN] {
         let mut b = [0; RESPONSE_LEN];
         b[0..4].copy_from_slice(&RESPONSE_MAGIC.to_le_bytes());
         b[4..6].copy_from_slice(&self.op.to_le_bytes());
