@@ -6,14 +6,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
-/// What became of a frame handed to [`NetBackend::send`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SendOutcome {
-    /// Taken: sent or held, the caller is done with it.
-    Sent,
-    /// Not taken: no room until `room_fd` is readable.
-    Full,
-}
+pub use netbuf::SendOutcome;
 
 /// Bytes of the `virtio_net_hdr` in front of every frame (virtio 1.2, 5.1.6: 12 bytes under `VERSION_1`).
 pub const NET_HEADER: usize = 12;
