@@ -1,4 +1,30 @@
 //! A minimal KVM virtual machine: boot, devices, dirty tracking, pause, capture, restore. Knows nothing of replication.
+//!
+//! [`Vm`] is the whole of it: made from a [`VmSpec`] and [`RamFiles`], started by [`Vm::boot`] or [`Vm::restore`],
+//! then [`Vm::resume`]d, [`Vm::pause`]d and [`Vm::capture`]d at will, with [`DirtyTracker`] telling what changed.
 
+mod acpi;
 pub mod backend;
+pub mod boot;
+mod bus;
+mod control;
+mod cpuid;
 pub mod devices;
+pub mod dirty;
+pub mod events;
+pub mod kvm_caps;
+pub mod layout;
+pub mod memory;
+mod msrs;
+mod paging;
+mod pm;
+mod vcpu;
+mod vcpu_state;
+pub mod vm;
+mod vm_state;
+
+pub use boot::{BootError, BootSpec, KernelSource};
+pub use dirty::{DirtyError, DirtyTracker};
+pub use events::{Events, VmEvent};
+pub use memory::{GuestMemory, MemoryError, RamFiles, RamLayout};
+pub use vm::{Vm, VmError, VmSpec};

@@ -1,0 +1,461 @@
+//! A machine: KVM's objects, vCPU threads and devices, and the whole of it paused, captured, restored and resumed.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use checkpoint::machine::MachineState;
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+
+use crate::backend::BlockBackend;
+use crate::boot::{self, BootError, BootSpec};
+use crate::bus::Bus;
+use crate::control::{self, Control, RunPage};
+use crate::devices::{DeviceError, DeviceManager, DeviceSpec, NetSpec};
+use crate::dirty::{BitmapTracker, DirtyTracker, set_slots};
+use crate::events::{Events, VmEvent};
+use crate::kvm_caps::{self, KvmError};
+use crate::layout::{IDENTITY_MAP, MAX_VCPUS, TSS};
+use crate::memory::{self, GuestMemory, MemoryError, RamFiles, RamLayout};
+use crate::msrs::MsrError;
+use crate::vcpu::VcpuThread;
+use crate::vcpu_state::{TscClock, VcpuState, VcpuStateError, VcpuTraits};
+use crate::vm_state::{VmState, VmStateError};
+use crate::{cpuid, msrs, paging};
+
+/// What a machine consists of.
+pub struct VmSpec {
+    /// vCPUs, 1 to 8.
+    pub vcpus: u8,
+    /// Where RAM lies.
+    pub ram: RamLayout,
+    /// Network devices, in bus order.
+    pub net: Vec<NetSpec>,
+    /// Disks, in bus order.
+    pub disks: Vec<Arc<dyn BlockBackend>>,
+    /// Whether there is an entropy device.
+    pub rng: bool,
+    /// Where the serial console's output goes.
+    pub serial_out: Box<dyn Write + Send>,
+    /// Where the serial console's input comes from, if anywhere.
+    pub serial_in: Option<OwnedFd>,
+}
+
+/// Why something could not be done with a machine.
+#[derive(Debug, Error)]
+pub enum VmError {
+    /// This host's KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A number of vCPUs that cannot be had.
+    #[error("{0} vCPUs asked for: a machine has 1 to {MAX_VCPUS}")]
+    VcpuCount(u8),
+    /// KVM refused a part of the machine.
+    #[error("{what}: {source}")]
+    Create {
+        /// What was attempted.
+        what: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// KVM refused a memory slot.
+    #[error("memory slot {slot}: {source}")]
+    Slot {
+        /// Number of the slot.
+        slot: u32,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The devices.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The MSRs this host has.
+    #[error(transparent)]
+    Msr(#[from] MsrError),
+    /// A vCPU's state.
+    #[error("vCPU {id}: {source}")]
+    Vcpu {
+        /// Which one.
+        id: u8,
+        /// What failed.
+        source: VcpuStateError,
+    },
+    /// The state of what the vCPUs share.
+    #[error(transparent)]
+    State(#[from] VmStateError),
+    /// Only a paused machine can do this.
+    #[error("the machine is running; it must be paused first")]
+    NotPaused,
+    /// The guest has switched itself off or crashed.
+    #[error("the guest has ended its run")]
+    Ended,
+    /// vCPUs that did not leave the guest.
+    #[error("{0} vCPUs did not stop within 10 s")]
+    Stuck(usize),
+    /// The checkpoint is of a machine of another shape.
+    #[error("the checkpoint does not fit this machine: {0}")]
+    Shape(String),
+}
+
+fn create(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
+    move |e| VmError::Create {
+        what,
+        source: e.into(),
+    }
+}
+
+struct Vcpu {
+    fd: Arc<Mutex<VcpuFd>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the machine is doing; held while it changes, so that pause, capture and resume exclude each other.
+#[derive(Debug, PartialEq, Eq)]
+enum Life {
+    Paused,
+    Running,
+}
+
+/// A machine. Made paused: nothing runs before the first [`Vm::resume`]. Dropping it stops it.
+pub struct Vm {
+    // Order matters for the drop: devices and vCPUs end before what they use.
+    bus: Arc<Bus>,
+    vcpus: Vec<Vcpu>,
+    control: Arc<Control>,
+    traits: VcpuTraits,
+    dirty: BitmapTracker,
+    vm: Arc<VmFd>,
+    events: Events,
+    life: Mutex<Life>,
+    layout: RamLayout,
+    ram: RamFiles,
+    memory: GuestMemory,
+}
+
+impl Vm {
+    /// Makes the machine: KVM's objects, devices, and vCPU threads, which wait.
+    ///
+    /// # Errors
+    /// [`VmError`], naming the part and where possible the remedy.
+    pub fn new(spec: VmSpec, ram: RamFiles) -> Result<Vm, VmError> {
+        if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
+            return Err(VmError::VcpuCount(spec.vcpus));
+        }
+        let kvm = kvm_caps::open()?;
+        let memory = memory::map(&spec.ram, &ram)?;
+        let vm = Arc::new(
+            kvm.create_vm()
+                .map_err(create("creating the virtual machine"))?,
+        );
+        set_slots(&vm, &memory, 0).map_err(|(slot, source)| VmError::Slot { slot, source })?;
+        create_platform(&kvm, &vm)?;
+
+        let control = Arc::new(Control::new(usize::from(spec.vcpus)));
+        let (sender, events) = Events::channel();
+        let on_reset = {
+            let (control, sender) = (Arc::clone(&control), sender.clone());
+            Box::new(move || {
+                if control.end() {
+                    // Nobody listening means the machine is being taken down.
+                    let _ = sender.send(VmEvent::Reset);
+                }
+            })
+        };
+        let devices = DeviceSpec {
+            net: spec.net,
+            disks: spec.disks,
+            rng: spec.rng,
+            serial_out: spec.serial_out,
+            serial_in: spec.serial_in,
+            on_reset,
+        };
+        let fds = create_vcpus(&kvm, &vm, spec.vcpus)?;
+        let traits = VcpuTraits {
+            msrs: msrs::discover(&kvm, &fds[0])?,
+            xsave_bytes: usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0),
+        };
+        let devices = DeviceManager::new(memory.clone(), &*vm, devices)?;
+        let bus = Arc::new(Bus::new(Arc::new(devices)));
+        let mut machine = Vm {
+            bus,
+            vcpus: Vec::new(),
+            control,
+            traits,
+            dirty: BitmapTracker::new(Arc::clone(&vm), memory.clone(), spec.ram.ranges().to_vec()),
+            vm,
+            events,
+            life: Mutex::new(Life::Paused),
+            layout: spec.ram,
+            ram,
+            memory,
+        };
+        machine.start_threads(fds, &sender)?;
+        Ok(machine)
+    }
+
+    fn start_threads(
+        &mut self,
+        fds: Vec<VcpuFd>,
+        sender: &std::sync::mpsc::Sender<VmEvent>,
+    ) -> Result<(), VmError> {
+        let refused = |what| move |source| VmError::Create { what, source };
+        control::install_handler().map_err(refused("installing the vCPU signal's handler"))?;
+        for (id, fd) in (0u8..).zip(fds) {
+            let fd = Arc::new(Mutex::new(fd));
+            let run = RunPage::new(&fd);
+            let work = VcpuThread {
+                id,
+                vcpu: Arc::clone(&fd),
+                control: Arc::clone(&self.control),
+                bus: Arc::clone(&self.bus),
+                events: sender.clone(),
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{id}"))
+                .spawn(move || work.main())
+                .map_err(refused("starting a vCPU's thread"))?;
+            self.control.add(run, &thread);
+            self.vcpus.push(Vcpu {
+                fd,
+                thread: Some(thread),
+            });
+        }
+        // Wait until all stand still: from here on the machine is what it says it is.
+        self.control.pause().map_err(VmError::Stuck)
+    }
+
+    /// Loads a kernel, its RAM disk, ACPI tables and boot parameters, and points the first vCPU at it. For a fresh
+    /// machine, once.
+    ///
+    /// # Errors
+    /// [`BootError`], naming what is wrong with which file or size.
+    pub fn boot(&self, spec: &BootSpec) -> Result<(), BootError> {
+        let _life = self.paused().map_err(Box::new)?;
+        let slots = self.bus.devices().mmio_slots();
+        let entry = boot::load(
+            spec,
+            &self.memory,
+            &self.layout,
+            self.vcpus.len() as u8,
+            slots,
+        )?;
+        for (id, vcpu) in (0u8..).zip(&self.vcpus) {
+            paging::prepare(&vcpu.fd(), id, entry).map_err(|source| {
+                Box::new(VmError::Create {
+                    what: "setting a vCPU's registers",
+                    source,
+                })
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Puts a captured state into this fresh machine, whose RAM already holds the captured memory. On an error the
+    /// machine is of no further use.
+    ///
+    /// # Errors
+    /// [`VmError`]: the shapes differ, or KVM or a device refused a part.
+    pub fn restore(&self, state: &MachineState) -> Result<(), VmError> {
+        let _life = self.paused()?;
+        if state.ram != self.layout.ranges() {
+            return Err(VmError::Shape(format!(
+                "memory {:?} instead of {:?}",
+                state.ram,
+                self.layout.ranges()
+            )));
+        }
+        if state.vcpus.len() != self.vcpus.len() {
+            return Err(VmError::Shape(format!(
+                "{} vCPUs instead of {}",
+                state.vcpus.len(),
+                self.vcpus.len()
+            )));
+        }
+        // All decoded before anything is changed.
+        let vm_state = VmState::from_blob(&state.vm)?;
+        let vcpus: Vec<VcpuState> = (0u8..)
+            .zip(&state.vcpus)
+            .map(|(id, blob)| {
+                VcpuState::from_blob(blob).map_err(|source| VmError::Vcpu { id, source })
+            })
+            .collect::<Result<_, _>>()?;
+        let mut clock = TscClock::default();
+        for (id, (vcpu, saved)) in (0u8..).zip(self.vcpus.iter().zip(&vcpus)) {
+            saved
+                .apply(&vcpu.fd(), &self.traits, &mut clock)
+                .map_err(|source| VmError::Vcpu { id, source })?;
+        }
+        // After the local APICs: restoring the IOAPIC delivers what is pending in it.
+        vm_state.apply(&self.vm)?;
+        self.bus.set_pm(vm_state.pm);
+        self.bus.devices().restore(&state.devices)?;
+        Ok(())
+    }
+
+    /// Lets the machine run: first the devices, then the vCPUs. No effect if it runs, or if the guest has ended.
+    pub fn resume(&self) {
+        let mut life = self.life();
+        if *life == Life::Running || self.control.ended() {
+            return;
+        }
+        self.bus.devices().resume();
+        self.control.resume();
+        *life = Life::Running;
+    }
+
+    /// Stops the machine: on return all vCPUs are out of the guest with their port and memory accesses completed, and
+    /// no device thread touches queues or guest memory. Waits for no disk. No effect if it is paused.
+    ///
+    /// # Errors
+    /// [`VmError::Stuck`] if a vCPU does not stop; the machine must then be given up.
+    pub fn pause(&self) -> Result<(), VmError> {
+        let mut life = self.life();
+        if *life == Life::Paused {
+            return Ok(());
+        }
+        self.control.pause().map_err(VmError::Stuck)?;
+        self.bus.devices().pause();
+        *life = Life::Paused;
+        Ok(())
+    }
+
+    /// The machine's state without its memory; only while paused. Harvest dirty pages afterwards: reading vCPU state
+    /// lets KVM write guest memory (steal time).
+    ///
+    /// # Errors
+    /// [`VmError`]: not paused, the guest has ended, or KVM or a device refused a part.
+    pub fn capture(&self) -> Result<MachineState, VmError> {
+        let _life = self.paused()?;
+        if self.control.ended() {
+            return Err(VmError::Ended);
+        }
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for (id, vcpu) in (0u8..).zip(&self.vcpus) {
+            let blob = VcpuState::capture(&vcpu.fd(), &self.traits)
+                .and_then(|state| state.to_blob())
+                .map_err(|source| VmError::Vcpu { id, source })?;
+            vcpus.push(blob);
+        }
+        let devices = self.bus.devices().save()?;
+        Ok(MachineState {
+            ram: self.layout.ranges().to_vec(),
+            vm: VmState::capture(&self.vm, self.bus.pm())?.to_blob()?,
+            vcpus,
+            devices,
+        })
+    }
+
+    /// Which pages change.
+    pub fn dirty(&self) -> &dyn DirtyTracker {
+        &self.dirty
+    }
+
+    /// Guest memory. Reading it while the machine runs gives no consistent picture.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The files that hold guest memory, in the order of the ranges.
+    pub fn ram_files(&self) -> &RamFiles {
+        &self.ram
+    }
+
+    /// The machine's RAM ranges.
+    pub fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    /// vCPUs of the machine.
+    pub fn vcpus(&self) -> u8 {
+        self.vcpus.len() as u8
+    }
+
+    /// What the guest does to itself.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Ends the machine. What it had not written is gone, as with a power cut.
+    pub fn stop(self) {}
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn paused(&self) -> Result<MutexGuard<'_, Life>, VmError> {
+        let life = self.life();
+        if *life == Life::Paused && self.control.is_paused() {
+            Ok(life)
+        } else {
+            Err(VmError::NotPaused)
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.control.exit();
+        for vcpu in &mut self.vcpus {
+            if let Some(thread) = vcpu.thread.take() {
+                // A panic in it has been reported by its own message.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn create_platform(kvm: &Kvm, vm: &VmFd) -> Result<(), VmError> {
+    // Before any vCPU. Only Intel hosts need it, none minds.
+    vm.set_tss_address(TSS as usize)
+        .map_err(create("setting the TSS address"))?;
+    if kvm.check_extension(Cap::SetIdentityMapAddr) {
+        vm.set_identity_map_address(IDENTITY_MAP)
+            .map_err(create("setting the identity map's address"))?;
+    }
+    vm.create_irq_chip()
+        .map_err(create("creating the interrupt controllers"))?;
+    // The speaker's port shares the timer's gate: kernels calibrate with it.
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(pit).map_err(create("creating the timer"))
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, VmError> {
+    let mut fds = Vec::new();
+    for id in 0..count {
+        let fd = vm
+            .create_vcpu(u64::from(id))
+            .map_err(create("creating a vCPU"))?;
+        let cpuid = cpuid::for_vcpu(kvm, id, count).map_err(create("reading the host's CPUID"))?;
+        fd.set_cpuid2(&cpuid)
+            .map_err(create("setting a vCPU's CPUID"))?;
+        fds.push(fd);
+    }
+    Ok(fds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_shared<T: Send + Sync>() {}
+
+    #[test]
+    fn a_machine_may_be_shared_between_threads() {
+        is_shared::<Vm>();
+    }
+}
