@@ -35,7 +35,7 @@ fn an_idle_guest_sleeps() {
 #[test]
 fn more_pages_than_there_are_is_cut_to_what_there_is() {
     let mut m = Machine::new(16 << 20, "pages=99999999 work=0");
-    m.run_until("cut to");
+    m.run_until("pages=99999999 is cut to");
     m.run_until("ready");
 }
 

@@ -47,15 +47,15 @@ impl Load {
             x: 0x9e37_79b9_7f4a_7c15,
         };
         let pages = l.set(params.pages, params.work);
+        if pages < params.pages {
+            log!("pages={} is cut to what there is", params.pages);
+        }
         log!("load: {pages} of {available} pages, work {}", params.work);
         l
     }
 
     /// Changes the load; begins a new pass. Returns the pages per pass in force.
     pub fn set(&mut self, pages: u64, work: u64) -> u64 {
-        if pages > self.available {
-            log!("{pages} pages per pass cut to {}", self.available);
-        }
         self.pages = pages.min(self.available);
         self.work = work;
         self.work_left = 0;

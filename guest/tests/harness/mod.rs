@@ -1,11 +1,18 @@
-//! The smallest VMM that boots the image: one vCPU, one RAM slot, COM1. Private to these tests.
+//! The smallest VMM that boots the image: one vCPU, one RAM slot, COM1, and if asked for a network card and a disk.
+//! Private to these tests, so that the guest is tested whatever state the real VMM is in.
+#![allow(dead_code)] // each test uses its part
 
+pub mod virtio;
+
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, kvm_pit_config, kvm_regs, kvm_segment, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use virtio::{Kind, Mem, Slot, lock};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const BOOT_PARAMS: usize = 0x7000;
 const CMDLINE: usize = 0x2_0000;
@@ -14,8 +21,8 @@ const CMDLINE: usize = 0x2_0000;
 pub struct Machine {
     vcpu: VcpuFd,
     vm: VmFd,
-    mem: *mut u8,
-    len: usize,
+    mem: Mem,
+    slots: [Option<Arc<Mutex<Slot>>>; 8],
     log: String,
 }
 
@@ -52,8 +59,11 @@ impl Machine {
         let mut m = Machine {
             vcpu,
             vm,
-            mem: mem.cast(),
-            len,
+            mem: Mem {
+                at: mem.cast(),
+                len,
+            },
+            slots: Default::default(),
             log: String::new(),
         };
         let entry = m.load_elf(guest::IMAGE);
@@ -62,13 +72,24 @@ impl Machine {
         m
     }
 
+    /// Puts a device into virtio-mmio slot `i`.
+    pub fn plug(&mut self, i: usize, kind: Kind) -> Arc<Mutex<Slot>> {
+        let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        self.vm
+            .register_irqfd(&irq, 16 + i as u32)
+            .expect("KVM_IRQFD");
+        let slot = Arc::new(Mutex::new(Slot::new(self.mem, kind, irq)));
+        self.slots[i] = Some(Arc::clone(&slot));
+        slot
+    }
+
     fn put(&mut self, at: usize, bytes: &[u8]) {
-        assert!(
-            at + bytes.len() <= self.len,
-            "{at:#x} is outside guest memory"
-        );
-        // SAFETY: bounds checked just above; the vCPU does not run meanwhile.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mem.add(at), bytes.len()) };
+        self.mem.write(at as u64, bytes);
+    }
+
+    fn mmio(slots: &[Option<Arc<Mutex<Slot>>>; 8], addr: u64) -> Option<(&Mutex<Slot>, u64)> {
+        let i = usize::try_from(addr.checked_sub(0xd000_0000)? / 0x1000).ok()?;
+        Some((slots.get(i)?.as_deref()?, addr % 0x1000))
     }
 
     fn load_elf(&mut self, elf: &[u8]) -> u64 {
@@ -95,7 +116,10 @@ impl Machine {
     fn boot_params(&mut self, cmdline: &str) {
         self.put(CMDLINE, cmdline.as_bytes());
         self.put(BOOT_PARAMS + 0x228, &(CMDLINE as u32).to_le_bytes());
-        let map = [(0, 0x9fc00_u64), (0x10_0000, self.len as u64 - 0x10_0000)];
+        let map = [
+            (0, 0x9fc00_u64),
+            (0x10_0000, self.mem.len as u64 - 0x10_0000),
+        ];
         self.put(BOOT_PARAMS + 0x1e8, &[map.len() as u8]);
         for (i, (start, len)) in map.iter().enumerate() {
             let at = BOOT_PARAMS + 0x2d0 + i * 20;
@@ -181,14 +205,14 @@ impl Machine {
     /// Forgets which pages are dirty.
     pub fn clear_dirty(&mut self) {
         self.vm
-            .get_dirty_log(0, self.len)
+            .get_dirty_log(0, self.mem.len)
             .expect("KVM_GET_DIRTY_LOG");
     }
 
     /// How many pages became dirty since the last call.
     pub fn dirty_pages(&mut self) -> u32 {
         self.vm
-            .get_dirty_log(0, self.len)
+            .get_dirty_log(0, self.mem.len)
             .expect("KVM_GET_DIRTY_LOG")
             .iter()
             .map(|w| w.count_ones())
@@ -201,9 +225,22 @@ impl Machine {
         match self.vcpu.run() {
             Ok(VcpuExit::IoOut(0x3f8, data)) => self.log.push_str(&String::from_utf8_lossy(data)),
             Ok(VcpuExit::IoOut(0x64, [0xfe])) => panic!("the guest gave up:\n{}", self.log),
-            Ok(VcpuExit::IoOut(..) | VcpuExit::MmioWrite(..) | VcpuExit::Intr) => {}
+            Ok(VcpuExit::IoOut(..) | VcpuExit::Intr) => {}
             Ok(VcpuExit::IoIn(_, data)) => data.fill(0xff),
-            Ok(VcpuExit::MmioRead(_, data)) => data.fill(0),
+            Ok(VcpuExit::MmioRead(addr, data)) => {
+                data.fill(0);
+                if let Some((slot, offset)) = Machine::mmio(&self.slots, addr) {
+                    data.copy_from_slice(&lock(slot).read(offset).to_le_bytes());
+                }
+            }
+            Ok(VcpuExit::MmioWrite(addr, data)) => {
+                if let Some((slot, offset)) = Machine::mmio(&self.slots, addr) {
+                    lock(slot).write(
+                        offset,
+                        u32::from_le_bytes(data.try_into().expect("32-bit access")),
+                    );
+                }
+            }
             Ok(other) => panic!("unexpected exit {other:?}; the guest said:\n{}", self.log),
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {}
             Err(e) => panic!("KVM_RUN: {e}; the guest said:\n{}", self.log),
@@ -217,10 +254,8 @@ fn thread_cpu() -> Duration {
         tv_nsec: 0,
     };
     // SAFETY: `t` is a valid place for the answer.
-    assert_eq!(
-        unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) },
-        0
-    );
+    let rc = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
+    assert_eq!(rc, 0);
     Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
 }
 
