@@ -50,7 +50,7 @@ pub(crate) fn write_tables(
         let directory = pdpt + PAGE + gib * PAGE;
         memory.write_obj(directory | TABLE, GuestAddress(pdpt + gib * 8))?;
         let pages: Vec<u8> = (0..ENTRIES)
-            .flat_map(|i| (gib * GIB + (i << 21) | LARGE).to_le_bytes())
+            .flat_map(|i| ((gib * GIB + (i << 21)) | LARGE).to_le_bytes())
             .collect();
         memory.write_slice(&pages, GuestAddress(directory))?;
     }

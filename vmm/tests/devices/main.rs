@@ -1,0 +1,10 @@
+//! The virtio devices, driven by a mock driver through registers and rings, without KVM.
+
+mod blk;
+mod checkpointing;
+mod driver;
+mod hostile;
+mod legacy;
+mod net;
+mod stand_ins;
+mod transport;
