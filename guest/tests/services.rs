@@ -1,23 +1,21 @@
 //! The guest's services over a real tap in a network namespace of this test's own. Needs /dev/kvm, /dev/net/tun, and
 //! root or user namespaces. No test harness: the namespace must be entered before there is a second thread.
 
+mod client;
 mod harness;
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use client::{Client, GUEST, PATIENCE};
 use guest::proto::*;
 use harness::Machine;
 use harness::virtio::{Kind, Slot, feed, lock};
 use netbuf::{Tap, netconf};
-
-const GUEST: &str = "10.77.0.2";
-/// Liveness bound of one answer.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running guest.
 struct Running {
@@ -58,57 +56,13 @@ impl Running {
     }
 }
 
-struct Client {
-    stream: TcpStream,
-    seq: u64,
-}
-
-impl Client {
-    fn connect() -> Client {
-        let from = Instant::now();
-        loop {
-            match TcpStream::connect((GUEST, PORT)) {
-                Ok(stream) => {
-                    stream.set_nodelay(true).expect("nodelay");
-                    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
-                    return Client { stream, seq: 0 };
-                }
-                Err(e) => assert!(from.elapsed() < PATIENCE, "cannot connect: {e}"),
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn send(&mut self, mut r: Request) {
-        self.seq += 1;
-        r.seq = self.seq;
-        self.stream.write_all(&r.to_bytes()).expect("send");
-    }
-
-    fn receive(&mut self) -> Response {
-        let mut b = [0; RESPONSE_LEN];
-        self.stream.read_exact(&mut b).expect("an answer");
-        Response::from_bytes(&b).expect("a response")
-    }
-
-    fn ask(&mut self, r: Request) -> Response {
-        self.send(r);
-        let a = self.receive();
-        assert_eq!((a.seq, a.op), (self.seq, r.op));
-        a
-    }
-
-    fn op(&mut self, op: Op) -> Response {
-        self.ask(Request::new(op, 0))
-    }
-}
-
 fn main() {
     netconf::unshare_userns_netns().expect("these tests need a network namespace of their own");
     let tap = Arc::new(Tap::open("probe0", true).expect("these tests need /dev/net/tun"));
     netconf::set_addr_v4("probe0", Ipv4Addr::new(10, 77, 0, 1), 24).expect("address");
     netconf::set_link("probe0", true).expect("link up");
-    let tests: [(&str, fn(&Arc<Tap>)); 8] = [
+    type Test = (&'static str, fn(&Arc<Tap>));
+    let tests: [Test; 8] = [
         ("counts_without_a_disk", counts_without_a_disk),
         (
             "the_disk_holds_every_acknowledged_count",
