@@ -105,9 +105,7 @@ mod tests {
 
     #[test]
     fn a_missing_device_names_the_remedy() {
-        let error = open_at(c"/dev/no-such-kvm")
-            .err()
-            .expect("there is no such device");
+        let error = open_at(c"/dev/no-such-kvm").expect_err("there is no such device");
         assert!(matches!(error, KvmError::Missing(_)));
         assert!(error.to_string().contains("scripts/kvm-host"));
     }
