@@ -117,7 +117,7 @@ fn the_load_dirties_both_slots_and_nothing_much_else(disk: &std::path::Path) {
     vm.pause().expect("pause");
     let mut dirty = PageBitmap::new(vm.layout().ranges());
     vm.dirty().harvest(&mut dirty).expect("harvest");
-    let n = dirty.count() as u64;
+    let n = dirty.count();
     assert!(
         (PAGES..PAGES + 100).contains(&n),
         "{n} pages dirty of {PAGES}"

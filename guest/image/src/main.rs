@@ -31,8 +31,9 @@ const POLL_US: u64 = 200;
 const SLEEP_US: u64 = 20_000;
 /// The shortest sleep, microseconds. smoltcp says "at once" while no transmit buffer is free; that is no reason to spin.
 const SLEEP_MIN_US: u64 = 50;
-/// How long to look for more after something happened before going to sleep, microseconds: waking costs as much.
-const LINGER_US: u64 = 30;
+/// How long to look for more after something happened before going to sleep, microseconds. Waking up costs about as much
+/// (interrupt, two trips through ring 0); a client that asks, gets its answer and asks again is served without it.
+const LINGER_US: u64 = 150;
 
 /// Ring 3 begins here. `params` is the physical address of Linux's boot_params.
 #[unsafe(no_mangle)]

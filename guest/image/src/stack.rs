@@ -110,11 +110,12 @@ impl Stack {
             .map(|d| d.total_micros() / TIME_SCALE)
     }
 
-    /// Interrupts for the device.
+    /// Interrupts for the device. The last one is acknowledged before the next can come, not when it came: that costs an
+    /// exit to the VMM, and there was a frame to answer.
     pub fn interrupts(&mut self, on: bool) {
-        self.net.interrupts(on);
-        if !on {
+        if on {
             self.net.acknowledge();
         }
+        self.net.interrupts(on);
     }
 }

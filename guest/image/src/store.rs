@@ -232,10 +232,10 @@ impl Store {
     /// Interrupts for the disk.
     pub fn interrupts(&mut self, on: bool) {
         if let Some(b) = &mut self.blk {
-            b.interrupts(on);
-            if !on {
+            if on {
                 b.acknowledge();
             }
+            b.interrupts(on);
         }
     }
 }
