@@ -4,19 +4,22 @@
 mod client;
 
 use std::io::{Read, Write};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use checkpoint::bitmap::PageBitmap;
+use checkpoint::ids::Epoch;
 use client::{Client, GUEST, PATIENCE};
 use guest::proto::*;
-use netbuf::{Tap, netconf};
+use netbuf::{Gate, Tap, netconf};
 use vm_memory::{Bytes, GuestAddress};
+use vmm::backend::NetBackend;
 use vmm::devices::NetSpec;
 use vmm::devices::block::file::FileDisk;
 use vmm::devices::net::tap_backend::TapBackend;
-use vmm::{BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmSpec};
+use vmm::{BootSpec, GuestMemory, KernelSource, RamFiles, RamLayout, Vm, VmSpec};
 
 const MAC: [u8; 6] = [2, 0x77, 0, 0, 0, 2];
 const RAM: u64 = 64 << 20;
@@ -54,16 +57,20 @@ impl Console {
     }
 }
 
-fn machine(disk: &std::path::Path, ram: RamFiles, console: &Console) -> Vm {
+fn tap() -> Tap {
+    Tap::open("probe0", true).expect("these tests need /dev/net/tun")
+}
+
+fn machine(disk: &Path, ram: RamFiles, console: &Console) -> Vm {
+    machine_on(Box::new(TapBackend::new(tap())), disk, ram, console)
+}
+
+fn machine_on(backend: Box<dyn NetBackend>, disk: &Path, ram: RamFiles, console: &Console) -> Vm {
     let layout = RamLayout::new(RAM, Some(LOW_END)).expect("layout");
-    let tap = Tap::open("probe0", true).expect("these tests need /dev/net/tun");
     let spec = VmSpec {
         vcpus: 1,
         ram: layout,
-        net: vec![NetSpec {
-            mac: MAC,
-            backend: Box::new(TapBackend::new(tap)),
-        }],
+        net: vec![NetSpec { mac: MAC, backend }],
         disks: vec![Arc::new(FileDisk::open(disk).expect("disk"))],
         rng: true,
         serial_out: Box::new(console.clone()),
@@ -97,16 +104,37 @@ fn main() {
     let disk = dir.path().join("disk.raw");
     std::fs::write(&disk, vec![0; 1 << 20]).expect("disk");
 
-    println!("test the_load_dirties_both_slots_and_nothing_much_else ...");
-    the_load_dirties_both_slots_and_nothing_much_else(&disk);
-    println!("test the_load_dirties_both_slots_and_nothing_much_else ok");
-    std::fs::write(&disk, vec![0; 1 << 20]).expect("disk");
-    println!("test a_connection_goes_on_in_another_machine ...");
-    a_connection_goes_on_in_another_machine(&disk);
-    println!("test a_connection_goes_on_in_another_machine ok");
+    type Test = (&'static str, fn(&Path));
+    let tests: [Test; 4] = [
+        (
+            "the_load_dirties_both_slots_and_nothing_much_else",
+            the_load_dirties_both_slots_and_nothing_much_else,
+        ),
+        (
+            "a_connection_goes_on_in_another_machine",
+            a_connection_goes_on_in_another_machine,
+        ),
+        (
+            "an_answer_that_never_left_is_sent_again",
+            an_answer_that_never_left_is_sent_again,
+        ),
+        (
+            "a_host_that_takes_no_frames_is_waited_for",
+            a_host_that_takes_no_frames_is_waited_for,
+        ),
+    ];
+    let only = std::env::args().nth(1).filter(|a| !a.starts_with('-'));
+    for (name, test) in tests {
+        if only.as_ref().is_none_or(|o| name.contains(o)) {
+            std::fs::write(&disk, vec![0; 1 << 20]).expect("disk");
+            println!("test {name} ...");
+            test(&disk);
+            println!("test {name} ok");
+        }
+    }
 }
 
-fn the_load_dirties_both_slots_and_nothing_much_else(disk: &std::path::Path) {
+fn the_load_dirties_both_slots_and_nothing_much_else(disk: &Path) {
     const PAGES: u64 = 9000;
     let console = Console::default();
     let vm = machine(disk, new_ram(), &console);
@@ -127,7 +155,19 @@ fn the_load_dirties_both_slots_and_nothing_much_else(disk: &std::path::Path) {
     vm.stop();
 }
 
-fn a_connection_goes_on_in_another_machine(disk: &std::path::Path) {
+/// Copies all guest memory: the second machine shares nothing with the first.
+fn copy(old: &GuestMemory, new: &Vm) {
+    for r in new.layout().ranges() {
+        let mut bytes = vec![0; r.len as usize];
+        old.read_slice(&mut bytes, GuestAddress(r.start))
+            .expect("read memory");
+        new.memory()
+            .write_slice(&bytes, GuestAddress(r.start))
+            .expect("write memory");
+    }
+}
+
+fn a_connection_goes_on_in_another_machine(disk: &Path) {
     let console = Console::default();
     let mut vm = machine(disk, new_ram(), &console);
     boot(&vm, "pages=500 work=100");
@@ -155,20 +195,12 @@ fn a_connection_goes_on_in_another_machine(disk: &std::path::Path) {
         }
         vm.pause().expect("pause");
         let state = vm.capture().expect("capture");
-        let ram = new_ram();
-        let (layout, old) = (vm.layout().clone(), vm.memory().clone());
+        let (ram, old) = (new_ram(), vm.memory().clone());
         // No two machines on the tap, or one disk, at the same time.
         vm.stop();
         let next_console = Console::default();
         let next = machine(disk, ram, &next_console);
-        for r in layout.ranges() {
-            let mut bytes = vec![0; r.len as usize];
-            old.read_slice(&mut bytes, GuestAddress(r.start))
-                .expect("read memory");
-            next.memory()
-                .write_slice(&bytes, GuestAddress(r.start))
-                .expect("write memory");
-        }
+        copy(&old, &next);
         next.restore(&state).expect("restore");
         next.resume();
         vm = next;
@@ -190,10 +222,73 @@ fn a_connection_goes_on_in_another_machine(disk: &std::path::Path) {
     vm.resume();
     assert_eq!(c.op(Op::Incr).counter, n + 1);
     vm.stop();
+    assert_eq!(disk_counter(disk), Some(n + 1));
+}
+
+/// The case of a failover: at the checkpoint the guest has answered, but its host died holding the answer back.
+fn an_answer_that_never_left_is_sent_again(disk: &Path) {
+    let console = Console::default();
+    let gate = Gate::new(tap(), 1 << 20).expect("a gate");
+    let vm = machine_on(Box::new(Arc::clone(&gate)), disk, new_ram(), &console);
+    boot(&vm, "");
+    let mut c = Client::connect();
+    assert_eq!(c.op(Op::Incr).counter, 1);
+    gate.set_hold(true);
+    c.send(Request::new(Op::Incr, 0));
+    let from = Instant::now();
+    while disk_counter(disk) != Some(2) || gate.stats().held_bytes == 0 {
+        assert!(from.elapsed() < PATIENCE, "the guest has not answered");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    vm.pause().expect("pause");
+    let (state, old) = (vm.capture().expect("capture"), vm.memory().clone());
+    assert!(gate.fence() > 0, "the answer was to be lost");
+    vm.stop();
+    drop(gate);
+    let vm = machine(disk, new_ram(), &console);
+    copy(&old, &vm);
+    vm.restore(&state).expect("restore");
+    let from = Instant::now();
+    vm.resume();
+    assert_eq!(c.receive().counter, 2);
+    println!("  after {} ms", from.elapsed().as_millis());
+    assert_eq!(c.op(Op::Incr).counter, 3);
+    vm.stop();
+}
+
+/// Output held back until nothing more is taken: the guest waits, loses no connection, and goes on.
+fn a_host_that_takes_no_frames_is_waited_for(disk: &Path) {
+    let console = Console::default();
+    let gate = Gate::new(tap(), 64 << 10).expect("a gate");
+    let vm = machine_on(Box::new(Arc::clone(&gate)), disk, new_ram(), &console);
+    boot(&vm, "");
+    let mut c = Client::connect();
+    assert_eq!(c.op(Op::Incr).counter, 1);
+    gate.set_hold(true);
+    // More than the gate holds and the guest's transmit ring of 128 besides.
+    let udp = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+    for _ in 0..600 {
+        udp.send_to(&[7; 1400], (GUEST, ECHO_PORT)).expect("send");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    c.send(Request::new(Op::Incr, 0));
+    std::thread::sleep(Duration::from_millis(300));
+    for e in 1..200 {
+        gate.seal(Epoch(e)).expect("seal");
+        gate.release(Epoch(e)).expect("release");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    gate.set_hold(false);
+    assert_eq!(c.receive().counter, 2);
+    assert_eq!(c.op(Op::Incr).counter, 3);
+    vm.stop();
+}
+
+fn disk_counter(disk: &Path) -> Option<u64> {
     let mut block = [0; DISK_BLOCK];
     std::fs::File::open(disk)
         .expect("disk")
         .read_exact(&mut block)
         .expect("the block");
-    assert_eq!(parse_disk_block(&block), Some(n + 1));
+    parse_disk_block(&block)
 }
