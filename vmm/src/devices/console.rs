@@ -65,7 +65,11 @@ pub fn spawn(
                 let wanted = !over && port.room() > 0;
                 drop(port);
                 if wanted != listening {
-                    let op = if wanted { ControlOperation::Add } else { ControlOperation::Delete };
+                    let op = if wanted {
+                        ControlOperation::Add
+                    } else {
+                        ControlOperation::Delete
+                    };
                     let event = EpollEvent::new(EventSet::IN, INPUT);
                     if epoll.ctl(op, input.as_raw_fd(), event).is_ok() {
                         listening = wanted;

@@ -168,7 +168,10 @@ impl DeviceManager {
         // Set until the first resume, like the gates' own flags.
         let hurry = Arc::new(AtomicBool::new(true));
         let line = eventfd()?;
-        os("cannot wire the serial interrupt", wiring.irqfd(&line, SERIAL_GSI))?;
+        os(
+            "cannot wire the serial interrupt",
+            wiring.irqfd(&line, SERIAL_GSI),
+        )?;
         let (drained, serial_control) = (eventfd()?, eventfd()?);
         let port = os(
             "cannot make the serial port",
@@ -192,7 +195,9 @@ impl DeviceManager {
             let control = clone(&manager.serial_control)?;
             let serial = Arc::clone(&manager.serial);
             let thread = console::spawn(serial, input, drained, control);
-            manager.threads.push((None, os("cannot start the console", thread)?));
+            manager
+                .threads
+                .push((None, os("cannot start the console", thread)?));
         }
         Ok(manager)
     }
@@ -210,7 +215,10 @@ impl DeviceManager {
             gsi: FIRST_GSI + index as u32,
         };
         let (line, kick) = (eventfd()?, eventfd()?);
-        os("cannot wire a device's interrupt", wiring.irqfd(&line, place.gsi))?;
+        os(
+            "cannot wire a device's interrupt",
+            wiring.irqfd(&line, place.gsi),
+        )?;
         for queue in 0..device.queue_sizes().len() {
             os(
                 "cannot wire a device's notification",
@@ -289,7 +297,13 @@ impl DeviceManager {
         } else if RTC_PORTS.contains(&port) {
             let mut rtc = self.rtc.lock().unwrap_or_else(PoisonError::into_inner);
             // The index register is write-only.
-            data.fill_with(|| if port == *RTC_PORTS.end() { rtc.read() } else { 0xff });
+            data.fill_with(|| {
+                if port == *RTC_PORTS.end() {
+                    rtc.read()
+                } else {
+                    0xff
+                }
+            });
         } else if port == RESET_PORT {
             // Neither buffer full: a kernel waiting to pulse the reset line does so at once.
             data.fill(0);

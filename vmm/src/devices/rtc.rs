@@ -73,12 +73,15 @@ impl Calendar {
         // Days from 1 March of year 0, so that a leap day ends its year; 400 years are 146097 days.
         let shifted = days + 719_468;
         let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-        let year_of_era =
-            (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+        let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
         let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
         let march_month = (5 * of_year + 2) / 153;
         let day = of_year - (153 * march_month + 2) / 5 + 1;
-        let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+        let month = if march_month < 10 {
+            march_month + 3
+        } else {
+            march_month - 9
+        };
         Calendar {
             year: era * 400 + year_of_era + u64::from(month <= 2),
             month: month as u8,
@@ -147,7 +150,13 @@ impl Rtc {
 
     fn field(&self, now: &Calendar) -> u8 {
         let b = self.ram[usize::from(REG_B)];
-        let code = |n: u8| if b & B_BINARY != 0 { n } else { ((n / 10) << 4) | (n % 10) };
+        let code = |n: u8| {
+            if b & B_BINARY != 0 {
+                n
+            } else {
+                ((n / 10) << 4) | (n % 10)
+            }
+        };
         match self.index {
             SECONDS => code(now.second),
             MINUTES => code(now.minute),

@@ -61,11 +61,7 @@ impl Serial {
     /// A descriptor that cannot be duplicated.
     pub fn new(out: Out, line: EventFd, drained: EventFd) -> io::Result<Serial> {
         Ok(Serial {
-            uart: Uart::with_events(
-                Line(line.try_clone()?),
-                Drained(drained.try_clone()?),
-                out,
-            ),
+            uart: Uart::with_events(Line(line.try_clone()?), Drained(drained.try_clone()?), out),
             line,
             drained,
         })
@@ -155,8 +151,8 @@ impl Serial {
         }
         // vm-superio restores by making a new port, which takes the output over.
         let out = std::mem::replace(self.uart.writer_mut(), Box::new(io::sink()));
-        self.uart = Uart::from_state(&registers, line, drained, out)
-            .map_err(|e| wrong(e.to_string()))?;
+        self.uart =
+            Uart::from_state(&registers, line, drained, out).map_err(|e| wrong(e.to_string()))?;
         Ok(())
     }
 }

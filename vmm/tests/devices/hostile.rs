@@ -92,21 +92,32 @@ impl Bare {
         put(0x2000, &kind.to_le_bytes());
         put(0x2008, &[0; 8]);
         let flags = if write { 3 } else { 1 };
-        for (i, (addr, len, flags)) in [(0x2000u64, 16u32, 1u16), (0x3000, data, flags), (0x6000, 1, 2)]
-            .into_iter()
-            .enumerate()
+        for (i, (addr, len, flags)) in [
+            (0x2000u64, 16u32, 1u16),
+            (0x3000, data, flags),
+            (0x6000, 1, 2),
+        ]
+        .into_iter()
+        .enumerate()
         {
-            put(QUEUE0 + 16 * i as u64, &desc(addr, len, flags, i as u16 + 1));
+            put(
+                QUEUE0 + 16 * i as u64,
+                &desc(addr, len, flags, i as u16 + 1),
+            );
         }
         let mut idx = [0; 2];
-        self.mem.read_slice(&mut idx, GuestAddress(QUEUE0 + 0x1002)).unwrap();
+        self.mem
+            .read_slice(&mut idx, GuestAddress(QUEUE0 + 0x1002))
+            .unwrap();
         let idx = u16::from_le_bytes(idx).wrapping_add(1);
         self.mem
             .write_slice(&idx.to_le_bytes(), GuestAddress(QUEUE0 + 0x1002))
             .unwrap();
         self.run(10);
         let mut status = [0xaa];
-        self.mem.read_slice(&mut status, GuestAddress(0x6000)).unwrap();
+        self.mem
+            .read_slice(&mut status, GuestAddress(0x6000))
+            .unwrap();
         status[0]
     }
 }
@@ -168,7 +179,12 @@ fn rings() -> impl Strategy<Value = Rings> {
         prop_oneof![10 => 0..=SIZE, 1 => any::<u16>()],
         any::<u16>(),
     )
-        .prop_map(|(table, heads, ahead, flags)| Rings { table, heads, ahead, flags })
+        .prop_map(|(table, heads, ahead, flags)| Rings {
+            table,
+            heads,
+            ahead,
+            flags,
+        })
 }
 
 fn put_rings(bare: &Bare, base: u64, rings: &Rings) {

@@ -102,7 +102,10 @@ impl FileDisk {
             Some(end) if end <= self.size => Ok(()),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("{len} bytes at {offset} are beyond a disk of {} bytes", self.size),
+                format!(
+                    "{len} bytes at {offset} are beyond a disk of {} bytes",
+                    self.size
+                ),
             )),
         }
     }
@@ -127,7 +130,8 @@ impl FileDisk {
         let mut done = 0;
         while done < len {
             let n = (len - done).min(zeroes.len() as u64);
-            self.file.write_all_at(&zeroes[..n as usize], offset + done)?;
+            self.file
+                .write_all_at(&zeroes[..n as usize], offset + done)?;
             done += n;
         }
         Ok(())

@@ -85,7 +85,9 @@ fn perform(op: &Op, disk: &dyn BlockBackend, answer: &mut Vec<u8>) -> std::io::R
         }
         Op::Flush => disk.flush(),
         Op::Discard(ranges) => ranges.iter().try_for_each(|&(o, l)| disk.discard(o, l)),
-        Op::WriteZeroes(ranges) => ranges.iter().try_for_each(|&(o, l)| disk.write_zeroes(o, l)),
+        Op::WriteZeroes(ranges) => ranges
+            .iter()
+            .try_for_each(|&(o, l)| disk.write_zeroes(o, l)),
         Op::GetId(len) => {
             answer.extend_from_slice(&disk.id()[..*len]);
             Ok(())
@@ -181,26 +183,23 @@ impl VirtioDevice for Block {
             return Ok(None);
         }
         // Requests recorded by a checkpoint come before those still in the ring.
-        let head = match self.in_flight.get(self.started) {
-            Some(&head) => head,
-            None => {
-                let next = loop {
-                    if let Some(head) = io.queues[0].pop(io.mem)? {
-                        break Some(head);
-                    }
-                    if !io.queues[0].listen(io.mem)? {
-                        break None;
-                    }
-                };
-                let Some(head) = next else {
+        let recorded = self.in_flight.get(self.started).copied();
+        let head = match recorded {
+            Some(head) => head,
+            None => loop {
+                if let Some(head) = io.queues[0].pop(io.mem)? {
+                    break head;
+                }
+                if !io.queues[0].listen(io.mem)? {
                     return Ok(None);
-                };
-                self.in_flight.push_back(head);
-                head
-            }
+                }
+            },
         };
         io.queues[0].walk(io.mem, head, &mut self.chain)?;
         let op = request::parse(io.mem, &self.chain, self.backend.size())?;
+        if recorded.is_none() {
+            self.in_flight.push_back(head);
+        }
         self.started += 1;
         Ok(Some(BlockJob {
             era: 0,
@@ -223,11 +222,18 @@ impl VirtioDevice for Block {
         let Some(room) = self.chain.writable().checked_sub(1) else {
             return Err(RingError::Short("a status byte"));
         };
-        let len = job.answer.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+        let len = job
+            .answer
+            .len()
+            .min(usize::try_from(room).unwrap_or(usize::MAX));
         let written = self.chain.scatter(io.mem, 0, &job.answer[..len])?;
         self.chain.scatter(io.mem, room, &[job.status as u8])?;
         // Only what was written from the front on counts (2.7.8.2); the status byte does when nothing is left between.
-        let used = if written as u64 == room { written + 1 } else { written };
+        let used = if written as u64 == room {
+            written + 1
+        } else {
+            written
+        };
         io.queues[0].push_used(io.mem, job.head, used as u32)?;
         io.interrupt_for(0)
     }

@@ -70,11 +70,7 @@ pub enum Op {
 ///
 /// # Errors
 /// [`RingError::Short`] if there is no byte to put a status into; the request cannot even be refused.
-pub fn parse(
-    mem: &GuestMemory,
-    chain: &Chain,
-    size: u64,
-) -> Result<Result<Op, Status>, RingError> {
+pub fn parse(mem: &GuestMemory, chain: &Chain, size: u64) -> Result<Result<Op, Status>, RingError> {
     let Some(room) = chain.writable().checked_sub(1) else {
         return Err(RingError::Short("a status byte"));
     };
@@ -89,7 +85,9 @@ pub fn parse(
         header[15],
     ]);
     Ok(match kind {
-        VIRTIO_BLK_T_IN => data_range(sector, room, size).map(|(offset, len)| Op::Read { offset, len }),
+        VIRTIO_BLK_T_IN => {
+            data_range(sector, room, size).map(|(offset, len)| Op::Read { offset, len })
+        }
         VIRTIO_BLK_T_OUT => match data_range(sector, sent, size) {
             Ok((offset, len)) => {
                 let mut data = vec![0; len];
@@ -101,7 +99,9 @@ pub fn parse(
         VIRTIO_BLK_T_FLUSH => Ok(Op::Flush),
         VIRTIO_BLK_T_GET_ID => Ok(Op::GetId(room.min(20) as usize)),
         VIRTIO_BLK_T_DISCARD => ranges(mem, chain, sent, size, 0)?.map(Op::Discard),
-        VIRTIO_BLK_T_WRITE_ZEROES => ranges(mem, chain, sent, size, FLAG_UNMAP)?.map(Op::WriteZeroes),
+        VIRTIO_BLK_T_WRITE_ZEROES => {
+            ranges(mem, chain, sent, size, FLAG_UNMAP)?.map(Op::WriteZeroes)
+        }
         _ => Err(Status::Unsupp),
     })
 }

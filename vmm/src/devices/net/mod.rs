@@ -289,7 +289,10 @@ impl VirtioDevice for Net {
         if saved.mac != self.mac {
             return Err(DeviceError::State {
                 name: self.name.clone(),
-                why: format!("has MAC address {:02x?}, this device {:02x?}", saved.mac, self.mac),
+                why: format!(
+                    "has MAC address {:02x?}, this device {:02x?}",
+                    saved.mac, self.mac
+                ),
             });
         }
         // Whether this host's backend has room is found out by trying, whatever it was there.
