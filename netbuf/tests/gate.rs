@@ -363,6 +363,11 @@ fn slow_gate() -> Slow {
     }
 }
 
+/// Time for a thread that does not wait, though it should, to be caught. No test fails for its being short.
+fn grace() {
+    std::thread::sleep(Duration::from_millis(50));
+}
+
 #[test]
 fn fencing_stops_a_release_in_its_middle() {
     let s = slow_gate();
@@ -385,6 +390,7 @@ fn fencing_stops_a_release_in_its_middle() {
     while !s.gate.is_fenced() {
         std::thread::yield_now();
     }
+    grace();
     assert!(!fence.is_finished(), "a frame is still on its way out");
     // All may go: what stops the other nine is the fence alone.
     for _ in 0..10 {
@@ -438,6 +444,8 @@ fn when_holding_begins_no_frame_is_on_its_way_out() {
         let gate = s.gate.clone();
         std::thread::spawn(move || gate.set_hold(true))
     };
+    grace();
+    assert!(!hold.is_finished(), "a frame is still on its way out");
     s.go.send(()).expect("port");
     hold.join().expect("set_hold");
     assert_eq!(
@@ -449,6 +457,42 @@ fn when_holding_begins_no_frame_is_on_its_way_out() {
         sender.join().expect("sender").expect("send"),
         SendOutcome::Sent
     );
+}
+
+/// A sender that decided to send while nothing was held, and holding begins before it gets to the port.
+#[test]
+fn a_sender_caught_between_decision_and_port_is_held_too() {
+    let (gate, frames) = gate(usize::MAX);
+    let done = Arc::new(AtomicBool::new(false));
+    let turns = Arc::new(AtomicUsize::new(0));
+    let sender = {
+        let (gate, done, turns) = (gate.clone(), done.clone(), turns.clone());
+        std::thread::spawn(move || {
+            while !done.load(Ordering::Acquire) {
+                gate.send(&frame(0)).expect("send");
+                turns.fetch_add(1, Ordering::AcqRel);
+            }
+        })
+    };
+    let mut early = None;
+    for round in 0..2000 {
+        gate.set_hold(true);
+        let out = frames.lock().expect("lock").len();
+        // Whatever call was under way has returned after two turns.
+        let turn = turns.load(Ordering::Acquire);
+        while turns.load(Ordering::Acquire) < turn + 2 {
+            std::thread::yield_now();
+        }
+        if frames.lock().expect("lock").len() != out {
+            early = Some(round);
+            break;
+        }
+        gate.set_hold(false);
+        frames.lock().expect("lock").clear();
+    }
+    done.store(true, Ordering::Release);
+    sender.join().expect("sender");
+    assert_eq!(early, None, "a frame left after holding had begun");
 }
 
 #[test]
