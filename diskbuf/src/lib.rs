@@ -1,1 +1,29 @@
 //! Disk writes held per epoch; mirror images; the activation record.
+//!
+//! * [`HeldWrites`]: writes a replica has received and not yet processed. A plain state machine.
+//! * [`Mirror`]: one raw image file.
+//! * [`OwnerDisk`]: what the running VM writes to: its mirror, and a [`DiskSink`] that streams to the chain.
+//! * [`ReplicaDisks`]: all mirrors of one VM at one replica, with the journal that makes an epoch's writes atomic over
+//!   all of them, and the [`ActivationRecord`] that says what the mirrors are.
+//!
+//! Byte layouts and the reasons of the order of writes: `docs/disk-format.md`.
+
+mod batch;
+pub mod held;
+mod journal;
+mod layer;
+pub mod mirror;
+pub mod owner;
+pub mod record;
+pub mod replica;
+
+#[cfg(test)]
+mod crash;
+#[cfg(test)]
+mod faulty;
+
+pub use held::{HeldError, HeldWrites};
+pub use mirror::{Mirror, MirrorError};
+pub use owner::{DiskSink, OwnerDisk};
+pub use record::{ActivationRecord, RecordError, Role};
+pub use replica::{DiskbufError, Durability, ReplicaDisks};

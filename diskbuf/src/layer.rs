@@ -1,0 +1,124 @@
+//! The few file operations that this crate's promises rest on, behind a trait, so that tests can put a disk underneath
+//! that loses what was not synced and tears what was being written.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+/// A place with files.
+pub(crate) trait FileLayer: Send + Sync {
+    /// Makes the directory with its parents; no error if it is there.
+    fn create_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Opens for reading and writing; makes an empty file first if `create` and there is none.
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn LayerFile>>;
+    /// Makes the directory's entries durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// An open file. Operations at positions only, so that threads can share it.
+pub(crate) trait LayerFile: Send + Sync {
+    /// Fills `buf` from `offset`; [`io::ErrorKind::UnexpectedEof`] at the file's end.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Writes all of `data` at `offset`; durable only after [`LayerFile::sync`].
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Makes the range read as zero and frees its blocks where the file system can.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Cuts off or extends (sparse) to `len` bytes.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// fdatasync: content and length are durable afterwards. After an error nothing may be assumed of the file.
+    fn sync(&self) -> io::Result<()>;
+    /// Takes the exclusive lock, until the file is closed; false if another open file has it.
+    fn try_lock(&self) -> io::Result<bool>;
+}
+
+/// The machine's own files.
+pub(crate) struct OsLayer;
+
+struct OsFile(File);
+
+impl FileLayer for OsLayer {
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        if dir.is_dir() {
+            return Ok(());
+        }
+        std::fs::create_dir_all(dir)?;
+        match dir.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => self.sync_dir(parent),
+            _ => self.sync_dir(Path::new(".")),
+        }
+    }
+
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn LayerFile>> {
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .create(create)
+            .truncate(false);
+        Ok(Arc::new(OsFile(options.open(path)?)))
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        File::open(dir)?.sync_all()
+    }
+}
+
+impl LayerFile for OsFile {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(data, offset)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let signed =
+            |v: u64| i64::try_from(v).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&self.0, hole, signed(offset)?, signed(len)?) {
+            // Not every file system has holes; zeros by hand read the same.
+            Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => {
+                let zeros = vec![0; 1 << 20];
+                let (mut at, end) = (offset, offset + len);
+                while at < end {
+                    let n = (end - at).min(1 << 20) as usize;
+                    self.0.write_all_at(&zeros[..n], at)?;
+                    at += n as u64;
+                }
+                Ok(())
+            }
+            other => Ok(other?),
+        }
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        // Seeking also tells the size of a block device, whose metadata says 0.
+        (&self.0).seek(SeekFrom::End(0))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        match self.0.try_lock() {
+            Ok(()) => Ok(true),
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(e)) => Err(e),
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! A mirror: one host's copy of a VM disk, as a raw image file.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::layer::{FileLayer, LayerFile, OsLayer};
+
+/// A disk's unit, in bytes (virtio 1.2, 5.2: sectors of 512 bytes whatever the block size).
+pub const SECTOR: u64 = 512;
+
+/// Why an image cannot serve as a mirror.
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    /// There is no such file.
+    #[error("disk image {} is missing; make an empty one of 1 GiB with `truncate -s 1G {}`", .0.display(), .0.display())]
+    Missing(PathBuf),
+    /// Not whole sectors.
+    #[error(
+        "disk image {} has {size} bytes, which is no multiple of 512; \
+         extend it with zeros by `truncate -s {} {}`", path.display(), size.div_ceil(SECTOR) * SECTOR, path.display()
+    )]
+    OddSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// No bytes at all.
+    #[error("disk image {} is empty; give it a size, for example `truncate -s 1G {}`", .0.display(), .0.display())]
+    Empty(PathBuf),
+    /// A size that was asked for and is not whole sectors, or none.
+    #[error("a disk cannot have {size} bytes ({}): it takes a multiple of 512, and at least 512", path.display())]
+    BadSize {
+        /// The file.
+        path: PathBuf,
+        /// As asked for, in bytes.
+        size: u64,
+    },
+    /// No permission to write.
+    #[error(
+        "disk image {} cannot be written: {source}; it must be writable by this user (`chmod u+w {}`) and not lie on a \
+         read-only file system", path.display(), path.display()
+    )]
+    ReadOnly {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A directory or other thing without content.
+    #[error("disk image {} is a directory; name a file", .0.display())]
+    Directory(PathBuf),
+    /// Another program has it.
+    #[error(
+        "disk image {} is in use: another program holds its lock (two programs that write one image destroy it; \
+         `fuser {}` names the other)", .0.display(), .0.display()
+    )]
+    InUse(PathBuf),
+    /// [`Mirror::create`] found something there.
+    #[error("disk image {} exists already and is not touched", .0.display())]
+    Exists(PathBuf),
+    /// Anything else.
+    #[error("disk image {}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A raw image file, locked (flock) against other programs. All methods may be called from any thread.
+pub struct Mirror {
+    file: Arc<dyn LayerFile>,
+    path: PathBuf,
+    size: u64,
+    failed: AtomicBool,
+}
+
+impl std::fmt::Debug for Mirror {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mirror")
+            .field("path", &self.path)
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Mirror {
+    /// Opens an image that exists, and locks it.
+    ///
+    /// # Errors
+    /// [`MirrorError`]: missing, empty, of odd size, not writable, in use.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, MirrorError> {
+        Self::open_in(&OsLayer, path.as_ref())
+    }
+
+    pub(crate) fn open_in(layer: &dyn FileLayer, path: &Path) -> Result<Self, MirrorError> {
+        let (file, size) = locked(layer, path, false)?;
+        if size == 0 {
+            return Err(MirrorError::Empty(path.into()));
+        }
+        if size % SECTOR != 0 {
+            return Err(MirrorError::OddSize {
+                path: path.into(),
+                size,
+            });
+        }
+        Ok(Self::over(file, path, size))
+    }
+
+    /// Makes an image of `size` bytes (a multiple of 512, not 0), sparse, all zero, and locks it.
+    ///
+    /// # Errors
+    /// [`MirrorError`]: there is one already (unless it is empty), bad size, no permission, no room.
+    pub fn create(path: impl AsRef<Path>, size: u64) -> Result<Self, MirrorError> {
+        Self::create_in(&OsLayer, path.as_ref(), size)
+    }
+
+    pub(crate) fn create_in(
+        layer: &dyn FileLayer,
+        path: &Path,
+        size: u64,
+    ) -> Result<Self, MirrorError> {
+        let bad = size == 0 || size % SECTOR != 0;
+        if bad {
+            return Err(MirrorError::BadSize {
+                path: path.into(),
+                size,
+            });
+        }
+        let (file, found) = locked(layer, path, true)?;
+        if found != 0 {
+            return Err(MirrorError::Exists(path.into()));
+        }
+        file.set_len(size).map_err(|e| refused(path, e))?;
+        Ok(Self::over(file, path, size))
+    }
+
+    fn over(file: Arc<dyn LayerFile>, path: &Path, size: u64) -> Self {
+        Self {
+            file,
+            path: path.into(),
+            size,
+            failed: AtomicBool::new(false),
+        }
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Fills `buf` from byte `offset`.
+    ///
+    /// # Errors
+    /// `InvalidInput` beyond the end; what the file says.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.check(offset, buf.len() as u64)?;
+        self.file.read_at(offset, buf)
+    }
+
+    /// Writes `data` at byte `offset`; durable after [`Mirror::flush`].
+    ///
+    /// # Errors
+    /// As [`Mirror::read_at`].
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.check(offset, data.len() as u64)?;
+        self.file.write_at(offset, data)
+    }
+
+    /// Makes everything written durable.
+    ///
+    /// # Errors
+    /// What the file says. A failed sync is final: the kernel may have dropped the pages it could not write, so a later
+    /// sync that succeeds would prove nothing. From then on everything fails.
+    pub fn flush(&self) -> io::Result<()> {
+        self.check(0, 0)?;
+        self.file.sync().inspect_err(|_| {
+            self.failed.store(true, Ordering::Release);
+        })
+    }
+
+    /// The range is of no interest any more; it reads as zero (the same on every host).
+    ///
+    /// # Errors
+    /// As [`Mirror::read_at`].
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_zeroes(offset, len)
+    }
+
+    /// The range reads as zero.
+    ///
+    /// # Errors
+    /// As [`Mirror::read_at`].
+    pub fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(offset, len)?;
+        self.file.punch(offset, len)
+    }
+
+    /// Forgets all content.
+    pub(crate) fn clear(&self) -> io::Result<()> {
+        self.check(0, 0)?;
+        self.file.set_len(0)?;
+        self.file.set_len(self.size)
+    }
+
+    /// Whether `offset` and `len` lie within the disk.
+    #[must_use]
+    pub fn contains(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.size)
+    }
+
+    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.failed.load(Ordering::Acquire) {
+            return Err(io::Error::other(format!(
+                "disk image {} failed to sync earlier; what it holds is not known any more",
+                self.path.display()
+            )));
+        }
+        if !self.contains(offset, len) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "bytes {offset} to {offset}+{len} lie beyond the end of disk image {} ({} bytes)",
+                    self.path.display(),
+                    self.size
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn refused(path: &Path, source: io::Error) -> MirrorError {
+    let path = path.to_path_buf();
+    match source.kind() {
+        io::ErrorKind::NotFound => MirrorError::Missing(path),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            MirrorError::ReadOnly { path, source }
+        }
+        io::ErrorKind::IsADirectory => MirrorError::Directory(path),
+        _ => MirrorError::Io { path, source },
+    }
+}
+
+fn locked(
+    layer: &dyn FileLayer,
+    path: &Path,
+    create: bool,
+) -> Result<(Arc<dyn LayerFile>, u64), MirrorError> {
+    let file = layer.open(path, create).map_err(|e| refused(path, e))?;
+    if !file.try_lock().map_err(|e| refused(path, e))? {
+        return Err(MirrorError::InUse(path.into()));
+    }
+    let size = file.len().map_err(|e| refused(path, e))?;
+    Ok((file, size))
+}

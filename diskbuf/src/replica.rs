@@ -1,0 +1,777 @@
+//! All mirrors of one VM at one replica: filled once, then moved from checkpoint to checkpoint, over all disks at once.
+//!
+//! [`ReplicaDisks::process`] appends an epoch's writes to the journal as one entry with one checksum. Later, in batches,
+//! the journal is synced, its writes are done in place, the mirrors are synced, the record is replaced, and the journal
+//! file is free again; the other of the two journal files takes what comes meanwhile. Whatever instant a crash picks,
+//! the mirrors together with the whole entries of the journal are one complete checkpoint.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use checkpoint::{DiskRecord, DiskRecordError, Epoch, Generation, VmId};
+
+use crate::batch::{Batch, Worker, apply, apply_all, check_all};
+use crate::journal::{self, Entry, Head, PAYLOAD_MAX, Wanted};
+use crate::layer::{FileLayer, LayerFile, OsLayer};
+use crate::mirror::{Mirror, MirrorError};
+use crate::record::{ActivationRecord, RecordError, RecordFile, Role, Stored};
+
+/// When [`ReplicaDisks::process`] returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Durability {
+    /// When the writes are with the kernel: they survive the death of the process, and after the death of the host
+    /// the mirrors are at this checkpoint or an earlier one.
+    Memory,
+    /// When they are on the disk.
+    Disk,
+}
+
+/// Why the disks of a replica are not as asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskbufError {
+    /// A mirror.
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
+    /// The activation record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// What was to be written is no disk record.
+    #[error(transparent)]
+    Malformed(#[from] DiskRecordError),
+    /// The journal cannot be read or written.
+    #[error("disk journal: {0}")]
+    Journal(#[source] io::Error),
+    /// The directory cannot be made.
+    #[error("directory {} for disk mirrors: {source}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Another program works in it.
+    #[error("directory {} for disk mirrors is in use by another program", .0.display())]
+    InUse(PathBuf),
+    /// Something durable is not there any more, or not as it was. Only filling anew helps.
+    #[error(
+        "the disk mirrors in {} are damaged ({what}); remove the directory, and this host is filled anew", path.display()
+    )]
+    Damaged {
+        /// The directory.
+        path: PathBuf,
+        /// What was found.
+        what: String,
+    },
+    /// The directory belongs to another VM.
+    #[error("directory {} holds the disks of VM {found}, not of VM {wanted}", path.display())]
+    OtherVm {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is.
+        found: VmId,
+        /// Who asked.
+        wanted: VmId,
+    },
+    /// A mirror is there with another size than the VM's disk.
+    #[error(
+        "disk mirror {} has {found} bytes, the VM's disk has {wanted}; remove the directory to fill it anew",
+        path.display()
+    )]
+    OtherSize {
+        /// The mirror.
+        path: PathBuf,
+        /// Its size in bytes.
+        found: u64,
+        /// The disk's size in bytes.
+        wanted: u64,
+    },
+    /// A write outside the VM's disks. Nothing was done.
+    #[error(
+        "disk write of {len} bytes at {offset} lies outside of disk {disk}, or there is no such disk"
+    )]
+    OutOfRange {
+        /// The disk's number.
+        disk: u16,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u32,
+    },
+    /// An epoch with more writes than a journal entry takes. Nothing was done.
+    #[error(
+        "epoch {epoch} wrote {bytes} bytes to its disks, at most {PAYLOAD_MAX} can be taken at once"
+    )]
+    TooLarge {
+        /// The epoch.
+        epoch: Epoch,
+        /// Its writes in bytes.
+        bytes: u64,
+    },
+    /// A message of an earlier generation. Nothing was done.
+    #[error("generation {got} is over, the disks are at generation {at}")]
+    OldGeneration {
+        /// The message's.
+        got: Generation,
+        /// Ours.
+        at: Generation,
+    },
+    /// The epoch is not the one that fits. Nothing was done.
+    #[error("epoch {got} does not fit: the disks are at epoch {at}")]
+    WrongEpoch {
+        /// As asked for.
+        got: Epoch,
+        /// Ours.
+        at: Epoch,
+    },
+    /// Not possible in this state. Nothing was done.
+    #[error("{0}")]
+    State(&'static str),
+    /// Something failed earlier, and what is on the disk is not known since.
+    #[error("the disks failed earlier and take nothing any more: {0}")]
+    Poisoned(String),
+}
+
+impl DiskbufError {
+    pub(crate) fn mirror(mirror: &Mirror, source: io::Error) -> Self {
+        Self::Mirror(MirrorError::Io {
+            path: mirror.path().into(),
+            source,
+        })
+    }
+
+    /// Whether the state on disk is untouched by the failed call.
+    fn harmless(&self) -> bool {
+        matches!(
+            self,
+            Self::Malformed(_)
+                | Self::OutOfRange { .. }
+                | Self::TooLarge { .. }
+                | Self::OldGeneration { .. }
+                | Self::WrongEpoch { .. }
+                | Self::State(_)
+                | Self::Poisoned(_)
+                // The VM that ran on the mirrors may still be about to end.
+                | Self::Mirror(MirrorError::InUse(_))
+        )
+    }
+}
+
+/// Switches that break the mechanism, to see the tests notice.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Mutants {
+    /// Do the writes in place without syncing the journal first.
+    pub no_journal_sync: bool,
+    /// Believe journal entries without looking at their checksums.
+    pub no_crc: bool,
+}
+
+/// How it is done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    pub durability: Durability,
+    /// A batch begins when the journal holds so many bytes ...
+    pub batch_bytes: u64,
+    /// ... or its oldest entry is so old.
+    pub batch_age: Duration,
+    /// With so many bytes waiting and a batch under way, an epoch waits after all: memory is bounded.
+    pub high_water: u64,
+    /// For tests: no thread, a batch goes one step at each epoch.
+    pub stepped: bool,
+    pub mutants: Mutants,
+}
+
+impl Options {
+    pub(crate) fn new(durability: Durability) -> Self {
+        Self {
+            durability,
+            batch_bytes: 16 << 20,
+            batch_age: Duration::from_secs(1),
+            high_water: 64 << 20,
+            stepped: false,
+            mutants: Mutants::default(),
+        }
+    }
+}
+
+/// While filling, the mirrors are synced about this often, in bytes.
+const FILL_SYNC: u64 = 64 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Nothing valid: before [`ReplicaDisks::begin_full`].
+    Empty,
+    /// Being filled.
+    Filling,
+    /// At a checkpoint.
+    Replica,
+    /// Handed to a running VM, now or before a restart.
+    Owner,
+}
+
+/// All mirrors of one VM at one replica, in one directory: `disk0.img` ..., `journal.0`, `journal.1`, `activation`.
+pub struct ReplicaDisks {
+    layer: Arc<dyn FileLayer>,
+    dir: PathBuf,
+    vm: VmId,
+    sizes: Vec<u64>,
+    options: Options,
+    /// Empty while the VM runs here: then they are another process's.
+    mirrors: Arc<Vec<Mirror>>,
+    journals: [Arc<dyn LayerFile>; 2],
+    record: Arc<RecordFile>,
+    worker: Worker,
+    state: State,
+    epoch: Epoch,
+    generation: Generation,
+    salt: u64,
+    /// The journal file in use, and its end.
+    current: usize,
+    end: u64,
+    /// Number of the newest entry.
+    seq: u64,
+    /// Entries up to here are synced.
+    durable: u64,
+    /// Newest entry of the batch under way.
+    batch_seq: u64,
+    pending: Vec<Entry>,
+    pending_bytes: u64,
+    oldest: Option<Instant>,
+    /// Bytes written while filling since the mirrors were last synced.
+    unsynced: u64,
+    poisoned: Option<String>,
+}
+
+impl std::fmt::Debug for ReplicaDisks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReplicaDisks")
+            .field("dir", &self.dir)
+            .field("vm", &self.vm)
+            .field("state", &self.state)
+            .field("epoch", &self.epoch)
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ReplicaDisks {
+    /// Opens `dir` (made if need be) with a mirror for each of `sizes` (bytes, multiples of 512), and recovers what a
+    /// crash left: whole epochs in the journal are done to the mirrors, a torn tail is cut off.
+    ///
+    /// # Errors
+    /// [`DiskbufError::Damaged`] (or [`RecordError::Damaged`]) if something durable is missing or broken,
+    /// [`DiskbufError::InUse`], [`DiskbufError::OtherVm`], [`DiskbufError::OtherSize`], and what the files say.
+    pub fn open(
+        dir: &Path,
+        vm: VmId,
+        sizes: &[u64],
+        durability: Durability,
+    ) -> Result<Self, DiskbufError> {
+        Self::open_with(Arc::new(OsLayer), dir, vm, sizes, Options::new(durability))
+    }
+
+    pub(crate) fn open_with(
+        layer: Arc<dyn FileLayer>,
+        dir: &Path,
+        vm: VmId,
+        sizes: &[u64],
+        options: Options,
+    ) -> Result<Self, DiskbufError> {
+        let at_dir = |source| DiskbufError::Directory {
+            path: dir.into(),
+            source,
+        };
+        layer.create_dir(dir).map_err(at_dir)?;
+        let Some(record) = RecordFile::open(&*layer, dir)? else {
+            return Err(DiskbufError::InUse(dir.into()));
+        };
+        let stored = record.latest();
+        if let Some(found) = stored.map(|s| s.record.vm).filter(|found| *found != vm) {
+            return Err(DiskbufError::OtherVm {
+                path: dir.into(),
+                found,
+                wanted: vm,
+            });
+        }
+        let journal = |n: usize| {
+            let path = dir.join(format!("journal.{n}"));
+            match layer.open(&path, stored.is_none()) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => Err(DiskbufError::Damaged {
+                    path: dir.into(),
+                    what: format!("journal.{n} is missing"),
+                }),
+                other => other.map_err(DiskbufError::Journal),
+            }
+        };
+        let journals = [journal(0)?, journal(1)?];
+        let worker = if options.stepped {
+            Worker::Stepped(None)
+        } else {
+            Worker::thread().map_err(at_dir)?
+        };
+        let state = match stored.map(|s| s.record.role) {
+            None | Some(Role::Syncing) => State::Empty,
+            Some(Role::Replica) => State::Replica,
+            Some(Role::Owner) => State::Owner,
+        };
+        let mut disks = Self {
+            layer,
+            dir: dir.into(),
+            vm,
+            sizes: sizes.into(),
+            options,
+            mirrors: Arc::default(),
+            journals,
+            record: Arc::new(record),
+            worker,
+            state,
+            epoch: stored.map_or(Epoch::ZERO, |s| s.record.epoch),
+            generation: stored.map_or(Generation::ZERO, |s| s.record.generation),
+            salt: 0,
+            current: 0,
+            end: 0,
+            seq: stored.map_or(0, |s| s.applied),
+            durable: 0,
+            batch_seq: 0,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            oldest: None,
+            unsynced: 0,
+            poisoned: None,
+        };
+        // The VM that runs (or ran) on an owner's mirrors has them locked, and wrote to them since.
+        if disks.state != State::Owner {
+            disks.mirrors = Arc::new(disks.open_mirrors(disks.state == State::Replica)?);
+        }
+        disks.layer.sync_dir(dir).map_err(at_dir)?;
+        if let (State::Replica, Some(stored)) = (disks.state, stored) {
+            disks.recover(stored)?;
+        }
+        Ok(disks)
+    }
+
+    fn open_mirrors(&self, must_exist: bool) -> Result<Vec<Mirror>, DiskbufError> {
+        let mut mirrors = Vec::with_capacity(self.sizes.len());
+        for (n, &wanted) in self.sizes.iter().enumerate() {
+            let path = self.dir.join(format!("disk{n}.img"));
+            let mirror = match Mirror::open_in(&*self.layer, &path) {
+                Err(MirrorError::Missing(_) | MirrorError::Empty(_)) if !must_exist => {
+                    Mirror::create_in(&*self.layer, &path, wanted)?
+                }
+                other => other?,
+            };
+            if mirror.size() != wanted {
+                return Err(DiskbufError::OtherSize {
+                    path,
+                    found: mirror.size(),
+                    wanted,
+                });
+            }
+            mirrors.push(mirror);
+        }
+        Ok(mirrors)
+    }
+
+    /// Brings the mirrors to the newest whole epoch of the journal.
+    fn recover(&mut self, stored: Stored) -> Result<(), DiskbufError> {
+        let wanted = Wanted {
+            salt: stored.salt,
+            vm: self.vm,
+            applied: stored.applied,
+            no_crc: self.options.mutants.no_crc,
+        };
+        // What is read may be in the page cache only; it must not be lost between here and the mirrors' sync.
+        for journal in &self.journals {
+            journal.sync().map_err(DiskbufError::Journal)?;
+        }
+        let found = journal::recover(&self.journals, wanted).map_err(|e| match e {
+            Ok(seq) => DiskbufError::Damaged {
+                path: self.dir.clone(),
+                what: format!(
+                    "journal entry {seq} is broken or missing, and later ones rely on it"
+                ),
+            },
+            Err(e) => DiskbufError::Journal(e),
+        })?;
+        if found.cut > 0 {
+            tracing::warn!(dir = %self.dir.display(), entries = found.cut, "torn tail of the disk journal cut off");
+        }
+        let mut touched = vec![false; self.mirrors.len()];
+        for entry in &found.run {
+            apply_all(&self.mirrors, entry.payload(), &mut touched).map_err(|e| {
+                DiskbufError::Damaged {
+                    path: self.dir.clone(),
+                    what: format!("journal entry {}: {e}", entry.head.seq),
+                }
+            })?;
+        }
+        // All of them: the writes of an earlier batch may have been done but not synced when this program was killed.
+        for mirror in self.mirrors.iter() {
+            mirror
+                .flush()
+                .map_err(|e| DiskbufError::mirror(mirror, e))?;
+        }
+        if let Some(last) = found.run.last() {
+            self.epoch = last.head.epoch;
+            self.generation = last.head.generation;
+        }
+        self.seq = found.highest;
+        self.salt = draw().map_err(DiskbufError::Journal)?;
+        let record = self.stored(Role::Replica);
+        Ok(self.record.write(record)?)
+    }
+
+    /// The newest durable record.
+    #[must_use]
+    pub fn record(&self) -> Option<ActivationRecord> {
+        self.record.latest().map(|s| s.record)
+    }
+
+    /// The newest epoch processed; zero before the first. (The durable one, which a crash of the host may go back to
+    /// with [`Durability::Memory`], is the record's or later. Epochs without disk writes leave no trace on the disk.)
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Begins to fill the mirrors: what they hold is forgotten, and they are not valid until the first
+    /// [`ReplicaDisks::process`].
+    ///
+    /// # Errors
+    /// [`DiskbufError::OldGeneration`]; [`MirrorError::InUse`] if a VM runs on them; what the files say.
+    pub fn begin_full(&mut self, generation: Generation) -> Result<(), DiskbufError> {
+        self.guard(|disks| disks.begin_full_inner(generation))
+    }
+
+    fn begin_full_inner(&mut self, generation: Generation) -> Result<(), DiskbufError> {
+        self.not_older(generation)?;
+        if self.state == State::Owner {
+            self.mirrors = Arc::new(self.open_mirrors(false)?);
+        }
+        self.worker.wait()?;
+        self.pending.clear();
+        self.pending_bytes = 0;
+        self.oldest = None;
+        self.generation = generation;
+        self.epoch = Epoch::ZERO;
+        self.salt = draw().map_err(DiskbufError::Journal)?;
+        self.record.write(self.stored(Role::Syncing))?;
+        self.state = State::Filling;
+        (self.current, self.end) = (0, 0);
+        for mirror in self.mirrors.iter() {
+            mirror
+                .clear()
+                .map_err(|e| DiskbufError::mirror(mirror, e))?;
+        }
+        Ok(())
+    }
+
+    /// Writes content while filling.
+    ///
+    /// # Errors
+    /// [`DiskbufError::OutOfRange`], [`DiskbufError::State`]; what the files say.
+    pub fn write_full(&mut self, record: &DiskRecord<'_>) -> Result<(), DiskbufError> {
+        self.guard(|disks| {
+            if disks.state != State::Filling {
+                return Err(DiskbufError::State(
+                    "disk content outside of an initial synchronisation",
+                ));
+            }
+            apply(&disks.mirrors, record)?;
+            disks.unsynced += record.data.len() as u64;
+            // Written out on the way, so that the sync at the end is short: an activation has to wait for it.
+            disks.worker.poll()?;
+            if disks.unsynced >= FILL_SYNC && !disks.worker.busy() {
+                disks.unsynced = 0;
+                let batch = disks.sync_batch(None);
+                disks.worker.submit(batch)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes the writes of a whole checkpoint: buffers of encoded disk records, in order. All of them or, after a crash,
+    /// none count. The first one after [`ReplicaDisks::begin_full`] makes the mirrors valid.
+    ///
+    /// Without writes it costs no I/O. With [`Durability::Memory`] it does not wait for the disk, unless the disk has
+    /// fallen behind by 64 MiB.
+    ///
+    /// # Errors
+    /// [`DiskbufError::WrongEpoch`], [`DiskbufError::OldGeneration`], [`DiskbufError::OutOfRange`],
+    /// [`DiskbufError::Malformed`], [`DiskbufError::TooLarge`]: nothing was done. Anything else is final.
+    pub fn process(
+        &mut self,
+        epoch: Epoch,
+        generation: Generation,
+        writes: &[Vec<u8>],
+    ) -> Result<(), DiskbufError> {
+        self.guard(|disks| disks.process_inner(epoch, generation, writes))
+    }
+
+    fn process_inner(
+        &mut self,
+        epoch: Epoch,
+        generation: Generation,
+        writes: &[Vec<u8>],
+    ) -> Result<(), DiskbufError> {
+        self.not_older(generation)?;
+        let filling = match self.state {
+            State::Filling => true,
+            State::Replica => false,
+            State::Empty => return Err(DiskbufError::State("the disks were never filled")),
+            State::Owner => return Err(DiskbufError::State("the disks belong to a running VM")),
+        };
+        if !filling && epoch <= self.epoch {
+            return Err(DiskbufError::WrongEpoch {
+                got: epoch,
+                at: self.epoch,
+            });
+        }
+        let bytes: u64 = writes.iter().map(|w| w.len() as u64).sum();
+        if bytes > PAYLOAD_MAX as u64 {
+            return Err(DiskbufError::TooLarge { epoch, bytes });
+        }
+        for write in writes {
+            check_all(&self.mirrors, write)?;
+        }
+        self.settle()?;
+        if filling {
+            return self.first(epoch, generation, writes);
+        }
+        if bytes > 0 {
+            let head = Head {
+                voucher: false,
+                salt: self.salt,
+                seq: self.seq + 1,
+                durable: self.durable,
+                vm: self.vm,
+                generation,
+                epoch,
+            };
+            let entry = Entry::new(head, writes);
+            self.append(&entry)?;
+            self.seq += 1;
+            if self.options.durability == Durability::Disk && !self.options.mutants.no_journal_sync
+            {
+                self.journals[self.current]
+                    .sync()
+                    .map_err(DiskbufError::Journal)?;
+                self.durable = self.seq;
+                self.append(&self.voucher())?;
+            }
+            self.pending_bytes += entry.bytes().len() as u64;
+            self.pending.push(entry);
+            self.oldest.get_or_insert_with(Instant::now);
+        }
+        self.epoch = epoch;
+        self.generation = generation;
+        self.maybe_batch()
+    }
+
+    /// The first checkpoint after filling.
+    fn first(
+        &mut self,
+        epoch: Epoch,
+        generation: Generation,
+        writes: &[Vec<u8>],
+    ) -> Result<(), DiskbufError> {
+        let mut touched = vec![false; self.mirrors.len()];
+        for write in writes {
+            apply_all(&self.mirrors, write, &mut touched)?;
+        }
+        self.epoch = epoch;
+        self.generation = generation;
+        self.state = State::Replica;
+        self.worker.wait()?;
+        self.batch_seq = self.seq;
+        self.unsynced = 0;
+        let batch = self.sync_batch(Some(self.stored(Role::Replica)));
+        match self.options.durability {
+            Durability::Memory => self.worker.submit(batch),
+            Durability::Disk => batch.run(),
+        }
+    }
+
+    /// Makes the mirrors those of a running VM: they are at checkpoint `epoch`, which must be the newest processed, all
+    /// writes are in them, and the record says so durably. Gives up the locks, so that the VM's process can open
+    /// the images, which are returned in the order of the disks.
+    ///
+    /// # Errors
+    /// [`DiskbufError::WrongEpoch`], [`DiskbufError::OldGeneration`], [`DiskbufError::State`]: nothing was done.
+    /// Anything else is final.
+    pub fn activate(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+    ) -> Result<Vec<PathBuf>, DiskbufError> {
+        self.guard(|disks| disks.activate_inner(generation, epoch))
+    }
+
+    fn activate_inner(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+    ) -> Result<Vec<PathBuf>, DiskbufError> {
+        self.not_older(generation)?;
+        if self.state != State::Replica {
+            return Err(DiskbufError::State(
+                "only a filled replica's disks can be activated",
+            ));
+        }
+        if epoch != self.epoch {
+            return Err(DiskbufError::WrongEpoch {
+                got: epoch,
+                at: self.epoch,
+            });
+        }
+        self.wait()?;
+        self.generation = generation;
+        let record = self.stored(Role::Owner);
+        self.take_batch(record).run()?;
+        self.state = State::Owner;
+        let mirrors = std::mem::take(&mut self.mirrors);
+        Ok(mirrors.iter().map(|m| m.path().into()).collect())
+    }
+
+    /// Begins a batch if it is time.
+    fn maybe_batch(&mut self) -> Result<(), DiskbufError> {
+        let old = |o: Instant| o.elapsed() >= self.options.batch_age;
+        let due = self.pending_bytes >= self.options.batch_bytes || self.oldest.is_some_and(old);
+        if self.pending.is_empty() || !due {
+            return Ok(());
+        }
+        if self.worker.busy() {
+            if self.pending_bytes < self.options.high_water {
+                return Ok(());
+            }
+            self.wait()?;
+        }
+        let record = self.stored(Role::Replica);
+        let batch = self.take_batch(record);
+        self.worker.submit(batch)
+    }
+
+    /// Syncs the mirrors, and then replaces the record, if one is given.
+    fn sync_batch(&self, record: Option<Stored>) -> Batch {
+        Batch {
+            journal: None,
+            voucher: None,
+            entries: Vec::new(),
+            mirrors: self.mirrors.clone(),
+            sync_all: true,
+            file: self.record.clone(),
+            record,
+        }
+    }
+
+    /// Everything pending, and the switch to the other journal file. Only while no batch is under way.
+    fn take_batch(&mut self, record: Stored) -> Batch {
+        let journal = &self.journals[self.current];
+        let unsynced = self.durable < self.seq && !self.pending.is_empty();
+        self.batch_seq = self.seq;
+        let voucher = unsynced.then(|| (journal.clone(), self.end, self.voucher()));
+        let batch = Batch {
+            journal: (unsynced && !self.options.mutants.no_journal_sync).then(|| journal.clone()),
+            voucher,
+            entries: std::mem::take(&mut self.pending),
+            mirrors: self.mirrors.clone(),
+            sync_all: false,
+            file: self.record.clone(),
+            record: Some(record),
+        };
+        self.pending_bytes = 0;
+        self.oldest = None;
+        self.current ^= 1;
+        self.end = 0;
+        batch
+    }
+
+    /// Notices a batch that has ended.
+    fn settle(&mut self) -> Result<(), DiskbufError> {
+        self.worker.poll()?;
+        if !self.worker.busy() {
+            self.durable = self.durable.max(self.batch_seq);
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<(), DiskbufError> {
+        self.worker.wait()?;
+        self.settle()
+    }
+
+    fn append(&mut self, entry: &Entry) -> Result<(), DiskbufError> {
+        self.journals[self.current]
+            .write_at(self.end, entry.bytes())
+            .map_err(DiskbufError::Journal)?;
+        self.end += entry.bytes().len() as u64;
+        Ok(())
+    }
+
+    /// Says that all entries so far are synced.
+    fn voucher(&self) -> Entry {
+        let head = Head {
+            voucher: true,
+            salt: self.salt,
+            seq: self.seq,
+            durable: self.seq,
+            vm: self.vm,
+            generation: self.generation,
+            epoch: self.epoch,
+        };
+        Entry::new(head, &[])
+    }
+
+    fn stored(&self, role: Role) -> Stored {
+        Stored {
+            record: ActivationRecord {
+                vm: self.vm,
+                generation: self.generation,
+                epoch: self.epoch,
+                role,
+                seq: 0,
+            },
+            applied: self.seq,
+            salt: self.salt,
+        }
+    }
+
+    fn not_older(&self, got: Generation) -> Result<(), DiskbufError> {
+        let at = self.generation;
+        if got < at {
+            return Err(DiskbufError::OldGeneration { got, at });
+        }
+        Ok(())
+    }
+
+    /// After a failure that leaves the disk in doubt nothing is done any more.
+    fn guard<T>(
+        &mut self,
+        what: impl FnOnce(&mut Self) -> Result<T, DiskbufError>,
+    ) -> Result<T, DiskbufError> {
+        if let Some(why) = &self.poisoned {
+            return Err(DiskbufError::Poisoned(why.clone()));
+        }
+        let result = what(self);
+        if let Err(e) = &result
+            && !e.harmless()
+        {
+            self.poisoned = Some(e.to_string());
+        }
+        result
+    }
+}
+
+/// A number that a guest cannot guess.
+fn draw() -> io::Result<u64> {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the pointer and the length are those of `bytes`, which outlives the call.
+    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if n == 8 {
+        Ok(u64::from_le_bytes(bytes))
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
