@@ -3,6 +3,7 @@
 mod blk;
 mod checkpointing;
 mod driver;
+mod gated;
 mod hostile;
 mod legacy;
 mod net;
