@@ -18,10 +18,19 @@ fn the_load_loop_dirties_the_pages_asked_for() {
     let mut m = Machine::new(64 << 20, "pages=100 work=10");
     m.run_until("ready");
     m.clear_dirty();
+    // However long a pass takes here: until all its pages have shown up, and some passes more.
+    for tries in 0.. {
+        let dirty = m.dirty_pages();
+        if dirty >= 100 {
+            break;
+        }
+        assert!(tries < 1000, "only {dirty} pages dirty after 20 s");
+        m.run_ms(20);
+    }
     m.run_ms(200);
     let dirty = m.dirty_pages();
     // The pages of the load, and a handful of the guest's own (stack, counters, clock).
-    assert!((100..150).contains(&dirty), "{dirty} pages dirty");
+    assert!(dirty < 150, "{dirty} pages dirty");
 }
 
 #[test]

@@ -141,15 +141,19 @@ fn the_load_dirties_both_slots_and_nothing_much_else(disk: &Path) {
     boot(&vm, &format!("pages={PAGES} work=0"));
     console.wait_for("ready");
     vm.dirty().start().expect("dirty log");
-    std::thread::sleep(Duration::from_millis(500));
-    vm.pause().expect("pause");
+    // However long a pass takes here: harvest until all its pages have shown up, then a few passes more.
     let mut dirty = PageBitmap::new(vm.layout().ranges());
-    vm.dirty().harvest(&mut dirty).expect("harvest");
+    let (from, mut more) = (Instant::now(), 0);
+    while more < 20 {
+        std::thread::sleep(Duration::from_millis(50));
+        vm.dirty().harvest(&mut dirty).expect("harvest");
+        more += u32::from(dirty.count() >= PAGES);
+        let n = dirty.count();
+        assert!(from.elapsed() < PATIENCE, "{n} pages dirty of {PAGES}");
+    }
+    vm.pause().expect("pause");
     let n = dirty.count();
-    assert!(
-        (PAGES..PAGES + 100).contains(&n),
-        "{n} pages dirty of {PAGES}"
-    );
+    assert!(n < PAGES + 100, "{n} pages dirty of {PAGES}");
     let high = dirty.iter().filter(|g| *g >= 1 << 20).count();
     assert!(high > 1000, "only {high} pages above 4 GiB");
     vm.stop();

@@ -24,6 +24,7 @@ pub struct Machine {
     mem: Mem,
     slots: [Option<Arc<Mutex<Slot>>>; 8],
     log: String,
+    dirty: Vec<u64>,
 }
 
 impl Machine {
@@ -65,6 +66,7 @@ impl Machine {
             },
             slots: Default::default(),
             log: String::new(),
+            dirty: Vec::new(),
         };
         let entry = m.load_elf(guest::IMAGE);
         m.boot_params(cmdline);
@@ -204,19 +206,21 @@ impl Machine {
 
     /// Forgets which pages are dirty.
     pub fn clear_dirty(&mut self) {
-        self.vm
-            .get_dirty_log(0, self.mem.len)
-            .expect("KVM_GET_DIRTY_LOG");
+        self.dirty_pages();
+        self.dirty.clear();
     }
 
-    /// How many pages became dirty since the last call.
+    /// How many pages became dirty since [`Machine::clear_dirty`].
     pub fn dirty_pages(&mut self) -> u32 {
-        self.vm
+        let log = self
+            .vm
             .get_dirty_log(0, self.mem.len)
-            .expect("KVM_GET_DIRTY_LOG")
-            .iter()
-            .map(|w| w.count_ones())
-            .sum()
+            .expect("KVM_GET_DIRTY_LOG");
+        self.dirty.resize(log.len(), 0);
+        for (sum, word) in self.dirty.iter_mut().zip(&log) {
+            *sum |= word;
+        }
+        self.dirty.iter().map(|w| w.count_ones()).sum()
     }
 
     /// One KVM_RUN, interrupted after `at_most` by a one-shot timer's signal.
