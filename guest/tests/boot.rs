@@ -56,3 +56,21 @@ fn a_senseless_command_line_does_no_harm() {
     );
     m.run_until("ready");
 }
+
+#[test]
+fn an_exception_is_reported_and_ends_the_machine() {
+    let mut m = Machine::new(64 << 20, "pages=0");
+    m.run_until("ready");
+    m.jump_into(&[0x0f, 0x0b]); // ud2
+    m.run_until("FAULT vector 6");
+    m.run_until_reset();
+}
+
+#[test]
+fn a_privileged_instruction_is_an_exception_too() {
+    let mut m = Machine::new(64 << 20, "pages=0");
+    m.run_until("ready");
+    m.jump_into(&[0xfa]); // cli: a #GP that is no request to sleep
+    m.run_until("FAULT vector 13");
+    m.run_until_reset();
+}

@@ -25,6 +25,8 @@ pub struct Machine {
     slots: [Option<Arc<Mutex<Slot>>>; 8],
     log: String,
     dirty: Vec<u64>,
+    may_reset: bool,
+    reset: bool,
 }
 
 impl Machine {
@@ -67,6 +69,8 @@ impl Machine {
             slots: Default::default(),
             log: String::new(),
             dirty: Vec::new(),
+            may_reset: false,
+            reset: false,
         };
         let entry = m.load_elf(guest::IMAGE);
         m.boot_params(cmdline);
@@ -223,11 +227,38 @@ impl Machine {
         self.dirty.iter().map(|w| w.count_ones()).sum()
     }
 
+    /// Makes the guest go on at `code`, placed in free memory, when it runs next.
+    pub fn jump_into(&mut self, code: &[u8]) {
+        let at = self.mem.len - 4096;
+        self.put(at, code);
+        // Until it is in ring 3: not amid an interrupt stub.
+        while self.vcpu.get_sregs().expect("KVM_GET_SREGS").cs.dpl != 3 {
+            self.step(Duration::from_millis(1));
+        }
+        let mut r = self.vcpu.get_regs().expect("KVM_GET_REGS");
+        r.rip = at as u64;
+        self.vcpu.set_regs(&r).expect("KVM_SET_REGS");
+    }
+
+    /// Runs until the guest asks for a reset; fails after 30 s.
+    pub fn run_until_reset(&mut self) {
+        let from = Instant::now();
+        self.may_reset = true;
+        while !self.reset {
+            assert!(
+                from.elapsed() < Duration::from_secs(30),
+                "no reset within 30 s"
+            );
+            self.step(Duration::from_millis(100));
+        }
+    }
+
     /// One KVM_RUN, interrupted after `at_most` by a one-shot timer's signal.
     fn step(&mut self, at_most: Duration) {
         let _timer = Timer::new(at_most.max(Duration::from_millis(1)));
         match self.vcpu.run() {
             Ok(VcpuExit::IoOut(0x3f8, data)) => self.log.push_str(&String::from_utf8_lossy(data)),
+            Ok(VcpuExit::IoOut(0x64, [0xfe])) if self.may_reset => self.reset = true,
             Ok(VcpuExit::IoOut(0x64, [0xfe])) => panic!("the guest gave up:\n{}", self.log),
             Ok(VcpuExit::IoOut(..) | VcpuExit::Intr) => {}
             Ok(VcpuExit::IoIn(_, data)) => data.fill(0xff),
