@@ -277,9 +277,11 @@ fn broken_chains_need_a_reset() {
                 &[header, into(0x1000, 512), out(0x2000, 16), into(0x3000, 1)],
             );
         }),
+        // A good flush but for the flag.
         ("an indirect table", |d| {
-            let header = d.header(IN, 0);
-            d.write_desc(0, 0, header, 4, 0);
+            let header = d.header(FLUSH, 0);
+            d.write_desc(0, 0, header, 1 | 4, 1);
+            d.write_desc(0, 1, into(0x3000, 1), 0, 0);
             d.offer_head(0, 0);
         }),
         ("data in the hole", |d| {
