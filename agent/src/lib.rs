@@ -1,3 +1,15 @@
 //! The program understudy: daemon, command line, the owner's epoch loop, the standby's activation, benches, demo.
 
+pub mod bench;
+pub mod child;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod demo;
+mod entry;
+pub mod epoch;
+pub mod ipc;
 pub mod probe;
+
+pub use entry::main;

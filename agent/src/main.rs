@@ -1,1 +1,7 @@
-fn main() {}
+//! The program `understudy`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    agent::main()
+}

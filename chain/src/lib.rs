@@ -1,1 +1,21 @@
 //! The chain-replicated checkpoint store (protocol core without I/O, store, transport) and the master.
+//!
+//! Chain replication (van Renesse & Schneider, OSDI 2004): updates (checkpoints) enter at the head, every replica
+//! forwards what it receives and processes a checkpoint once it is whole, the tail acknowledges. [`replica`] is the
+//! protocol as a plain state machine, [`store`] what a replica keeps, [`server`] and [`client`] the transport,
+//! [`master`] the configuration service.
+
+pub mod client;
+pub mod image;
+pub(crate) mod link;
+pub mod master;
+pub mod replica;
+pub mod server;
+pub mod store;
+pub mod view;
+pub mod wire;
+
+pub use client::{ChainClient, ClientError, ClientEvent};
+pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
+pub use store::{Handover, StoreError, VmStore};
+pub use view::{Member, View, VmRecord, VmShape};

@@ -1,0 +1,98 @@
+//! `understudy bench latency`: request/response over TCP and UDP, unprotected and protected.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use guest::proto::{ECHO_PORT, PORT};
+use serde::Serialize;
+
+use super::{Outcome, print};
+use crate::cli::LatencyArgs;
+use crate::control::Request;
+use crate::demo::cluster::{self, Cluster, GUEST};
+use crate::demo::vmfile;
+use crate::epoch::Percentiles;
+use crate::probe::{Latency, Pinger, ProbeClient, ProbeConfig};
+
+/// Guest memory in MiB.
+const MEMORY: u64 = 128;
+
+#[derive(Debug, Serialize)]
+struct Report {
+    epoch_ms: u64,
+    pages: u64,
+    backups: u8,
+    seconds: u64,
+    tcp_unprotected: Latency,
+    tcp_protected: Latency,
+    udp_unprotected: Latency,
+    udp_protected: Latency,
+    output_held_us: Percentiles,
+    tcp_p50_added_us: i64,
+}
+
+/// Runs the bench.
+///
+/// # Errors
+/// What keeps it from measuring.
+pub fn run(args: &LatencyArgs) -> Outcome<()> {
+    cluster::check_host()?;
+    let cluster = Cluster::launch(args.backups, false)?;
+    let vm = vmfile::probe(&cluster, MEMORY, 1, (args.pages, args.work), args.epoch_ms)?;
+    cluster.start_vm(&vm)?;
+    let (tcp_unprotected, udp_unprotected) = measure(args.seconds)?;
+    cluster.protect("demo")?;
+    let mut control = cluster.control(0)?;
+    control.order(&Request::EpochMs {
+        vm: "demo".into(),
+        ms: args.epoch_ms,
+        min_ms: args.epoch_ms.min(2),
+    })?;
+    control.stats("demo")?;
+    let (tcp_protected, udp_protected) = measure(args.seconds)?;
+    let stats = control.stats("demo")?;
+    let report = Report {
+        epoch_ms: args.epoch_ms,
+        pages: args.pages,
+        backups: args.backups,
+        seconds: args.seconds,
+        tcp_unprotected,
+        tcp_protected,
+        udp_unprotected,
+        udp_protected,
+        output_held_us: stats.held_us,
+        tcp_p50_added_us: tcp_protected.p50_us as i64 - tcp_unprotected.p50_us as i64,
+    };
+    print(args.json, &report, || {
+        for (name, l) in [
+            ("TCP unprotected", tcp_unprotected),
+            ("TCP protected", tcp_protected),
+            ("UDP unprotected", udp_unprotected),
+            ("UDP protected", udp_protected),
+        ] {
+            println!(
+                "{name:<16} p50 {:>7}  p99 {:>7}  max {:>7} us  ({} answers)",
+                l.p50_us, l.p99_us, l.max_us, l.count
+            );
+        }
+    })
+}
+
+/// One request at a time, so that each latency is one request's own.
+fn measure(seconds: u64) -> Outcome<(Latency, Latency)> {
+    let mut config = ProbeConfig::new(SocketAddr::from((GUEST, PORT)));
+    config.window = 1;
+    config.interval = Duration::from_millis(1);
+    let client = ProbeClient::start(config, Duration::from_secs(30))?;
+    std::thread::sleep(Duration::from_secs(seconds));
+    let report = client.stop(Duration::from_secs(10));
+    if !report.survived() {
+        return Err(format!("the client's connection failed: {:?}", report.errors).into());
+    }
+    let pinger = Pinger::start(
+        SocketAddr::from((GUEST, ECHO_PORT)),
+        Duration::from_millis(5),
+    )?;
+    std::thread::sleep(Duration::from_secs(seconds));
+    Ok((report.latency, pinger.stop().latency))
+}

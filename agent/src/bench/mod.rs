@@ -1,0 +1,46 @@
+//! `understudy bench`: every figure beside its own baseline, measured in one run.
+
+pub mod failover;
+pub mod latency;
+pub mod pause;
+
+use serde::Serialize;
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// p50, p99 and largest of one phase.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Phase {
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// Largest.
+    pub max: f64,
+}
+
+impl Phase {
+    /// Nearest-rank percentiles.
+    #[must_use]
+    pub fn of(mut samples: Vec<f64>) -> Self {
+        samples.sort_by(f64::total_cmp);
+        let rank = |q: f64| {
+            let index = (samples.len() as f64 * q).ceil() as usize;
+            samples.get(index.max(1) - 1).copied().unwrap_or_default()
+        };
+        Self {
+            p50: rank(0.5),
+            p99: rank(0.99),
+            max: rank(1.0),
+        }
+    }
+}
+
+fn print(json: bool, report: &impl Serialize, text: impl FnOnce()) -> Outcome<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
+    } else {
+        text();
+    }
+    Ok(())
+}

@@ -1,0 +1,375 @@
+//! From configuration to a machine: backends, [`vmm::VmSpec`], boot.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use diskbuf::{DiskSink, Mirror, OwnerDisk};
+use netbuf::{Gate, Tap};
+use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
+use vmm::devices::NetSpec;
+use vmm::{BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmEvent, VmSpec};
+
+use super::proto::TapSpec;
+use crate::config::{VmConfig, parse_mac};
+use crate::epoch::owner::Owner;
+use crate::epoch::queue::ShipQueue;
+
+/// Why a VM could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A tap.
+    #[error(transparent)]
+    Tap(#[from] netbuf::TapError),
+    /// Bridge or link set-up.
+    #[error(transparent)]
+    Net(#[from] netbuf::netconf::NetconfError),
+    /// A disk image.
+    #[error("disk {index}: {source}")]
+    Disk {
+        /// Which.
+        index: usize,
+        /// Why.
+        source: diskbuf::MirrorError,
+    },
+    /// The virtual machine.
+    #[error(transparent)]
+    Vm(#[from] vmm::VmError),
+    /// The kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] vmm::BootError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] vmm::MemoryError),
+    /// The console's file.
+    #[error("console {path}: {source}")]
+    Console {
+        /// The file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The agent gave something that does not fit the configuration.
+    #[error("{0}")]
+    Mismatch(String),
+}
+
+/// A network card's far end: the gate; and the epoch loop is told when something is held.
+struct GateBackend {
+    gate: Arc<Gate>,
+    owner: Arc<OnceLock<Arc<Owner>>>,
+}
+
+impl NetBackend for GateBackend {
+    fn send(&mut self, frame: &[u8]) -> io::Result<SendOutcome> {
+        let outcome = Gate::send(&self.gate, frame)?;
+        if let Some(owner) = self.owner.get() {
+            owner.output_held();
+        }
+        Ok(outcome)
+    }
+
+    fn recv(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        Gate::recv(&self.gate, buf)
+    }
+
+    fn rx_fd(&self) -> RawFd {
+        Gate::rx_fd(&self.gate)
+    }
+
+    fn room_fd(&self) -> Option<RawFd> {
+        Some(Gate::room_fd(&self.gate))
+    }
+}
+
+/// A disk whose mirror is known only at activation: a standby is instantiated while its replica still applies to it.
+struct LateDisk {
+    size: u64,
+    index: u16,
+    disk: OnceLock<OwnerDisk>,
+}
+
+impl LateDisk {
+    fn get(&self) -> io::Result<&OwnerDisk> {
+        self.disk
+            .get()
+            .ok_or_else(|| io::Error::other("the standby's disk is not activated yet"))
+    }
+}
+
+impl BlockBackend for LateDisk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.get()?.read_at(offset, buf)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.get()?.write_at(offset, data)
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.get()?.flush()
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.get()?.discard(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.get()?.write_zeroes(offset, len)
+    }
+    fn id(&self) -> [u8; 20] {
+        // The same on every host: a failover continues one machine.
+        let mut id = [0u8; 20];
+        let text = format!("understudy-{}", self.index);
+        id[..text.len()].copy_from_slice(text.as_bytes());
+        id
+    }
+}
+
+/// Streams disk writes into the queue.
+struct QueueSink(Arc<ShipQueue>);
+
+impl DiskSink for QueueSink {
+    fn disk_write(&self, record: &checkpoint::DiskRecord<'_>) {
+        self.0.disk_write(record);
+    }
+}
+
+/// A VM and everything outside it that the epoch loop needs.
+pub struct Machine {
+    /// The VM, paused.
+    pub vm: Arc<Vm>,
+    /// One gate per network card.
+    pub gates: Vec<Arc<Gate>>,
+    /// To be set once the epoch loop exists.
+    pub owner: Arc<OnceLock<Arc<Owner>>>,
+    /// The queue to the shipping thread.
+    pub queue: Arc<ShipQueue>,
+    disks: Vec<Arc<LateDisk>>,
+    mirrors: Vec<Arc<Mirror>>,
+    taps: Vec<(TapSpec, [u8; 6], Option<std::net::Ipv4Addr>)>,
+}
+
+impl Machine {
+    /// Builds the VM of `config` around `ram`, with disks of `disk_sizes` still to be attached.
+    ///
+    /// # Errors
+    /// [`BuildError`] naming the part that failed.
+    pub fn build(
+        config: &VmConfig,
+        taps: &[TapSpec],
+        ram: Option<Vec<OwnedFd>>,
+        disk_sizes: &[u64],
+        serial_in: Option<OwnedFd>,
+    ) -> Result<Self, BuildError> {
+        if taps.len() != config.net.len() || disk_sizes.len() != config.disk.len() {
+            return Err(BuildError::Mismatch(format!(
+                "{} taps and {} disks for a configuration with {} network cards and {} disks",
+                taps.len(),
+                disk_sizes.len(),
+                config.net.len(),
+                config.disk.len()
+            )));
+        }
+        let layout = layout_of(config)?;
+        let ram = match ram {
+            Some(fds) => RamFiles::from_fds(fds)?,
+            None => RamFiles::create(&layout)?,
+        };
+        let owner: Arc<OnceLock<Arc<Owner>>> = Arc::default();
+        let queue = Arc::new(ShipQueue::new(config.protect.disk_limit_kib * 1024));
+        let (mut gates, mut net, mut tap_list) = (Vec::new(), Vec::new(), Vec::new());
+        for (spec, card) in taps.iter().zip(&config.net) {
+            let mac = parse_mac(&card.mac).map_err(BuildError::Mismatch)?;
+            let tap = Tap::open(&spec.name, true)?;
+            if let Some(bridge) = &spec.bridge {
+                netbuf::netconf::add_to_bridge(bridge, &spec.name)?;
+            }
+            let gate = Gate::new(tap, (config.protect.output_limit_kib * 1024) as usize)
+                .map_err(|source| BuildError::Mismatch(format!("tap {}: {source}", spec.name)))?;
+            gates.push(gate.clone());
+            net.push(NetSpec {
+                mac,
+                backend: Box::new(GateBackend {
+                    gate,
+                    owner: owner.clone(),
+                }),
+            });
+            tap_list.push((spec.clone(), mac, card.ip));
+        }
+        let disks: Vec<Arc<LateDisk>> = disk_sizes
+            .iter()
+            .enumerate()
+            .map(|(i, size)| {
+                Arc::new(LateDisk {
+                    size: *size,
+                    index: i as u16,
+                    disk: OnceLock::new(),
+                })
+            })
+            .collect();
+        let spec = VmSpec {
+            vcpus: config.vcpus,
+            ram: layout,
+            net,
+            disks: disks
+                .iter()
+                .map(|d| d.clone() as Arc<dyn BlockBackend>)
+                .collect(),
+            rng: config.rng,
+            serial_out: console(config)?,
+            serial_in,
+        };
+        let vm = Arc::new(Vm::new(spec, ram)?);
+        Ok(Self {
+            vm,
+            gates,
+            owner,
+            queue,
+            disks,
+            mirrors: Vec::new(),
+            taps: tap_list,
+        })
+    }
+
+    /// Attaches the disks' images, in order.
+    ///
+    /// # Errors
+    /// [`BuildError::Mismatch`] if one has another size than the VM was built with.
+    pub fn attach(&mut self, mirrors: Vec<Arc<Mirror>>) -> Result<(), BuildError> {
+        for (index, (late, mirror)) in self.disks.iter().zip(&mirrors).enumerate() {
+            if mirror.size() != late.size {
+                return Err(BuildError::Mismatch(format!(
+                    "disk {index}: the mirror has {} bytes, the VM's disk {}",
+                    mirror.size(),
+                    late.size
+                )));
+            }
+            let disk = OwnerDisk::new(
+                late.index,
+                mirror.clone(),
+                Arc::new(QueueSink(self.queue.clone())),
+            );
+            if late.disk.set(disk).is_err() {
+                return Err(BuildError::Mismatch(format!(
+                    "disk {index} is attached already"
+                )));
+            }
+        }
+        self.mirrors = mirrors;
+        Ok(())
+    }
+
+    /// The attached images.
+    #[must_use]
+    pub fn mirrors(&self) -> Vec<Arc<Mirror>> {
+        self.mirrors.clone()
+    }
+
+    /// Taps up, and every switch in the neighbourhood told where the guest's MAC addresses are now.
+    ///
+    /// # Errors
+    /// [`BuildError::Net`] if a link cannot be set up.
+    pub fn go_live(&self, announce: bool) -> Result<(), BuildError> {
+        for ((spec, mac, ip), gate) in self.taps.iter().zip(&self.gates) {
+            netbuf::netconf::set_link(&spec.name, true)?;
+            if announce {
+                let mut frames = vec![netbuf::announce::rarp(*mac)];
+                if let Some(ip) = ip {
+                    frames.push(netbuf::announce::gratuitous_arp(*mac, *ip));
+                }
+                for frame in frames {
+                    gate.announce(&frame);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the guest ends; `None` if the machine is taken down first.
+    #[must_use]
+    pub fn wait_event(vm: &Vm) -> Option<VmEvent> {
+        loop {
+            match vm.events().recv_timeout(Duration::from_secs(3600)) {
+                Ok(event) => return Some(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
+
+    /// Loads kernel and command line.
+    ///
+    /// # Errors
+    /// [`BuildError::Boot`] naming the file and what is wrong with it.
+    pub fn boot(&self, config: &VmConfig) -> Result<(), BuildError> {
+        let kernel = if config.is_probe() {
+            KernelSource::Bytes(guest::IMAGE.to_vec())
+        } else {
+            KernelSource::Path(config.kernel.clone())
+        };
+        Ok(self.vm.boot(&BootSpec {
+            kernel,
+            initrd: config.initrd.clone(),
+            cmdline: config.cmdline.clone(),
+        })?)
+    }
+}
+
+/// Opens the images that the configuration names.
+///
+/// # Errors
+/// [`BuildError::Disk`] naming the file and the remedy.
+pub fn open_disks(config: &VmConfig) -> Result<Vec<Arc<Mirror>>, BuildError> {
+    config
+        .disk
+        .iter()
+        .enumerate()
+        .map(|(index, disk)| {
+            Mirror::open(&disk.path)
+                .map(Arc::new)
+                .map_err(|source| BuildError::Disk { index, source })
+        })
+        .collect()
+}
+
+fn layout_of(config: &VmConfig) -> Result<RamLayout, BuildError> {
+    Ok(RamLayout::new(
+        config.memory_mib << 20,
+        config.low_memory_end_mib.map(|mib| mib << 20),
+    )?)
+}
+
+/// What a replica needs to hold this VM.
+///
+/// # Errors
+/// [`BuildError::Memory`] if the memory layout is impossible.
+pub fn shape_of(
+    config: &VmConfig,
+    toml: &str,
+    disks: &[Arc<Mirror>],
+) -> Result<chain::VmShape, BuildError> {
+    Ok(chain::VmShape {
+        ram: layout_of(config)?.ranges().to_vec(),
+        vcpus: config.vcpus,
+        disks: disks.iter().map(|d| d.size()).collect(),
+        config_toml: toml.to_string(),
+    })
+}
+
+fn console(config: &VmConfig) -> Result<Box<dyn Write + Send>, BuildError> {
+    match &config.console {
+        None => Ok(Box::new(io::stdout())),
+        Some(path) => OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map(|f| Box::new(f) as Box<dyn Write + Send>)
+            .map_err(|source| BuildError::Console {
+                path: path.display().to_string(),
+                source,
+            }),
+    }
+}

@@ -1,0 +1,296 @@
+//! A VM process under an agent: owner from the start, or standby until activated.
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use checkpoint::{Epoch, Generation, MachineState};
+use vmm::VmEvent;
+
+use super::build::{BuildError, Machine, open_disks, shape_of};
+use super::monotonic_us;
+use super::protector::Protector;
+use super::proto::{Activate, FromChild, Role, Start, ToChild};
+use crate::config::{ConfigError, VmConfig};
+use crate::epoch::owner::{EpochOptions, Owner};
+use crate::ipc::{self, IpcError};
+
+/// Why a VM process ended early; also sent to the agent.
+#[derive(Debug, thiserror::Error)]
+pub enum ChildError {
+    /// The VM could not be built or booted.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The agent's socket.
+    #[error("talking to the agent: {0}")]
+    Ipc(#[from] IpcError),
+    /// The VM.
+    #[error("virtual machine: {0}")]
+    Vm(String),
+    /// The checkpoint to activate.
+    #[error("the checkpoint to resume from: {0}")]
+    Machine(String),
+    /// A message that does not fit what this process is.
+    #[error("the agent asked a {0} to {1}")]
+    Order(&'static str, &'static str),
+    /// A thread could not be started.
+    #[error("starting a thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// The agent's end of the socket, shared by the threads that report.
+#[derive(Clone)]
+pub struct Reporter(Arc<Mutex<UnixStream>>);
+
+impl Reporter {
+    /// Sends one report. If the agent is gone, the reading thread notices and ends the process.
+    pub fn send(&self, message: &FromChild) {
+        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(e) = ipc::send(&socket, message, &[]) {
+            tracing::debug!("report not sent: {e}");
+        }
+    }
+}
+
+/// Runs the VM process whose agent's socket is descriptor `fd`. Returns the process's exit code.
+#[must_use]
+pub fn run_child(fd: RawFd) -> i32 {
+    // A panicking thread must not leave a VM running with nobody to hold its output.
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        std::process::abort();
+    }));
+    // SAFETY: the agent passed this descriptor for this purpose, and nothing else in this process uses it.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let reporter = match socket.try_clone() {
+        Ok(clone) => Reporter(Arc::new(Mutex::new(clone))),
+        Err(e) => {
+            eprintln!("understudy vmm: the agent's socket: {e}");
+            return 1;
+        }
+    };
+    match serve(&socket, &reporter) {
+        Ok(()) | Err(ChildError::Ipc(IpcError::Closed)) => 0,
+        Err(e) => {
+            tracing::error!("{e}");
+            reporter.send(&FromChild::Fatal(e.to_string()));
+            1
+        }
+    }
+}
+
+struct Child {
+    config: VmConfig,
+    start: Start,
+    reporter: Reporter,
+}
+
+fn serve(socket: &UnixStream, reporter: &Reporter) -> Result<(), ChildError> {
+    let (start, fds) = ipc::recv::<Start>(socket)?;
+    let config = VmConfig::from_text(Path::new(&start.config_name), &start.config_toml)?;
+    let child = Child {
+        config,
+        start,
+        reporter: reporter.clone(),
+    };
+    match &child.start.role {
+        Role::Boot => child.boot(socket),
+        Role::Standby { disk_sizes } => child.standby(socket, fds, &disk_sizes.clone()),
+    }
+}
+
+impl Child {
+    fn boot(&self, socket: &UnixStream) -> Result<(), ChildError> {
+        let mirrors = open_disks(&self.config)?;
+        let sizes: Vec<u64> = mirrors.iter().map(|m| m.size()).collect();
+        let shape = shape_of(&self.config, &self.start.config_toml, &mirrors)?;
+        let mut machine = Machine::build(&self.config, &self.start.taps, None, &sizes, None)?;
+        machine.attach(mirrors)?;
+        machine.boot(&self.config)?;
+        machine.go_live(true)?;
+        let owner = self.start_owner(&machine, Generation::ZERO, Epoch(1))?;
+        machine.vm.resume();
+        self.reporter.send(&FromChild::Ready {
+            shape: Box::new(shape),
+        });
+        self.own(socket, &machine, &owner, None)
+    }
+
+    fn standby(
+        &self,
+        socket: &UnixStream,
+        ram: Vec<OwnedFd>,
+        sizes: &[u64],
+    ) -> Result<(), ChildError> {
+        let mut machine = Machine::build(&self.config, &self.start.taps, Some(ram), sizes, None)?;
+        let shape = chain::VmShape {
+            ram: machine.vm.layout().ranges().to_vec(),
+            vcpus: self.config.vcpus,
+            disks: sizes.to_vec(),
+            config_toml: self.start.config_toml.clone(),
+        };
+        self.reporter.send(&FromChild::Ready {
+            shape: Box::new(shape),
+        });
+        loop {
+            match ipc::recv::<ToChild>(socket)?.0 {
+                ToChild::Activate(activate) => {
+                    let owner = self.activate(&mut machine, &activate)?;
+                    return self.own(socket, &machine, &owner, Some(activate.view));
+                }
+                ToChild::Stop => return Ok(()),
+                ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
+                ToChild::Protect(_) | ToChild::HarvestOnly { .. } | ToChild::EpochMs { .. } => {
+                    return Err(ChildError::Order("standby", "act as an owner"));
+                }
+            }
+        }
+    }
+
+    /// The moment of failover: everything that can be done before it has been done when the standby was built.
+    fn activate(
+        &self,
+        machine: &mut Machine,
+        activate: &Activate,
+    ) -> Result<Arc<Owner>, ChildError> {
+        let begun_us = monotonic_us();
+        let state = MachineState::decode(&activate.machine)
+            .map_err(|e| ChildError::Machine(e.to_string()))?;
+        machine
+            .vm
+            .restore(&state)
+            .map_err(|e| ChildError::Vm(e.to_string()))?;
+        let mut mirrors = Vec::new();
+        for (index, path) in activate.disks.iter().enumerate() {
+            let mirror =
+                diskbuf::Mirror::open(path).map_err(|source| BuildError::Disk { index, source })?;
+            mirrors.push(Arc::new(mirror));
+        }
+        machine.attach(mirrors)?;
+        let restored_us = monotonic_us();
+        let owner = self.start_owner(machine, activate.view.generation, activate.epoch.next())?;
+        // The guest runs before the taps are announced by a hair: the first frame it sends teaches the switches too.
+        machine.go_live(true)?;
+        machine.vm.resume();
+        let running_us = monotonic_us();
+        self.reporter.send(&FromChild::Activated {
+            begun_us,
+            restored_us,
+            running_us,
+        });
+        Ok(owner)
+    }
+
+    fn options(&self) -> EpochOptions {
+        EpochOptions {
+            longest: Duration::from_millis(self.config.protect.epoch_ms),
+            shortest: Duration::from_millis(self.config.protect.min_epoch_ms),
+            max_in_flight: self.config.protect.max_in_flight as usize,
+        }
+    }
+
+    fn start_owner(
+        &self,
+        machine: &Machine,
+        generation: Generation,
+        open: Epoch,
+    ) -> Result<Arc<Owner>, ChildError> {
+        let reporter = self.reporter.clone();
+        let owner = Owner::new(
+            machine.vm.clone(),
+            machine.gates.clone(),
+            machine.mirrors(),
+            machine.queue.clone(),
+            generation,
+            open,
+            self.config.protect.max_in_flight as usize,
+            Box::new(move |generation, epoch, took| {
+                reporter.send(&FromChild::Protected {
+                    generation,
+                    epoch,
+                    sync_ms: took.as_millis() as u64,
+                });
+            }),
+        );
+        // The gates' backends learn of the owner here; before, nothing was held.
+        let _ = machine.owner.set(owner.clone());
+        let options = self.options();
+        let (runner, reporter) = (owner.clone(), self.reporter.clone());
+        std::thread::Builder::new()
+            .name("epochs".into())
+            .spawn(move || {
+                if let Err(e) = runner.run(options) {
+                    tracing::error!("epoch loop: {e}");
+                    runner.fence();
+                    reporter.send(&FromChild::Fatal(e.to_string()));
+                }
+            })?;
+        self.watch_guest(machine)?;
+        Ok(owner)
+    }
+
+    fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {
+        let (vm, reporter) = (machine.vm.clone(), self.reporter.clone());
+        std::thread::Builder::new()
+            .name("guest-events".into())
+            .spawn(move || {
+                if let Some(event) = Machine::wait_event(&vm) {
+                    let how = match event {
+                        VmEvent::Shutdown => "the guest has shut down".to_string(),
+                        VmEvent::Reset => "the guest has asked for a reset".to_string(),
+                        VmEvent::Crashed { vcpu, reason } => {
+                            format!("vCPU {vcpu} has crashed: {reason}")
+                        }
+                    };
+                    reporter.send(&FromChild::GuestEnded { how });
+                }
+            })?;
+        Ok(())
+    }
+
+    /// The owner's life: orders from the agent until the socket closes.
+    fn own(
+        &self,
+        socket: &UnixStream,
+        machine: &Machine,
+        owner: &Arc<Owner>,
+        view: Option<chain::View>,
+    ) -> Result<(), ChildError> {
+        let mut protector = Protector::new(
+            self.start.host.clone(),
+            Duration::from_millis(self.start.heartbeat_ms),
+            self.config.protect.lz4,
+            owner.clone(),
+            machine.vm.clone(),
+            self.reporter.clone(),
+        );
+        if let Some(view) = view.filter(|v| !v.chain.is_empty()) {
+            protector.protect(view);
+        }
+        loop {
+            match ipc::recv::<ToChild>(socket)?.0 {
+                ToChild::Protect(view) => protector.protect(*view),
+                ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
+                ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
+                    longest: Duration::from_millis(ms),
+                    shortest: Duration::from_millis(min_ms),
+                    ..self.options()
+                }),
+                ToChild::TakeStats => self
+                    .reporter
+                    .send(&FromChild::Stats(Box::new(owner.take_stats()))),
+                ToChild::Stop => {
+                    owner.fence();
+                    return Ok(());
+                }
+                ToChild::Activate(_) => return Err(ChildError::Order("running owner", "activate")),
+            }
+        }
+    }
+}

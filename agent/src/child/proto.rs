@@ -1,0 +1,133 @@
+//! What an agent and its VM processes say to each other (over [`crate::ipc`]).
+
+use checkpoint::{Epoch, Generation, HostId};
+use serde::{Deserialize, Serialize};
+
+use crate::epoch::EpochStats;
+
+/// First message to a new VM process.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Start {
+    /// The VM's configuration, as TOML.
+    pub config_toml: String,
+    /// Name of the file the text came from, for messages.
+    pub config_name: String,
+    /// Tap names, one per network card.
+    pub taps: Vec<TapSpec>,
+    /// What to be.
+    pub role: Role,
+    /// Milliseconds between heartbeats to the chain.
+    pub heartbeat_ms: u64,
+    /// The host this runs on.
+    pub host: HostId,
+}
+
+/// One network card's tap on this host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TapSpec {
+    /// Interface name.
+    pub name: String,
+    /// Bridge to join.
+    pub bridge: Option<String>,
+}
+
+/// What a VM process is started as.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Role {
+    /// Boot the VM and run it. RAM is the process's own; nothing comes with the message.
+    Boot,
+    /// Build the VM around the RAM files that come with this message and wait for [`ToChild::Activate`].
+    Standby {
+        /// Sizes of the disks in bytes, in order.
+        disk_sizes: Vec<u64>,
+    },
+}
+
+/// Agent to VM process.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToChild {
+    /// Standby only: become the VM at this checkpoint.
+    Activate(Box<Activate>),
+    /// Protect by this configuration (or, with an empty chain, stop holding output).
+    Protect(Box<chain::View>),
+    /// Bench only: harvest the dirty log every `ms` without copying or sending (0: stop).
+    HarvestOnly {
+        /// Period in milliseconds.
+        ms: u64,
+    },
+    /// Answer with [`FromChild::Stats`] and begin a new measurement.
+    TakeStats,
+    /// Bench and test only: replace the epoch lengths.
+    EpochMs {
+        /// Longest epoch.
+        ms: u64,
+        /// Shortest epoch with output waiting.
+        min_ms: u64,
+    },
+    /// End the VM.
+    Stop,
+}
+
+/// The machine a standby becomes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Activate {
+    /// The configuration in which this host owns the VM.
+    pub view: chain::View,
+    /// The checkpoint that memory and mirrors are at.
+    pub epoch: Epoch,
+    /// Encoded [`checkpoint::MachineState`].
+    pub machine: Vec<u8>,
+    /// The mirrors' files, in disk order.
+    pub disks: Vec<std::path::PathBuf>,
+}
+
+/// VM process to agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromChild {
+    /// Boot: the guest runs. Standby: instantiated and waiting. `shape` says what a replica needs.
+    Ready {
+        /// What a replica needs to hold this VM.
+        shape: Box<chain::VmShape>,
+    },
+    /// An activated standby's guest runs. Times are CLOCK_MONOTONIC microseconds.
+    Activated {
+        /// When the message to activate had arrived.
+        begun_us: u64,
+        /// When vCPU and device state were restored.
+        restored_us: u64,
+        /// When the guest ran again.
+        running_us: u64,
+    },
+    /// The first checkpoint of this configuration is committed.
+    Protected {
+        /// The configuration.
+        generation: Generation,
+        /// The checkpoint.
+        epoch: Epoch,
+        /// Milliseconds since protection began.
+        sync_ms: u64,
+    },
+    /// A replica follows a newer generation: this VM has stopped and dropped what it held.
+    Superseded {
+        /// That generation.
+        generation: Generation,
+    },
+    /// The chain does not answer any more; output stays held until the master has decided.
+    ChainLost {
+        /// Generation in which it was lost.
+        generation: Generation,
+        /// The replica that was lost, if known.
+        host: Option<HostId>,
+        /// Why.
+        why: String,
+    },
+    /// Answer to [`ToChild::TakeStats`].
+    Stats(Box<EpochStats>),
+    /// The guest has ended (shutdown, reset or crash).
+    GuestEnded {
+        /// How.
+        how: String,
+    },
+    /// The process cannot go on.
+    Fatal(String),
+}

@@ -1,0 +1,231 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Keeps a running, unmodified VM alive through the death of its host.
+#[derive(Debug, Parser)]
+#[command(name = "understudy", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run this host's agent.
+    Agent {
+        /// The host's configuration.
+        #[arg(long, value_name = "HOST.TOML")]
+        config: PathBuf,
+    },
+    /// Run a VM without protection, as a plain VMM; its console is this terminal.
+    Vmm {
+        /// The VM's configuration.
+        #[arg(long, value_name = "VM.TOML", required_unless_present = "child_fd")]
+        config: Option<PathBuf>,
+        /// Used by the agent.
+        #[arg(long, hide = true, conflicts_with = "config")]
+        child_fd: Option<i32>,
+    },
+    /// Boot a VM on this host without protecting it yet.
+    Start {
+        /// The VM's configuration.
+        #[arg(value_name = "VM.TOML")]
+        config: PathBuf,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Protect a VM: a configuration file boots it first, a name means one that runs already.
+    Protect {
+        /// `vm.toml`, or the name of a VM that runs on this host.
+        vm: String,
+        /// Backup hosts, head of the chain first (default: the configuration's `protect.backups`).
+        #[arg(long, value_delimiter = ',')]
+        backups: Vec<String>,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// End a VM that runs on this host, on all hosts.
+    Stop {
+        /// The VM's name.
+        vm: String,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// What this host knows of its VMs.
+    Status {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Take a VM over on this host, which holds a replica of it.
+    Failover {
+        /// The VM's name.
+        vm: String,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// What has happened on this host.
+    Events {
+        /// As JSON, one event a line.
+        #[arg(long)]
+        json: bool,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Protect a VM, kill its host, and watch a client's TCP connection go on.
+    Demo(DemoArgs),
+    /// Measure.
+    Bench {
+        /// What.
+        #[command(subcommand)]
+        bench: BenchCommand,
+    },
+}
+
+/// How the agent is reached.
+#[derive(Clone, Debug, Args)]
+pub struct Control {
+    /// The agent's control socket.
+    #[arg(long, default_value = "/run/understudy/control.sock")]
+    pub control: PathBuf,
+}
+
+/// Options of `understudy demo`.
+#[derive(Clone, Debug, Args)]
+pub struct DemoArgs {
+    /// A stock guest's kernel (bzImage or ELF) instead of the probe guest.
+    #[arg(long)]
+    pub kernel: Option<PathBuf>,
+    /// Its initial ram disk.
+    #[arg(long, requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Its command line; it has to bring the network up at 10.77.0.2/24.
+    #[arg(long, requires = "kernel")]
+    pub cmdline: Option<String>,
+    /// A raw disk image (a copy of it is used).
+    #[arg(long)]
+    pub disk: Option<PathBuf>,
+    /// TCP port of an echoing or redis-like service in the stock guest.
+    #[arg(long, default_value_t = 6379, requires = "kernel")]
+    pub port: u16,
+    /// Guest memory in MiB.
+    #[arg(long, default_value_t = 128)]
+    pub memory_mib: u64,
+    /// Virtual CPUs.
+    #[arg(long, default_value_t = 1)]
+    pub vcpus: u8,
+    /// Backups.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]
+    pub backups: u8,
+    /// Pages the probe guest dirties per pass.
+    #[arg(long, default_value_t = 256)]
+    pub pages: u64,
+    /// Iterations of work after each page.
+    #[arg(long, default_value_t = 20_000)]
+    pub work: u64,
+    /// Longest epoch in milliseconds.
+    #[arg(long, default_value_t = 25)]
+    pub epoch_ms: u64,
+    /// Seconds of traffic before the owner is killed.
+    #[arg(long, default_value_t = 2)]
+    pub seconds: u64,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Keep the working directory with the agents' logs.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// The benches.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// How long the guest stands still, and what protection costs it.
+    Pause(PauseArgs),
+    /// Request/response latency, unprotected and protected.
+    Latency(LatencyArgs),
+    /// Failovers: time per phase, requests lost, connections broken.
+    Failover(FailoverArgs),
+}
+
+/// Options of `understudy bench pause`.
+#[derive(Clone, Debug, Args)]
+pub struct PauseArgs {
+    /// Pages dirtied per pass.
+    #[arg(long, default_value_t = 4096)]
+    pub pages: u64,
+    /// Iterations of work after each page.
+    #[arg(long, default_value_t = 2000)]
+    pub work: u64,
+    /// Epoch length in milliseconds.
+    #[arg(long, default_value_t = 25)]
+    pub epoch_ms: u64,
+    /// Seconds per measurement; each of the three runs twice.
+    #[arg(long, default_value_t = 10)]
+    pub seconds: u64,
+    /// Backups.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=4))]
+    pub backups: u8,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `understudy bench latency`.
+#[derive(Clone, Debug, Args)]
+pub struct LatencyArgs {
+    /// Seconds per measurement.
+    #[arg(long, default_value_t = 5)]
+    pub seconds: u64,
+    /// Longest epoch in milliseconds.
+    #[arg(long, default_value_t = 25)]
+    pub epoch_ms: u64,
+    /// Pages dirtied per pass meanwhile.
+    #[arg(long, default_value_t = 0)]
+    pub pages: u64,
+    /// Iterations of work after each page.
+    #[arg(long, default_value_t = 20_000)]
+    pub work: u64,
+    /// Backups.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=4))]
+    pub backups: u8,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `understudy bench failover`.
+#[derive(Clone, Debug, Args)]
+pub struct FailoverArgs {
+    /// Failovers.
+    #[arg(long, default_value_t = 10)]
+    pub runs: u32,
+    /// Backups.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]
+    pub backups: u8,
+    /// Pages dirtied per pass.
+    #[arg(long, default_value_t = 256)]
+    pub pages: u64,
+    /// Iterations of work after each page.
+    #[arg(long, default_value_t = 20_000)]
+    pub work: u64,
+    /// Longest epoch in milliseconds.
+    #[arg(long, default_value_t = 25)]
+    pub epoch_ms: u64,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,7 @@
+//! The control socket: what the command line (and the demo and the benches) ask of an agent.
+
+mod client;
+mod proto;
+
+pub use client::{ControlClient, ControlError};
+pub use proto::{Event, EventKind, FailoverReport, MemberStatus, Reply, Request, VmStatus};

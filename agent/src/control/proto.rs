@@ -1,0 +1,180 @@
+//! Requests and replies on the control socket (over [`crate::ipc`]).
+
+use serde::{Deserialize, Serialize};
+
+use crate::epoch::EpochStats;
+
+/// What can be asked of an agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Boot a VM on this host, unprotected for now.
+    Start {
+        /// Text of its `vm.toml`.
+        toml: String,
+        /// The file's name, for messages.
+        name: String,
+    },
+    /// Protect a running VM of this host by these backups (its configuration's when empty).
+    Protect {
+        /// The VM.
+        vm: String,
+        /// Host names, head first.
+        backups: Vec<String>,
+    },
+    /// End a VM of this host everywhere.
+    Stop {
+        /// The VM.
+        vm: String,
+    },
+    /// What this host knows of its VMs.
+    Status,
+    /// A VM's epoch figures since the last such request.
+    Stats {
+        /// The VM.
+        vm: String,
+    },
+    /// Take the VM over on this host, which holds a replica of it.
+    Failover {
+        /// The VM.
+        vm: String,
+    },
+    /// Events after number `since` (0: all kept).
+    Events {
+        /// The last number seen.
+        since: u64,
+    },
+    /// Bench: harvest the dirty log every `ms` without copying or sending (0: stop).
+    HarvestOnly {
+        /// The VM.
+        vm: String,
+        /// Period.
+        ms: u64,
+    },
+    /// Bench and tests: change the epoch lengths.
+    EpochMs {
+        /// The VM.
+        vm: String,
+        /// Longest.
+        ms: u64,
+        /// Shortest with output waiting.
+        min_ms: u64,
+    },
+}
+
+/// An agent's answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Ok,
+    /// Not done, and why.
+    Error(String),
+    /// Answer to [`Request::Status`].
+    Status(Vec<VmStatus>),
+    /// Answer to [`Request::Stats`].
+    Stats(Box<EpochStats>),
+    /// Answer to [`Request::Events`].
+    Events(Vec<Event>),
+}
+
+/// One replica as its host or the owner sees it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct MemberStatus {
+    /// Host name.
+    pub host: String,
+    /// Chain server.
+    pub addr: String,
+}
+
+/// One VM as one host sees it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Name.
+    pub name: String,
+    /// The host that answers.
+    pub host: String,
+    /// `owner`, `replica` or `none` on that host.
+    pub role: String,
+    /// Whether a host may die without the VM being lost.
+    pub protected: bool,
+    /// In words: Protected, or why not.
+    pub state: String,
+    /// Owner.
+    pub owner: String,
+    /// Chain, head first.
+    pub chain: Vec<MemberStatus>,
+    /// Generation.
+    pub generation: u64,
+    /// Newest epoch that is safe, as this host knows it.
+    pub epoch: u64,
+    /// Process id of the VM or standby on that host, 0 if none.
+    pub pid: u32,
+    /// The last failover to this host.
+    pub failover: Option<FailoverReport>,
+}
+
+/// One failover, in CLOCK_MONOTONIC microseconds of the host that took over.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct FailoverReport {
+    /// The VM.
+    pub vm: String,
+    /// Why: silence, or an administrator's order.
+    pub cause: String,
+    /// The new generation.
+    pub generation: u64,
+    /// The checkpoint resumed from.
+    pub epoch: u64,
+    /// Silence on the checkpoint stream before the suspicion, milliseconds.
+    pub silence_ms: u64,
+    /// Suspected, the replica frozen.
+    pub suspected_us: u64,
+    /// The master has decided.
+    pub decided_us: u64,
+    /// Memory and mirrors at the checkpoint, the standby told.
+    pub handed_us: u64,
+    /// vCPU and device state restored.
+    pub restored_us: u64,
+    /// The guest runs.
+    pub running_us: u64,
+}
+
+/// What kind of event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EventKind {
+    /// A VM was started here.
+    Started,
+    /// The first checkpoint of a configuration is committed.
+    Protected,
+    /// A standby for a VM is instantiated and waiting.
+    StandbyReady,
+    /// Silence on a checkpoint stream.
+    Suspected,
+    /// The master gave this host the VM.
+    Decided,
+    /// The VM runs here now.
+    Activated,
+    /// The master gave the VM to another host, or refused.
+    Refused,
+    /// The owner lost (part of) its chain.
+    ChainLost,
+    /// This host's VM was superseded and has been stopped.
+    Superseded,
+    /// The guest ended.
+    GuestEnded,
+    /// Something failed.
+    Failed,
+}
+
+/// One event.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// Number, ascending from 1.
+    pub number: u64,
+    /// CLOCK_MONOTONIC, microseconds.
+    pub at_us: u64,
+    /// What.
+    pub kind: EventKind,
+    /// The VM.
+    pub vm: String,
+    /// In words.
+    pub text: String,
+}

@@ -1,0 +1,213 @@
+//! The control socket's serving side.
+
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use chain::Member;
+use chain::master::Command;
+use checkpoint::HostId;
+
+use super::vms::{Entry, Part};
+use super::{AgentError, Daemon, failover, lock, reconcile};
+use crate::child::proto::ToChild;
+use crate::config::VmConfig;
+use crate::control::{MemberStatus, Reply, Request, VmStatus};
+use crate::ipc;
+
+/// How long a VM process may take to answer a question.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Binds the control socket, replacing one that nobody listens at any more.
+pub(super) fn bind(path: &Path) -> Result<UnixListener, AgentError> {
+    let fail = |source| AgentError::Control {
+        path: path.into(),
+        source,
+    };
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(fail)?;
+    }
+    let stale = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
+        && UnixStream::connect(path).is_err();
+    if stale {
+        std::fs::remove_file(path).map_err(fail)?;
+    }
+    UnixListener::bind(path).map_err(fail)
+}
+
+/// Serves one connection.
+pub(super) fn serve(daemon: &Arc<Daemon>, stream: &UnixStream) {
+    while let Ok((request, _)) = ipc::recv::<Request>(stream) {
+        let reply = answer(daemon, request).unwrap_or_else(Reply::Error);
+        if ipc::send(stream, &reply, &[]).is_err() {
+            return;
+        }
+    }
+}
+
+fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
+    match request {
+        Request::Start { toml, name } => reconcile::start_vm(daemon, &toml, &name)?,
+        Request::Protect { vm, backups } => protect(daemon, &vm, backups)?,
+        Request::Stop { vm } => stop(daemon, &vm)?,
+        Request::Status => return Ok(Reply::Status(status(daemon))),
+        Request::Stats { vm } => {
+            let (sender, receiver) = channel();
+            let child = {
+                let mut vms = lock(&daemon.vms);
+                let entry = owned(vms.by_name(&vm), &vm)?;
+                entry.waiting.stats.push(sender);
+                entry.child.clone()
+            };
+            child.send(&ToChild::TakeStats).map_err(|e| e.to_string())?;
+            let stats = receiver
+                .recv_timeout(PATIENCE)
+                .map_err(|_| "the VM's process does not answer".to_string())?;
+            return Ok(Reply::Stats(Box::new(stats)));
+        }
+        Request::Failover { vm } => failover::by_order(daemon, &vm)?,
+        Request::Events { since } => return Ok(Reply::Events(daemon.events.since(since))),
+        Request::HarvestOnly { vm, ms } => tell(daemon, &vm, &ToChild::HarvestOnly { ms })?,
+        Request::EpochMs { vm, ms, min_ms } => tell(daemon, &vm, &ToChild::EpochMs { ms, min_ms })?,
+    }
+    Ok(Reply::Ok)
+}
+
+fn owned<'a>(entry: Option<&'a mut Entry>, name: &str) -> Result<&'a mut Entry, String> {
+    match entry {
+        Some(entry) if entry.part == Part::Owner => Ok(entry),
+        Some(entry) => Err(format!(
+            "{name} runs on {}; ask that host's agent",
+            entry.record.view.owner
+        )),
+        None => Err(format!(
+            "no VM named {name:?} runs on this host (`understudy status` lists them)"
+        )),
+    }
+}
+
+fn tell(daemon: &Daemon, vm: &str, message: &ToChild) -> Result<(), String> {
+    let child = owned(lock(&daemon.vms).by_name(vm), vm)?.child.clone();
+    child.send(message).map_err(|e| e.to_string())
+}
+
+fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(), String> {
+    let view = {
+        let mut vms = lock(&daemon.vms);
+        owned(vms.by_name(name), name)?.record.view.clone()
+    };
+    let backups = if backups.is_empty() {
+        let mut vms = lock(&daemon.vms);
+        let entry = owned(vms.by_name(name), name)?;
+        VmConfig::from_text(Path::new(name), &entry.record.shape.config_toml)
+            .map_err(|e| e.to_string())?
+            .protect
+            .backups
+    } else {
+        backups
+    };
+    if backups.is_empty() {
+        return Err(format!(
+            "{name}: no backups are named, neither here nor in its configuration's [protect] backups"
+        ));
+    }
+    let chain = backups
+        .iter()
+        .map(|backup| {
+            let addr = daemon.config.peers.get(backup).copied().ok_or_else(|| {
+                let known: Vec<&str> = daemon.config.peers.keys().map(String::as_str).collect();
+                format!("backup {backup:?} is not among this host's peers ({}): add it to [peers] in host.toml", known.join(", "))
+            })?;
+            // A backup that nobody can reach would only be found out while the VM waits for it.
+            std::net::TcpStream::connect_timeout(&addr, Duration::from_secs(2))
+                .map_err(|e| format!("backup {backup} at {addr} cannot be reached: {e} (is its agent running?)"))?;
+            Ok(Member { host: HostId::new(backup).map_err(|e| e.to_string())?, addr })
+        })
+        .collect::<Result<Vec<_>, String>>()?;
+    let command = Command::Reconfigure {
+        vm: view.vm,
+        expect: view.generation,
+        by: daemon.host.clone(),
+        chain,
+    };
+    let record = daemon.master.propose(&command).map_err(|e| e.to_string())?;
+    reconcile::apply(daemon, &record);
+    Ok(())
+}
+
+fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
+    let view = {
+        let mut vms = lock(&daemon.vms);
+        owned(vms.by_name(name), name)?.record.view.clone()
+    };
+    let command = Command::Remove {
+        vm: view.vm,
+        expect: view.generation,
+        by: daemon.host.clone(),
+    };
+    daemon.master.propose(&command).map_err(|e| e.to_string())?;
+    let _changing = lock(&daemon.changing);
+    let entry = lock(&daemon.vms).map.remove(&view.vm);
+    if let Some(entry) = entry {
+        entry.child.kill();
+    }
+    Ok(())
+}
+
+fn status(daemon: &Daemon) -> Vec<VmStatus> {
+    let vms = lock(&daemon.vms);
+    vms.map
+        .values()
+        .map(|entry| {
+            let view = &entry.record.view;
+            let replica = daemon.replicas.status(view.vm);
+            let (role, protected, state, epoch) = match entry.part {
+                Part::Owner => {
+                    let protected =
+                        entry.protected == Some(view.generation) && !view.chain.is_empty();
+                    let state = match (&entry.trouble, protected) {
+                        (Some(trouble), _) => format!("Not protected: {trouble}"),
+                        (None, true) => "Protected".into(),
+                        (None, false) if view.chain.is_empty() => {
+                            "Not protected: no backups".into()
+                        }
+                        (None, false) => "Not protected: the first checkpoint is on its way".into(),
+                    };
+                    ("owner", protected && entry.trouble.is_none(), state, 0)
+                }
+                Part::Standby => {
+                    let epoch = replica.as_ref().and_then(|r| r.epoch);
+                    let state = match (replica.as_ref().and_then(|r| r.failed.clone()), epoch) {
+                        (Some(why), _) => format!("Replica failed: {why}"),
+                        (None, Some(_)) => "Standing by".into(),
+                        (None, None) => "Synchronising".into(),
+                    };
+                    ("replica", epoch.is_some(), state, epoch.map_or(0, |e| e.0))
+                }
+            };
+            VmStatus {
+                name: view.name.clone(),
+                host: daemon.host.to_string(),
+                role: role.into(),
+                protected,
+                state,
+                owner: view.owner.to_string(),
+                chain: view
+                    .chain
+                    .iter()
+                    .map(|m| MemberStatus {
+                        host: m.host.to_string(),
+                        addr: m.addr.to_string(),
+                    })
+                    .collect(),
+                generation: view.generation.0,
+                epoch,
+                pid: entry.child.pid(),
+                failover: entry.failover.clone(),
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,371 @@
+//! Makes this host be to each VM what the master has decided.
+
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chain::master::Command;
+use chain::{VmRecord, VmShape};
+use checkpoint::VmId;
+
+use super::child::ChildHandle;
+use super::vms::{Entry, Part, Waiting};
+use super::{Daemon, failover, lock};
+use crate::child::proto::{FromChild, Role, Start, TapSpec, ToChild};
+use crate::child::{open_disks, shape_of};
+use crate::config::{Durability, VmConfig};
+use crate::control::EventKind;
+
+/// Follows the master's decisions until the process ends.
+pub(super) fn run(daemon: &Arc<Daemon>) {
+    let mut revision = 0;
+    let mut reachable = true;
+    loop {
+        match daemon.master.watch(revision, Duration::from_secs(5)) {
+            Ok(snapshot) => {
+                reachable = true;
+                if snapshot.revision != revision {
+                    revision = snapshot.revision;
+                    for record in &snapshot.records {
+                        apply(daemon, record);
+                    }
+                    forget(daemon, &snapshot.records);
+                }
+            }
+            Err(e) => {
+                if std::mem::replace(&mut reachable, false) {
+                    tracing::warn!("{e}");
+                }
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        }
+    }
+}
+
+/// Brings one VM in line with `record`, unless this host has gone further already.
+pub(super) fn apply(daemon: &Arc<Daemon>, record: &VmRecord) {
+    let _changing = lock(&daemon.changing);
+    apply_locked(daemon, record);
+}
+
+/// As [`apply`], by a caller that holds `changing`.
+pub(super) fn apply_locked(daemon: &Arc<Daemon>, record: &VmRecord) {
+    let view = &record.view;
+    let known = lock(&daemon.vms)
+        .map
+        .get(&view.vm)
+        .map(|e| (e.part, e.record.view.generation));
+    if known.is_some_and(|(_, generation)| generation >= view.generation) {
+        return;
+    }
+    let mine = view.owner == daemon.host;
+    let member = view.position(&daemon.host).is_some();
+    match known {
+        Some((Part::Owner, _)) if mine => {
+            let child = {
+                let mut vms = lock(&daemon.vms);
+                let Some(entry) = vms.map.get_mut(&view.vm) else {
+                    return;
+                };
+                entry.record = record.clone();
+                entry.trouble = None;
+                entry.child.clone()
+            };
+            if let Err(e) = child.send(&ToChild::Protect(Box::new(view.clone()))) {
+                daemon.events.add(
+                    EventKind::Failed,
+                    &view.name,
+                    format!("the VM's process is gone: {e}"),
+                );
+            }
+        }
+        Some((Part::Owner, _)) => {
+            drop_entry(daemon, view.vm);
+            daemon.events.add(
+                EventKind::Superseded,
+                &view.name,
+                format!(
+                    "{} owns it in generation {}: stopped here",
+                    view.owner, view.generation
+                ),
+            );
+            if member {
+                become_standby(daemon, record);
+            }
+        }
+        Some((Part::Standby, _)) if member => {
+            if daemon.replicas.adopt(view.clone()).is_ok()
+                && let Some(entry) = lock(&daemon.vms).map.get_mut(&view.vm)
+            {
+                entry.record = record.clone();
+            }
+        }
+        Some((Part::Standby, _)) if mine => {
+            // Granted to this host, but the answer to the takeover that asked for it was lost: ask again, the master
+            // answers a repeated question as it did the first time.
+            let (daemon, vm) = (daemon.clone(), view.vm);
+            std::thread::spawn(move || failover::resume(&daemon, vm));
+        }
+        Some((Part::Standby, _)) => {
+            daemon.replicas.remove(view.vm, view.generation);
+            drop_entry(daemon, view.vm);
+        }
+        None if member && !mine => become_standby(daemon, record),
+        None => {}
+    }
+}
+
+fn drop_entry(daemon: &Daemon, vm: VmId) {
+    let entry = lock(&daemon.vms).map.remove(&vm);
+    if let Some(entry) = entry {
+        entry.child.kill();
+    }
+}
+
+/// VMs that the master does not know any more.
+fn forget(daemon: &Daemon, records: &[VmRecord]) {
+    let _changing = lock(&daemon.changing);
+    let gone: Vec<(VmId, checkpoint::Generation)> = lock(&daemon.vms)
+        .map
+        .iter()
+        .filter(|(vm, _)| !records.iter().any(|r| r.view.vm == **vm))
+        .map(|(vm, entry)| (*vm, entry.record.view.generation))
+        .collect();
+    for (vm, generation) in gone {
+        daemon.replicas.remove(vm, generation.next());
+        drop_entry(daemon, vm);
+    }
+}
+
+fn taps(daemon: &Daemon, config: &VmConfig, vm: VmId) -> Result<Vec<TapSpec>, String> {
+    config
+        .net
+        .iter()
+        .enumerate()
+        .map(|(i, card)| {
+            if let Some(name) = &card.tap {
+                return Ok(TapSpec { name: name.clone(), bridge: None });
+            }
+            let wanted = card.network.clone().unwrap_or_default();
+            let network = daemon.config.networks.get(&wanted).ok_or_else(|| {
+                format!("{}: net[{i}]: network {wanted:?} is not in host {}'s configuration: add [networks.{wanted}]", config.name, daemon.host)
+            })?;
+            Ok(TapSpec { name: format!("{}{vm}n{i}", network.tap_prefix), bridge: network.bridge.clone() })
+        })
+        .collect()
+}
+
+fn start_message(
+    daemon: &Daemon,
+    config: &VmConfig,
+    toml: &str,
+    vm: VmId,
+    role: Role,
+) -> Result<Start, String> {
+    Ok(Start {
+        config_toml: toml.to_string(),
+        config_name: format!("{}.toml", config.name),
+        taps: taps(daemon, config, vm)?,
+        role,
+        heartbeat_ms: daemon.config.detection.heartbeat_ms,
+        host: daemon.host.clone(),
+    })
+}
+
+/// Boots a VM on this host, registered with the master before its first instruction.
+pub(super) fn start_vm(daemon: &Arc<Daemon>, toml: &str, name: &str) -> Result<(), String> {
+    let config = VmConfig::from_text(Path::new(name), toml).map_err(|e| e.to_string())?;
+    let shape: VmShape = {
+        let disks = open_disks(&config).map_err(|e| e.to_string())?;
+        shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
+    };
+    taps(daemon, &config, VmId::ZERO)?;
+    let _changing = lock(&daemon.changing);
+    let register = Command::Register {
+        name: config.name.clone(),
+        owner: daemon.host.clone(),
+        shape,
+    };
+    let record = daemon
+        .master
+        .propose(&register)
+        .map_err(|e| e.to_string())?;
+    let vm = record.view.vm;
+    let result = boot(daemon, &config, toml, record.clone());
+    if result.is_err() {
+        let remove = Command::Remove {
+            vm,
+            expect: record.view.generation,
+            by: daemon.host.clone(),
+        };
+        if let Err(e) = daemon.master.propose(&remove) {
+            tracing::warn!("{}: removing it from the master's record: {e}", config.name);
+        }
+        drop_entry(daemon, vm);
+    }
+    result
+}
+
+fn boot(
+    daemon: &Arc<Daemon>,
+    config: &VmConfig,
+    toml: &str,
+    record: VmRecord,
+) -> Result<(), String> {
+    let vm = record.view.vm;
+    let start = start_message(daemon, config, toml, vm, Role::Boot)?;
+    let (sender, ready) = std::sync::mpsc::channel();
+    let reporting = daemon.clone();
+    let child = ChildHandle::start(&start, &[], move |message| match message {
+        Some(FromChild::Ready { .. }) => drop(sender.send(Ok(()))),
+        Some(FromChild::Fatal(why)) => {
+            let _ = sender.send(Err(why.clone()));
+            report(&reporting, vm, Some(FromChild::Fatal(why)));
+        }
+        other => report(&reporting, vm, other),
+    })
+    .map_err(|e| format!("starting the VM's process: {e}"))?;
+    let entry = Entry {
+        record,
+        part: Part::Owner,
+        child,
+        protected: None,
+        trouble: None,
+        failover: None,
+        waiting: Waiting::default(),
+    };
+    lock(&daemon.vms).map.insert(vm, entry);
+    match ready.recv_timeout(Duration::from_secs(60)) {
+        Ok(Ok(())) => {
+            daemon
+                .events
+                .add(EventKind::Started, &config.name, "runs, not protected yet");
+            Ok(())
+        }
+        Ok(Err(why)) => Err(why),
+        Err(_) => Err(format!(
+            "{}: its process ended, or did not boot within a minute",
+            config.name
+        )),
+    }
+}
+
+fn become_standby(daemon: &Arc<Daemon>, record: &VmRecord) {
+    if let Err(why) = try_standby(daemon, record) {
+        daemon.events.add(
+            EventKind::Failed,
+            &record.view.name,
+            format!("cannot stand by: {why}"),
+        );
+        daemon
+            .replicas
+            .remove(record.view.vm, record.view.generation);
+    }
+}
+
+fn try_standby(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
+    let (view, shape) = (&record.view, &record.shape);
+    let config = VmConfig::from_text(Path::new(&view.name), &shape.config_toml)
+        .map_err(|e| e.to_string())?;
+    let durability = match config.protect.durability {
+        Durability::Memory => diskbuf::Durability::Memory,
+        Durability::Disk => diskbuf::Durability::Disk,
+    };
+    let ram = daemon
+        .replicas
+        .create(view.clone(), shape.clone(), durability)
+        .map_err(|e| e.to_string())?;
+    let role = Role::Standby {
+        disk_sizes: shape.disks.clone(),
+    };
+    let start = start_message(daemon, &config, &shape.config_toml, view.vm, role)?;
+    let fds: Vec<_> = ram.iter().map(AsRawFd::as_raw_fd).collect();
+    let (vm, reporting) = (view.vm, daemon.clone());
+    let child = ChildHandle::start(&start, &fds, move |message| report(&reporting, vm, message))
+        .map_err(|e| format!("starting the standby's process: {e}"))?;
+    let entry = Entry {
+        record: record.clone(),
+        part: Part::Standby,
+        child,
+        protected: None,
+        trouble: None,
+        failover: None,
+        waiting: Waiting::default(),
+    };
+    lock(&daemon.vms).map.insert(vm, entry);
+    Ok(())
+}
+
+/// A report of a VM's process.
+fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
+    let name = daemon.name_of(vm);
+    let mut vms = lock(&daemon.vms);
+    let Some(entry) = vms.map.get_mut(&vm) else {
+        return;
+    };
+    match message {
+        Some(FromChild::Ready { .. }) => {
+            daemon.events.add(
+                EventKind::StandbyReady,
+                &name,
+                "the standby is instantiated and waits",
+            );
+        }
+        Some(message @ FromChild::Activated { .. }) => {
+            if let Some(waiting) = entry.waiting.activated.take() {
+                let _ = waiting.send(message);
+            }
+        }
+        Some(FromChild::Protected {
+            generation,
+            epoch,
+            sync_ms,
+        }) => {
+            entry.protected = Some(generation);
+            entry.trouble = None;
+            let text = format!(
+                "protected from checkpoint {epoch} on (generation {generation}, synchronised in {sync_ms} ms)"
+            );
+            daemon.events.add(EventKind::Protected, &name, text);
+        }
+        Some(FromChild::Stats(stats)) => {
+            for waiting in entry.waiting.stats.drain(..) {
+                let _ = waiting.send((*stats).clone());
+            }
+        }
+        Some(FromChild::Superseded { generation }) => {
+            let text = format!(
+                "a replica follows generation {generation}: the VM has stopped and dropped its held output"
+            );
+            daemon.events.add(EventKind::Superseded, &name, text);
+        }
+        Some(FromChild::ChainLost {
+            generation,
+            host,
+            why,
+        }) => {
+            let lost = host.map_or_else(|| "the chain".to_string(), |h| h.to_string());
+            entry.trouble = Some(format!("{lost} is lost: {why}"));
+            daemon.events.add(
+                EventKind::ChainLost,
+                &name,
+                format!("{lost} is lost in generation {generation}: {why}"),
+            );
+        }
+        Some(FromChild::GuestEnded { how }) => daemon.events.add(EventKind::GuestEnded, &name, how),
+        Some(FromChild::Fatal(why)) => {
+            entry.trouble = Some(why.clone());
+            daemon.events.add(EventKind::Failed, &name, why);
+        }
+        None => {
+            let part = entry.part;
+            if part == Part::Owner {
+                entry.trouble = Some("its process has ended".into());
+            }
+            daemon
+                .events
+                .add(EventKind::Failed, &name, "the VM's process has ended");
+        }
+    }
+}

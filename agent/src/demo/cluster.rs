@@ -1,0 +1,327 @@
+//! Several hosts on one machine: an agent process each, in a network namespace of our own, with a bridge that the VM's
+//! taps and the client share. Used by the demo and the benches.
+
+use std::fs::{self, File};
+use std::net::Ipv4Addr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use netbuf::netconf;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::control::{ControlClient, EventKind, Request, VmStatus};
+
+/// The client's address, on the bridge.
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// The guest's.
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// The bridge's name, in the namespace of our own.
+pub const BRIDGE: &str = "usbr0";
+/// Generous bound for anything that should take milliseconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// One host.
+#[derive(Debug)]
+pub struct Host {
+    /// a, b, c, ...
+    pub name: String,
+    control: PathBuf,
+    agent: Child,
+}
+
+impl Host {
+    /// A connection to its agent.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn control(&self) -> Outcome<ControlClient> {
+        Ok(ControlClient::connect(&self.control)?)
+    }
+
+    /// Ends its agent and its VM processes at once, as if the host lost power.
+    pub fn kill(&mut self) {
+        let _ = killpg(Pid::from_raw(self.agent.id() as i32), Signal::SIGKILL);
+        let _ = self.agent.wait();
+    }
+}
+
+/// The hosts.
+#[derive(Debug)]
+pub struct Cluster {
+    dir: PathBuf,
+    hosts: std::cell::RefCell<Vec<Host>>,
+    names: Vec<HostName>,
+    keep: AtomicBool,
+}
+
+/// A host's name.
+#[derive(Debug)]
+pub struct HostName {
+    /// a, b, c, ...
+    pub name: String,
+}
+
+/// Whether this machine can run VMs and taps at all.
+///
+/// # Errors
+/// Naming what is missing and the remedy.
+pub fn check_host() -> Outcome<()> {
+    for (path, remedy) in [
+        (
+            "/dev/kvm",
+            "run on a machine with KVM, as a user who may use it (group kvm), or inside `scripts/kvm-host`, which emulates one: scripts/kvm-host target/release/understudy demo",
+        ),
+        (
+            "/dev/net/tun",
+            "load the kernel's tun module (modprobe tun), and run as a user who may open it",
+        ),
+    ] {
+        if let Err(e) = File::options().read(true).write(true).open(path) {
+            return Err(format!("{path}: {e}; {remedy}").into());
+        }
+    }
+    Ok(())
+}
+
+impl Cluster {
+    /// Moves this process into a network namespace of its own (and a user namespace, if it is not root) and starts an
+    /// owner's agent and `backups` more in it. Has to be called before the process has other threads.
+    ///
+    /// # Errors
+    /// Naming what is missing.
+    pub fn launch(backups: u8, keep: bool) -> Outcome<Self> {
+        netconf::unshare_userns_netns()?;
+        netconf::set_link("lo", true)?;
+        netconf::create_bridge(BRIDGE)?;
+        netconf::set_addr_v4(BRIDGE, CLIENT, 24)?;
+        netconf::set_link(BRIDGE, true)?;
+        Self::start(backups, keep)
+    }
+
+    /// As [`Cluster::launch`], in a namespace that has the bridge already.
+    ///
+    /// # Errors
+    /// Naming what is missing.
+    pub fn start(backups: u8, keep: bool) -> Outcome<Self> {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("understudy-{}-{number}", std::process::id()));
+        fs::create_dir_all(&dir)?;
+        let names: Vec<String> = (b'a'..=b'a' + backups)
+            .map(|c| char::from(c).to_string())
+            .collect();
+        let master = names.len() - 1;
+        let cluster = Self {
+            dir,
+            hosts: Default::default(),
+            names: names.iter().map(|n| HostName { name: n.clone() }).collect(),
+            keep: AtomicBool::new(keep),
+        };
+        // The last host first: it has the master.
+        for (i, name) in names.iter().enumerate().rev() {
+            let toml = host_toml(&cluster.dir, &names, i, master);
+            let path = cluster.dir.join(format!("{name}.toml"));
+            fs::write(&path, toml)?;
+            let log = File::create(cluster.dir.join(format!("{name}.log")))?;
+            let agent = Command::new(std::env::current_exe()?)
+                .args(["agent", "--config"])
+                .arg(&path)
+                .stdin(Stdio::null())
+                .stdout(log.try_clone()?)
+                .stderr(log)
+                .process_group(0)
+                .spawn()?;
+            let control = cluster.dir.join(format!("{name}.sock"));
+            cluster.hosts.borrow_mut().insert(
+                0,
+                Host {
+                    name: name.clone(),
+                    control: control.clone(),
+                    agent,
+                },
+            );
+            wait("its agent to listen", || {
+                ControlClient::connect(&control).ok().map(drop)
+            })
+            .map_err(|e| format!("host {name}: {e}; its log says: {}", cluster.log_tail(name)))?;
+        }
+        Ok(cluster)
+    }
+
+    /// The hosts' names, owner first.
+    #[must_use]
+    pub fn hosts(&self) -> &[HostName] {
+        &self.names
+    }
+
+    /// The working directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Keeps the working directory, and says where it is.
+    pub fn keep_logs(&self) -> &Path {
+        self.keep.store(true, Ordering::Relaxed);
+        &self.dir
+    }
+
+    fn log_tail(&self, name: &str) -> String {
+        let text = fs::read_to_string(self.dir.join(format!("{name}.log"))).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(3).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
+    }
+
+    /// A connection to the agent of host number `i`.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn control(&self, i: usize) -> Outcome<ControlClient> {
+        let hosts = self.hosts.borrow();
+        hosts.get(i).ok_or("no such host")?.control()
+    }
+
+    /// Process group of host number `i`: killing it is the host's death.
+    #[must_use]
+    pub fn pid(&self, i: usize) -> u32 {
+        self.hosts.borrow().get(i).map_or(0, |h| h.agent.id())
+    }
+
+    /// Host number `i` loses power.
+    pub fn kill(&self, i: usize) {
+        if let Some(host) = self.hosts.borrow_mut().get_mut(i) {
+            host.kill();
+        }
+    }
+
+    /// Boots the VM of `toml` on host 0.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn start_vm(&self, toml: &str) -> Outcome<()> {
+        Ok(self.control(0)?.order(&Request::Start {
+            toml: toml.into(),
+            name: "demo.toml".into(),
+        })?)
+    }
+
+    /// Protects a running VM by all other hosts and waits until it is.
+    ///
+    /// # Errors
+    /// The agent's, or that it took too long.
+    pub fn protect(&self, vm: &str) -> Outcome<()> {
+        let backups = self.names[1..].iter().map(|n| n.name.clone()).collect();
+        let mut control = self.control(0)?;
+        control.order(&Request::Protect {
+            vm: vm.into(),
+            backups,
+        })?;
+        wait("the VM to be protected", || {
+            let status = control.status().ok()?;
+            status
+                .into_iter()
+                .find(|s| s.name == vm && s.protected)
+                .map(drop)
+        })
+        .map_err(|e| format!("{e}; host a's log says: {}", self.log_tail("a")))?;
+        for i in 1..self.names.len() {
+            wait("a standby", || {
+                let events = self.control(i).ok()?.events(0).ok()?;
+                events
+                    .iter()
+                    .find(|e| e.kind == EventKind::StandbyReady && e.vm == vm)
+                    .map(drop)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Boots and protects.
+    ///
+    /// # Errors
+    /// As the two.
+    pub fn start_protected(&self, vm: &str, toml: &str) -> Outcome<()> {
+        self.start_vm(toml)?;
+        self.protect(vm)
+    }
+
+    /// The status of `vm` on the surviving host that owns it, once a failover to it is complete.
+    ///
+    /// # Errors
+    /// That it took too long.
+    pub fn wait_failover(&self, vm: &str) -> Outcome<(usize, VmStatus)> {
+        wait("a backup to take the VM over", || {
+            (1..self.names.len()).find_map(|i| {
+                let status = self.control(i).ok()?.status().ok()?;
+                status
+                    .into_iter()
+                    .find(|s| s.name == vm && s.role == "owner" && s.failover.is_some())
+                    .map(|s| (i, s))
+            })
+        })
+        .map_err(|e| {
+            let logs: Vec<String> = self.names[1..]
+                .iter()
+                .map(|n| format!("{}: {}", n.name, self.log_tail(&n.name)))
+                .collect();
+            format!("{e}; {}", logs.join("; ")).into()
+        })
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for host in self.hosts.borrow_mut().iter_mut() {
+            host.kill();
+        }
+        if !self.keep.load(Ordering::Relaxed) {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// Polls until `ready` answers.
+///
+/// # Errors
+/// After a minute.
+pub fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> Outcome<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = ready() {
+            return Ok(value);
+        }
+        if Instant::now() > deadline {
+            return Err(format!("waited {} s in vain for {what}", PATIENCE.as_secs()).into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn host_toml(dir: &Path, names: &[String], i: usize, master: usize) -> String {
+    // A namespace of our own: every port is free.
+    let addr = |i: usize| format!("127.0.0.1:{}", 7700 + i);
+    let mut toml = format!(
+        "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{listen}\"\n\n[master]\nconnect = \"127.0.0.1:7690\"\n",
+        name = names[i],
+        dir = dir.display(),
+        listen = addr(i),
+    );
+    if i == master {
+        toml += "serve = \"127.0.0.1:7690\"\n";
+    }
+    toml += "\n[peers]\n";
+    for (j, peer) in names.iter().enumerate().filter(|(j, _)| *j != i) {
+        toml += &format!("{peer} = \"{}\"\n", addr(j));
+    }
+    toml += &format!(
+        "\n[networks.lan]\nbridge = \"{BRIDGE}\"\ntap_prefix = \"us{}\"\n",
+        names[i]
+    );
+    toml
+}

@@ -1,0 +1,131 @@
+//! `understudy demo`: a protected VM, a client that talks to it all the time, and the death of its host.
+
+pub mod cluster;
+pub mod redis;
+pub mod scenario;
+pub mod vmfile;
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::cli::DemoArgs;
+use cluster::Cluster;
+use scenario::{Failover, Traffic};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// The demo's result, as `--json` prints it.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    connection_survived: bool,
+    acknowledged: u64,
+    lost: u64,
+    broken: u64,
+    guest: &'a str,
+    backups: u8,
+    failover: &'a Failover,
+}
+
+/// Runs the demo. The error says what is missing or what went wrong; success means that the connection survived and no
+/// acknowledged request was lost.
+///
+/// # Errors
+/// As said.
+pub fn run(args: &DemoArgs) -> Outcome<()> {
+    let say = |text: String| {
+        if !args.json {
+            println!("{text}");
+        }
+    };
+    cluster::check_host()?;
+    let cluster = Cluster::launch(args.backups, args.keep)?;
+    let names: Vec<&str> = cluster.hosts().iter().map(|h| h.name.as_str()).collect();
+    say(format!(
+        "Hosts {}: an agent each, on one machine, in a network namespace of the demo's own.",
+        names.join(", ")
+    ));
+    let vm = vmfile::write(&cluster, args)?;
+    let guest = if args.kernel.is_some() {
+        "stock"
+    } else {
+        "probe"
+    };
+    cluster.start_protected("demo", &vm)?;
+    let chain = names[1..].join(" -> ");
+    say(format!(
+        "VM demo ({guest} guest, {} MiB, {} vCPU) runs on a and is protected by the chain {chain}.",
+        args.memory_mib, args.vcpus
+    ));
+    let traffic = Traffic::start(args)?;
+    if !traffic.wait_acked(20, Duration::from_secs(20)) {
+        return Err(format!("the client got no answers: {:?}", traffic.errors()).into());
+    }
+    std::thread::sleep(Duration::from_secs(args.seconds));
+    let before = traffic.acked();
+    say(format!(
+        "A client at 10.77.0.1 talks TCP to the VM at 10.77.0.2: {before} numbered requests acknowledged so far."
+    ));
+    say("Now host a dies: SIGKILL to its agent and its VM process at once.".into());
+    let failover = scenario::kill_owner_and_wait(&cluster, "demo", &traffic)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let end = traffic.stop();
+    tell(&say, &failover);
+    let report = Report {
+        connection_survived: end.survived,
+        acknowledged: end.acked,
+        lost: end.lost,
+        broken: end.broken,
+        guest,
+        backups: args.backups,
+        failover: &failover,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    }
+    say(format!(
+        "The same TCP connection: {} requests acknowledged in all, {} of them after the failover; lost: {}, connections broken: {}.",
+        end.acked,
+        end.acked - before,
+        end.lost,
+        end.broken
+    ));
+    if !end.survived {
+        return Err(format!(
+            "the connection did not survive unharmed: lost {}, broken {}, verified {}; {:?} (logs: {})",
+            end.lost,
+            end.broken,
+            end.verified,
+            end.errors,
+            cluster.keep_logs().display()
+        )
+        .into());
+    }
+    Ok(())
+}
+
+fn tell(say: &impl Fn(String), f: &Failover) {
+    say(String::new());
+    say(format!(
+        "  {:>9.1} ms  host {} suspects: {}",
+        f.detect_ms, f.new_owner, f.cause
+    ));
+    say(format!(
+        "  {:>+9.1} ms  the master decides: {} owns the VM in generation {}",
+        f.decide_ms, f.new_owner, f.generation
+    ));
+    say(format!(
+        "  {:>+9.1} ms  the standby is activated and runs from checkpoint {}",
+        f.activate_ms, f.epoch
+    ));
+    say(format!(
+        "  {:>9.1} ms  after the kill: the client's first reply",
+        f.first_reply_ms
+    ));
+    if let Some(ms) = f.reprotected_ms {
+        say(format!(
+            "  {ms:>9.1} ms  after the kill: protected again by the remaining backup"
+        ));
+    }
+    say(String::new());
+}

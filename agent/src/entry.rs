@@ -1,0 +1,169 @@
+//! From the command line to the parts.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{BenchCommand, Cli, Command};
+use crate::config::{HostConfig, VmConfig};
+use crate::control::{ControlClient, Request};
+use crate::{bench, child, daemon, demo};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// The program. Errors go to standard error as one line and make the exit code 1.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("UNDERSTUDY_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("understudy: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    match command {
+        Command::Agent { config } => Ok(daemon::run_agent(HostConfig::load(&config)?)?),
+        Command::Vmm {
+            config: Some(config),
+            ..
+        } => Ok(child::run_plain(&config)?),
+        Command::Vmm { child_fd, .. } => {
+            let fd = child_fd.ok_or("--config or --child-fd is needed")?;
+            std::process::exit(child::run_child(fd))
+        }
+        Command::Start { config, control } => start(&control.control, &config).map(drop),
+        Command::Protect {
+            vm,
+            backups,
+            control,
+        } => protect(&control.control, &vm, backups),
+        Command::Stop { vm, control } => {
+            Ok(ControlClient::connect(&control.control)?.order(&Request::Stop { vm })?)
+        }
+        Command::Status { json, control } => status(&control.control, json),
+        Command::Failover { vm, control } => {
+            Ok(ControlClient::connect(&control.control)?.order(&Request::Failover { vm })?)
+        }
+        Command::Events { json, control } => events(&control.control, json),
+        Command::Demo(args) => demo::run(&args),
+        Command::Bench {
+            bench: BenchCommand::Pause(args),
+        } => bench::pause::run(&args),
+        Command::Bench {
+            bench: BenchCommand::Latency(args),
+        } => bench::latency::run(&args),
+        Command::Bench {
+            bench: BenchCommand::Failover(args),
+        } => bench::failover::run(&args),
+    }
+}
+
+fn start(control: &Path, config: &Path) -> Result<String, Box<dyn std::error::Error>> {
+    // Read and checked here, so that a typo is shown to whoever made it and relative paths mean this directory.
+    let (mut parsed, text) = VmConfig::load(config)?;
+    let mut toml = text;
+    if parsed.absolute_paths(&std::env::current_dir()?) {
+        toml = toml::to_string(&parsed)?;
+    }
+    let name = parsed.name.clone();
+    ControlClient::connect(control)?.order(&Request::Start {
+        toml,
+        name: config.display().to_string(),
+    })?;
+    println!("{name} runs");
+    Ok(name)
+}
+
+fn protect(control: &Path, vm: &str, backups: Vec<String>) -> Outcome {
+    let name = if Path::new(vm).is_file() {
+        start(control, Path::new(vm))?
+    } else {
+        vm.to_string()
+    };
+    let mut client = ControlClient::connect(control)?;
+    client.order(&Request::Protect {
+        vm: name.clone(),
+        backups,
+    })?;
+    loop {
+        let status = client
+            .status()?
+            .into_iter()
+            .find(|s| s.name == name)
+            .ok_or_else(|| format!("{name} has ended while it was being protected"))?;
+        if status.protected {
+            let chain: Vec<&str> = status.chain.iter().map(|m| m.host.as_str()).collect();
+            println!(
+                "{name} is protected by {} (generation {})",
+                chain.join(" -> "),
+                status.generation
+            );
+            return Ok(());
+        }
+        if let Some(trouble) = status.state.strip_prefix("Not protected: ")
+            && !trouble.contains("on its way")
+        {
+            return Err(format!("{name} runs on, but is not protected: {trouble}").into());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
+fn status(control: &Path, json: bool) -> Outcome {
+    let list = ControlClient::connect(control)?.status()?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&list)?);
+        return Ok(());
+    }
+    println!(
+        "{:<16} {:<8} {:<10} {:<24} {:>5} {:>10}  STATE",
+        "VM", "HERE", "OWNER", "CHAIN", "GEN", "EPOCH"
+    );
+    for vm in list {
+        let chain: Vec<&str> = vm.chain.iter().map(|m| m.host.as_str()).collect();
+        println!(
+            "{:<16} {:<8} {:<10} {:<24} {:>5} {:>10}  {}",
+            vm.name,
+            vm.role,
+            vm.owner,
+            if chain.is_empty() {
+                "-".into()
+            } else {
+                chain.join(" -> ")
+            },
+            vm.generation,
+            vm.epoch,
+            vm.state
+        );
+    }
+    Ok(())
+}
+
+fn events(control: &Path, json: bool) -> Outcome {
+    for event in ControlClient::connect(control)?.events(0)? {
+        if json {
+            println!("{}", serde_json::to_string(&event)?);
+        } else {
+            println!(
+                "{:>14.6}  {:<12} {:<16} {}",
+                event.at_us as f64 / 1e6,
+                format!("{:?}", event.kind),
+                event.vm,
+                event.text
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,15 @@
+//! The owner's side of protection: epochs of a running VM are captured, shipped to the chain and, once committed, their
+//! output is let out.
+//!
+//! [`pipeline`] decides (a plain state machine); [`owner`] runs the epoch loop; [`queue`] carries staged epochs and
+//! disk writes to the shipping thread ([`ship`]); [`staging`] copies dirty pages while the guest is paused and keeps
+//! the shadow that deltas are computed against.
+
+pub mod owner;
+pub mod pipeline;
+pub mod queue;
+pub mod ship;
+pub mod staging;
+mod stats;
+
+pub use stats::{EpochStats, Percentiles, Recorder, Series};

@@ -1,0 +1,600 @@
+//! The owner's epoch loop: one thread that pauses, captures and resumes the guest, and what it shares with the
+//! threads that ship, receive acks and do the devices' I/O.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use checkpoint::{Epoch, Generation, PageBitmap};
+use netbuf::Gate;
+use vmm::Vm;
+
+use super::pipeline::{Action, Mode, Pipeline};
+use super::queue::ShipQueue;
+use super::staging::{RamView, StagingError};
+use super::stats::{EpochStats, Recorder};
+
+/// Pages streamed in one piece during the first synchronisation.
+const SYNC_CHUNK: u64 = 1024;
+/// The first synchronisation pauses the guest for its last round once fewer pages than this are dirty.
+const SYNC_SMALL: u64 = 2048;
+/// Or after this many rounds: a guest that dirties faster than the link carries is caught by the pause all the same.
+const SYNC_ROUNDS: u32 = 8;
+/// Block size of the disks' initial copy.
+const COPY_BLOCK: usize = 256 << 10;
+
+/// Lengths of epochs and bounds.
+#[derive(Clone, Copy, Debug)]
+pub struct EpochOptions {
+    /// Longest epoch.
+    pub longest: Duration,
+    /// An epoch with output waiting may end after this, if nothing is in flight.
+    pub shortest: Duration,
+    /// Checkpoints under way at most.
+    pub max_in_flight: usize,
+}
+
+/// Why the epoch loop ended.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnerError {
+    /// The VM could not be paused, captured or resumed.
+    #[error("virtual machine: {0}")]
+    Vm(String),
+    /// Guest memory could not be copied.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
+    /// A disk could not be read for its initial copy.
+    #[error("disk {index}: initial copy: {source}")]
+    Disk {
+        /// Which.
+        index: usize,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// netbuf found its epochs out of order: a bug, and output stays held.
+    #[error("held output: {0}")]
+    Output(String),
+}
+
+/// What a thread of the VM process tells the epoch loop.
+#[derive(Debug, Default)]
+struct Signals {
+    begin: Option<Begin>,
+    unprotect: Option<Generation>,
+    harvest_only: Option<Duration>,
+    options: Option<EpochOptions>,
+    stop: bool,
+}
+
+/// A configuration to protect by; the link's shipper runs already.
+#[derive(Debug, Clone, Copy)]
+pub struct Begin {
+    /// Its generation.
+    pub generation: Generation,
+}
+
+/// Called when the first checkpoint of a configuration is committed.
+pub type OnProtected = Box<dyn Fn(Generation, Epoch, Duration) + Send + Sync>;
+
+/// Shared between the epoch loop and its feeders.
+pub struct Owner {
+    vm: Arc<Vm>,
+    gates: Vec<Arc<Gate>>,
+    disks: Vec<Arc<diskbuf::Mirror>>,
+    queue: Arc<ShipQueue>,
+    pipeline: Mutex<Pipeline>,
+    changed: Condvar,
+    signals: Mutex<Signals>,
+    output_waiting: AtomicBool,
+    recorder: Arc<Mutex<Recorder>>,
+    measured_since: Mutex<Instant>,
+    captured_at: Mutex<std::collections::VecDeque<(Epoch, Instant)>>,
+    sync_started: Mutex<Option<(Epoch, Instant)>>,
+    on_protected: OnProtected,
+    harvest_ms: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Panics abort this process (see `child::run`), so a poisoned lock can only be seen in unit tests.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Owner {
+    /// An owner in `generation` whose next checkpoint is `open`.
+    #[must_use]
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        vm: Arc<Vm>,
+        gates: Vec<Arc<Gate>>,
+        disks: Vec<Arc<diskbuf::Mirror>>,
+        queue: Arc<ShipQueue>,
+        generation: Generation,
+        open: Epoch,
+        max_in_flight: usize,
+        on_protected: OnProtected,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            vm,
+            gates,
+            disks,
+            queue,
+            pipeline: Mutex::new(Pipeline::new(generation, open, max_in_flight)),
+            changed: Condvar::new(),
+            signals: Mutex::default(),
+            output_waiting: AtomicBool::new(false),
+            recorder: Arc::default(),
+            measured_since: Mutex::new(Instant::now()),
+            captured_at: Mutex::default(),
+            sync_started: Mutex::default(),
+            on_protected,
+            harvest_ms: AtomicU64::new(0),
+        })
+    }
+
+    /// Where the shipper records its figures.
+    #[must_use]
+    pub fn recorder(&self) -> Arc<Mutex<Recorder>> {
+        self.recorder.clone()
+    }
+
+    /// The queue to the shipping thread.
+    #[must_use]
+    pub fn queue(&self) -> Arc<ShipQueue> {
+        self.queue.clone()
+    }
+
+    /// Begin protecting (again): the shipper of the new configuration is about to read the queue.
+    pub fn begin(&self, begin: Begin) {
+        self.signal(|s| s.begin = Some(begin));
+    }
+
+    /// No replica is left and the master has recorded so: let output flow.
+    pub fn unprotect(&self, generation: Generation) {
+        self.signal(|s| s.unprotect = Some(generation));
+    }
+
+    /// Harvest the dirty log every `period` without copying (zero: stop). A bench's baseline.
+    pub fn harvest_only(&self, period: Duration) {
+        self.signal(|s| s.harvest_only = Some(period));
+    }
+
+    /// Replaces the epoch lengths.
+    pub fn set_options(&self, options: EpochOptions) {
+        self.signal(|s| s.options = Some(options));
+    }
+
+    /// Ends the loop.
+    pub fn stop(&self) {
+        self.signal(|s| s.stop = true);
+    }
+
+    fn signal(&self, set: impl FnOnce(&mut Signals)) {
+        set(&mut lock(&self.signals));
+        // Taking the pipeline's lock orders this with the loop's check of the signals before it waits.
+        drop(lock(&self.pipeline));
+        self.changed.notify_all();
+    }
+
+    /// A frame has been held: the epoch loop may end the epoch early.
+    pub fn output_held(&self) {
+        if !self.output_waiting.swap(true, Ordering::AcqRel) {
+            drop(lock(&self.pipeline));
+            self.changed.notify_all();
+        }
+    }
+
+    /// The tail has processed `epoch` in `generation`.
+    ///
+    /// # Errors
+    /// When netbuf refuses to release: nothing is let out then.
+    pub fn ack(&self, generation: Generation, epoch: Epoch) -> Result<(), OwnerError> {
+        let mut pipeline = lock(&self.pipeline);
+        let action = pipeline.ack(generation, epoch);
+        self.carry_out(action)?;
+        drop(pipeline);
+        self.changed.notify_all();
+        if let Action::Release(epoch) = action {
+            self.queue.committed(epoch);
+            self.record_commit(epoch);
+            let mut sync = lock(&self.sync_started);
+            if let Some((first, started)) = *sync
+                && epoch >= first
+            {
+                *sync = None;
+                (self.on_protected)(generation, first, started.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// A replica follows a newer generation. Returns whether this owner has been fenced by it.
+    pub fn refused(&self, generation: Generation) -> bool {
+        let mut pipeline = lock(&self.pipeline);
+        let action = pipeline.refused(generation);
+        let _ = self.carry_out(action);
+        drop(pipeline);
+        self.changed.notify_all();
+        action == Action::Fence
+    }
+
+    /// Stops for good: what is held is dropped, the guest stands still.
+    pub fn fence(&self) {
+        let mut pipeline = lock(&self.pipeline);
+        let action = pipeline.fence();
+        let _ = self.carry_out(action);
+        drop(pipeline);
+        self.changed.notify_all();
+    }
+
+    fn carry_out(&self, action: Action) -> Result<(), OwnerError> {
+        match action {
+            Action::None => {}
+            Action::Release(epoch) => {
+                for gate in &self.gates {
+                    gate.release(epoch)
+                        .map_err(|e| OwnerError::Output(e.to_string()))?;
+                }
+            }
+            Action::Fence => {
+                for gate in &self.gates {
+                    gate.fence();
+                }
+                self.queue.deactivate();
+            }
+        }
+        Ok(())
+    }
+
+    fn record_commit(&self, epoch: Epoch) {
+        let mut captured = lock(&self.captured_at);
+        let mut recorder = lock(&self.recorder);
+        while let Some(&(e, at)) = captured.front() {
+            if e > epoch {
+                break;
+            }
+            captured.pop_front();
+            recorder.commit.push(at.elapsed().as_micros() as u64);
+        }
+    }
+
+    /// Figures since the last call.
+    #[must_use]
+    pub fn take_stats(&self) -> EpochStats {
+        let (mode, generation, open, committed) = {
+            let p = lock(&self.pipeline);
+            (p.mode(), p.generation(), p.open(), p.committed())
+        };
+        let recorder = std::mem::take(&mut *lock(&self.recorder));
+        let elapsed = std::mem::replace(&mut *lock(&self.measured_since), Instant::now()).elapsed();
+        let mut stats = recorder.stats();
+        stats.mode = match mode {
+            Mode::Unprotected => "unprotected",
+            Mode::Syncing => "syncing",
+            Mode::Protected if lock(&self.sync_started).is_some() => "syncing",
+            Mode::Protected => "protected",
+            Mode::Fenced => "fenced",
+        }
+        .into();
+        stats.generation = generation.0;
+        stats.open_epoch = open.0;
+        stats.committed_epoch = committed.0;
+        stats.elapsed_us = elapsed.as_micros() as u64;
+        if let Some(gate) = self.gates.first() {
+            let held = gate.hold_stats();
+            stats.held_us.count = held.frames as u64;
+            stats.held_us.p50 = held.p50_us;
+            stats.held_us.p99 = held.p99_us;
+            stats.held_us.max = held.max_us;
+        }
+        stats
+    }
+
+    /// The epoch loop. Returns when told to stop or fenced.
+    ///
+    /// # Errors
+    /// [`OwnerError`] when the VM fails; the caller reports it, output stays held.
+    pub fn run(&self, mut options: EpochOptions) -> Result<(), OwnerError> {
+        let view = RamView::new(self.vm.memory());
+        let mut dirty = PageBitmap::new(&view.ranges());
+        let mut harvesting = Duration::ZERO;
+        let mut last = Instant::now();
+        loop {
+            let signals = std::mem::take(&mut *lock(&self.signals));
+            if signals.stop {
+                return Ok(());
+            }
+            if let Some(new) = signals.options {
+                options = new;
+            }
+            if let Some(period) = signals.harvest_only {
+                self.switch_harvest(&mut dirty, harvesting, period)?;
+                harvesting = period;
+                last = Instant::now();
+            }
+            if let Some(generation) = signals.unprotect {
+                self.release_all(generation)?;
+            }
+            if let Some(begin) = signals.begin {
+                harvesting = Duration::ZERO;
+                self.synchronise(&view, &mut dirty, begin)?;
+                last = Instant::now();
+            }
+            let mode = lock(&self.pipeline).mode();
+            match mode {
+                Mode::Fenced => {
+                    self.vm.pause().map_err(|e| OwnerError::Vm(e.to_string()))?;
+                    return Ok(());
+                }
+                Mode::Protected => {
+                    if self.wait_for_epoch_end(last, &options) {
+                        self.checkpoint(&view, &mut dirty)?;
+                        last = Instant::now();
+                    }
+                }
+                Mode::Unprotected | Mode::Syncing => {
+                    let wait = if harvesting.is_zero() {
+                        Duration::from_secs(3600)
+                    } else {
+                        harvesting
+                    };
+                    if self.idle(last + wait) && !harvesting.is_zero() {
+                        self.harvest(&mut dirty)?;
+                        last = Instant::now();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until the open epoch should end. False: something else has to be looked at first.
+    fn wait_for_epoch_end(&self, last: Instant, options: &EpochOptions) -> bool {
+        let mut pipeline = lock(&self.pipeline);
+        let mut blocked = false;
+        loop {
+            if pipeline.mode() != Mode::Protected || lock(&self.signals).any() {
+                return false;
+            }
+            let now = Instant::now();
+            let early = pipeline.in_flight() == 0 && self.output_waiting.load(Ordering::Acquire);
+            let due = last
+                + if early {
+                    options.shortest
+                } else {
+                    options.longest
+                };
+            if now >= due {
+                if pipeline.may_capture() {
+                    return true;
+                }
+                if !blocked {
+                    blocked = true;
+                    lock(&self.recorder).back_pressure += 1;
+                }
+            }
+            let wait = due.saturating_duration_since(now);
+            // At the bound only an ack helps; it notifies, so the length of this wait is only a safety net.
+            let wait = if wait.is_zero() {
+                Duration::from_millis(100)
+            } else {
+                wait
+            };
+            pipeline = self
+                .changed
+                .wait_timeout(pipeline, wait)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    fn idle(&self, until: Instant) -> bool {
+        let mut pipeline = lock(&self.pipeline);
+        loop {
+            if pipeline.mode() == Mode::Fenced || lock(&self.signals).any() {
+                return false;
+            }
+            let now = Instant::now();
+            if now >= until {
+                return true;
+            }
+            pipeline = self
+                .changed
+                .wait_timeout(pipeline, until - now)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    fn vm_error(error: impl std::fmt::Display) -> OwnerError {
+        OwnerError::Vm(error.to_string())
+    }
+
+    /// One checkpoint: the only part of an epoch during which the guest does not run.
+    fn checkpoint(&self, view: &RamView, dirty: &mut PageBitmap) -> Result<(), OwnerError> {
+        let mut staging = self.queue.take_staging();
+        dirty.clear();
+        self.output_waiting.store(false, Ordering::Release);
+        let begun = Instant::now();
+        self.vm.pause().map_err(Self::vm_error)?;
+        let stopped = Instant::now();
+        let machine = self.vm.capture().map_err(Self::vm_error)?;
+        let state = Instant::now();
+        self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
+        let harvested = Instant::now();
+        view.copy_dirty(dirty, &mut staging)?;
+        let copied = Instant::now();
+        {
+            // The pipeline's lock is always taken before the queue's (an ack that fences does so too).
+            let mut pipeline = lock(&self.pipeline);
+            if pipeline.mode() == Mode::Fenced {
+                return Ok(());
+            }
+            let (epoch, begin_hold) = pipeline.captured();
+            for gate in &self.gates {
+                gate.seal(epoch)
+                    .map_err(|e| OwnerError::Output(e.to_string()))?;
+                if begin_hold {
+                    gate.set_hold(true);
+                }
+            }
+            lock(&self.captured_at).push_back((epoch, copied));
+            self.queue
+                .barrier()
+                .checkpoint(epoch, staging, Box::new(machine));
+        }
+        self.vm.resume();
+        let resumed = Instant::now();
+        let mut r = lock(&self.recorder);
+        let us = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
+        r.epochs += 1;
+        r.pause.push(us(begun, resumed));
+        r.stop.push(us(begun, stopped));
+        r.state.push(us(stopped, state));
+        r.harvest.push(us(state, harvested));
+        r.copy.push(us(harvested, copied));
+        Ok(())
+    }
+
+    /// The first checkpoint of a configuration: everything, streamed while the guest runs; only the last round pauses.
+    fn synchronise(
+        &self,
+        view: &RamView,
+        dirty: &mut PageBitmap,
+        begin: Begin,
+    ) -> Result<(), OwnerError> {
+        let started = Instant::now();
+        let epoch = {
+            let mut pipeline = lock(&self.pipeline);
+            pipeline.begin_sync(begin.generation);
+            if pipeline.mode() == Mode::Fenced {
+                return Ok(());
+            }
+            pipeline.open()
+        };
+        // Until the new chain has this checkpoint the VM is not protected, and held output would wait for nothing.
+        self.flow(epoch)?;
+        *lock(&self.sync_started) = Some((epoch, started));
+        lock(&self.captured_at).clear();
+        self.queue.activate(epoch);
+        self.vm.dirty().start().map_err(Self::vm_error)?;
+        self.copy_disks()?;
+        for range in view.ranges() {
+            let (mut gfn, end) = (range.start >> 12, (range.start + range.len) >> 12);
+            while gfn < end && self.still_syncing() {
+                let count = SYNC_CHUNK.min(end - gfn);
+                let mut staging = self.queue.take_staging();
+                view.copy(gfn, count, &mut staging)?;
+                self.queue.push_pages(epoch, staging);
+                gfn += count;
+            }
+        }
+        for _ in 0..SYNC_ROUNDS {
+            if !self.still_syncing() {
+                return Ok(());
+            }
+            dirty.clear();
+            self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
+            if dirty.count() < SYNC_SMALL {
+                break;
+            }
+            let mut staging = self.queue.take_staging();
+            view.copy_dirty(dirty, &mut staging)?;
+            self.queue.push_pages(epoch, staging);
+        }
+        // What the last harvest took out of the log is still to be sent.
+        self.vm.dirty().merge_back(dirty);
+        self.checkpoint(view, dirty)
+    }
+
+    /// Ends holding: what is held goes out in order, and later frames at once.
+    fn flow(&self, open: Epoch) -> Result<(), OwnerError> {
+        for gate in &self.gates {
+            gate.set_hold(false);
+        }
+        let _ = open;
+        Ok(())
+    }
+
+    fn still_syncing(&self) -> bool {
+        lock(&self.pipeline).mode() == Mode::Syncing && !lock(&self.signals).any()
+    }
+
+    fn copy_disks(&self) -> Result<(), OwnerError> {
+        let mut block = vec![0u8; COPY_BLOCK];
+        for (index, mirror) in self.disks.iter().enumerate() {
+            let mut offset = 0;
+            while offset < mirror.size() && self.still_syncing() {
+                let length = (mirror.size() - offset).min(COPY_BLOCK as u64) as usize;
+                let data = &mut block[..length];
+                // The barrier keeps a guest's write from being queued between this read and its queueing: the older
+                // content would then overwrite the newer one.
+                let barrier = self.queue.barrier().wait_below(16);
+                mirror
+                    .read_at(offset, data)
+                    .map_err(|source| OwnerError::Disk { index, source })?;
+                if data.iter().any(|b| *b != 0) {
+                    barrier.copy_block(&checkpoint::DiskRecord {
+                        disk: index as u16,
+                        op: checkpoint::DiskOp::Write,
+                        offset,
+                        len: length as u32,
+                        data,
+                    });
+                }
+                offset += length as u64;
+            }
+        }
+        Ok(())
+    }
+
+    fn release_all(&self, generation: Generation) -> Result<(), OwnerError> {
+        let mut pipeline = lock(&self.pipeline);
+        let action = pipeline.unprotect(generation);
+        if action == Action::None {
+            return Ok(());
+        }
+        let open = pipeline.open();
+        drop(pipeline);
+        self.queue.deactivate();
+        *lock(&self.sync_started) = None;
+        self.vm.dirty().stop().map_err(Self::vm_error)?;
+        self.flow(open)
+    }
+
+    fn switch_harvest(
+        &self,
+        dirty: &mut PageBitmap,
+        old: Duration,
+        new: Duration,
+    ) -> Result<(), OwnerError> {
+        self.harvest_ms
+            .store(new.as_millis() as u64, Ordering::Relaxed);
+        if old.is_zero() && !new.is_zero() {
+            self.vm.dirty().start().map_err(Self::vm_error)?;
+        } else if !old.is_zero() && new.is_zero() {
+            self.vm.dirty().stop().map_err(Self::vm_error)?;
+        }
+        dirty.clear();
+        Ok(())
+    }
+
+    fn harvest(&self, dirty: &mut PageBitmap) -> Result<(), OwnerError> {
+        let begun = Instant::now();
+        dirty.clear();
+        self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
+        let mut r = lock(&self.recorder);
+        r.epochs += 1;
+        r.harvest.push(begun.elapsed().as_micros() as u64);
+        r.dirty.push(dirty.count());
+        Ok(())
+    }
+}
+
+impl Signals {
+    fn any(&self) -> bool {
+        self.begin.is_some()
+            || self.unprotect.is_some()
+            || self.harvest_only.is_some()
+            || self.options.is_some()
+            || self.stop
+    }
+}

@@ -1,0 +1,305 @@
+//! A replica's memory image: the RAM of its standby, as memfds that the standby's process maps too.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+
+use checkpoint::{PAGE_SIZE, Page, PageBitmap, PageError, RamRange, records};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::unistd::ftruncate;
+
+/// Why an image could not be made or a checkpoint not applied to it.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The operating system refused memory.
+    #[error("{what} of {bytes} bytes for a replica's memory image: {source}")]
+    Memory {
+        /// Which call.
+        what: &'static str,
+        /// How much.
+        bytes: u64,
+        /// Its answer.
+        source: nix::Error,
+    },
+    /// A RAM layout that no VM has.
+    #[error("impossible RAM layout: {0:?}")]
+    Layout(Vec<RamRange>),
+    /// A record.
+    #[error(transparent)]
+    Page(#[from] PageError),
+    /// A frame that is not RAM.
+    #[error("frame {0:#x} is outside the VM's memory")]
+    OutOfRange(u64),
+}
+
+#[derive(Debug)]
+struct Region {
+    fd: OwnedFd,
+    base: NonNull<u8>,
+    first: u64,
+    pages: u64,
+}
+
+// SAFETY: `base` is a mapping owned by this value; access goes through `Image`'s methods.
+unsafe impl Send for Region {}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `Region::new` with this length; references into it do not outlive the image.
+        let _ = unsafe { munmap(self.base.cast(), self.pages as usize * PAGE_SIZE) };
+    }
+}
+
+impl Region {
+    fn new(range: &RamRange) -> Result<Self, ImageError> {
+        let error = |what| {
+            move |source| ImageError::Memory {
+                what,
+                bytes: range.len,
+                source,
+            }
+        };
+        let layout = || ImageError::Layout(vec![*range]);
+        if range.len == 0
+            || range.len % PAGE_SIZE as u64 != 0
+            || range.start % PAGE_SIZE as u64 != 0
+        {
+            return Err(layout());
+        }
+        let name = CString::new("understudy-ram").map_err(|_| layout())?;
+        let fd =
+            memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC).map_err(error("memfd_create"))?;
+        ftruncate(&fd, i64::try_from(range.len).map_err(|_| layout())?)
+            .map_err(error("ftruncate"))?;
+        let length = usize::try_from(range.len)
+            .ok()
+            .and_then(|l| l.try_into().ok())
+            .ok_or_else(layout)?;
+        // SAFETY: a fresh shared mapping of our own file at an address of the kernel's choice.
+        let base = unsafe {
+            mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                &fd,
+                0,
+            )
+        }
+        .map_err(error("mmap"))?;
+        let (first, pages) = (range.start / PAGE_SIZE as u64, range.len / PAGE_SIZE as u64);
+        Ok(Self {
+            fd,
+            base: base.cast(),
+            first,
+            pages,
+        })
+    }
+}
+
+/// The image, and the pages of the checkpoint being received, decoded and verified but not applied yet.
+#[derive(Debug)]
+pub struct Image {
+    regions: Vec<Region>,
+    staged_gfns: Vec<u64>,
+    staged: Vec<Page>,
+    seen: PageBitmap,
+}
+
+impl Image {
+    /// An all-zero image of `ram`.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn new(ram: &[RamRange]) -> Result<Self, ImageError> {
+        if ram.is_empty()
+            || ram.len() > 8
+            || ram.windows(2).any(|w| w[0].start + w[0].len > w[1].start)
+        {
+            return Err(ImageError::Layout(ram.to_vec()));
+        }
+        let regions = ram.iter().map(Region::new).collect::<Result<_, _>>()?;
+        Ok(Self {
+            regions,
+            staged_gfns: Vec::new(),
+            staged: Vec::new(),
+            seen: PageBitmap::new(ram),
+        })
+    }
+
+    /// The RAM files, in layout order.
+    #[must_use]
+    pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.regions.iter().map(|r| r.fd.as_fd()).collect()
+    }
+
+    /// Back to all zero, and nothing staged; memory is given back.
+    ///
+    /// # Errors
+    /// [`ImageError::Memory`].
+    pub fn reset(&mut self) -> Result<(), ImageError> {
+        self.discard();
+        for region in &self.regions {
+            let bytes = region.pages * PAGE_SIZE as u64;
+            fallocate(
+                &region.fd,
+                FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+                0,
+                bytes as i64,
+            )
+            .map_err(|source| ImageError::Memory {
+                what: "fallocate",
+                bytes,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn page_ptr(&self, gfn: u64) -> Result<NonNull<Page>, ImageError> {
+        let region = self
+            .regions
+            .iter()
+            .find(|r| gfn >= r.first && gfn - r.first < r.pages)
+            .ok_or(ImageError::OutOfRange(gfn))?;
+        // SAFETY: `gfn` is inside the region, so the offset is inside its mapping.
+        Ok(unsafe { region.base.add((gfn - region.first) as usize * PAGE_SIZE) }.cast())
+    }
+
+    /// The content of a page.
+    ///
+    /// # Errors
+    /// [`ImageError::OutOfRange`].
+    pub fn page(&self, gfn: u64) -> Result<&Page, ImageError> {
+        // SAFETY: inside the mapping, and nobody writes to the image while it is borrowed: the standby's vCPUs do not
+        // run before the replica has been taken apart, and our own writes need `&mut self`.
+        Ok(unsafe { self.page_ptr(gfn)?.as_ref() })
+    }
+
+    fn page_mut(&mut self, gfn: u64) -> Result<&mut Page, ImageError> {
+        // SAFETY: as for `page`, and `&mut self` makes it unique.
+        Ok(unsafe { self.page_ptr(gfn)?.as_mut() })
+    }
+
+    /// Decodes and verifies page records against the image without changing it.
+    ///
+    /// # Errors
+    /// [`ImageError`]: the checkpoint is of no use, the image is untouched.
+    pub fn stage(&mut self, buf: &[u8]) -> Result<(), ImageError> {
+        for record in records(buf) {
+            let record = record?;
+            let mut out = [0; PAGE_SIZE];
+            if self.seen.test(record.gfn)
+                && let Some(i) = self.staged_gfns.iter().rposition(|g| *g == record.gfn)
+            {
+                record.decode(&self.staged[i], &mut out)?;
+            } else {
+                record.decode(self.page(record.gfn)?, &mut out)?;
+                self.seen.set(record.gfn);
+            }
+            self.staged_gfns.push(record.gfn);
+            self.staged.push(out);
+        }
+        Ok(())
+    }
+
+    /// Decodes page records straight into the image, which the caller has declared invalid.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn write(&mut self, buf: &[u8]) -> Result<(), ImageError> {
+        for record in records(buf) {
+            let record = record?;
+            let mut out = [0; PAGE_SIZE];
+            record.decode(self.page(record.gfn)?, &mut out)?;
+            *self.page_mut(record.gfn)? = out;
+        }
+        Ok(())
+    }
+
+    /// Puts the staged pages into the image. Everything has been verified: this cannot fail halfway.
+    pub fn apply(&mut self) {
+        let gfns = std::mem::take(&mut self.staged_gfns);
+        let pages = std::mem::take(&mut self.staged);
+        for (gfn, page) in gfns.iter().zip(&pages) {
+            if let Ok(target) = self.page_mut(*gfn) {
+                *target = *page;
+            }
+        }
+        // Keep the buffers: the next epoch's staging then takes no page faults.
+        self.staged_gfns = gfns;
+        self.staged = pages;
+        self.discard();
+    }
+
+    /// Forgets what is staged.
+    pub fn discard(&mut self) {
+        self.staged_gfns.clear();
+        self.staged.clear();
+        self.seen.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use checkpoint::{EncoderOptions, PageEncoder};
+
+    fn ram() -> Vec<RamRange> {
+        vec![
+            RamRange {
+                start: 0,
+                len: 16 * 4096,
+            },
+            RamRange {
+                start: 1 << 32,
+                len: 4 * 4096,
+            },
+        ]
+    }
+
+    fn record(gfn: u64, page: &Page, prev: Option<&Page>) -> Vec<u8> {
+        let mut out = Vec::new();
+        PageEncoder::new(EncoderOptions { lz4: true }).encode(gfn, page, prev, &mut out);
+        out
+    }
+
+    #[test]
+    fn i3_staging_leaves_the_image_alone_until_apply() {
+        let mut image = Image::new(&ram()).unwrap();
+        let (one, mut two) = ([1; PAGE_SIZE], [1; PAGE_SIZE]);
+        two[9] = 9;
+        image.stage(&record(1 << 20, &one, None)).unwrap();
+        image.stage(&record(1 << 20, &two, Some(&one))).unwrap();
+        assert_eq!(image.page(1 << 20).unwrap(), &[0; PAGE_SIZE]);
+        image.apply();
+        assert_eq!(image.page(1 << 20).unwrap(), &two);
+    }
+
+    #[test]
+    fn i3_a_bad_record_changes_nothing() {
+        let mut image = Image::new(&ram()).unwrap();
+        image.stage(&record(3, &[7; PAGE_SIZE], None)).unwrap();
+        let mut bad = record(4, &[8; PAGE_SIZE], None);
+        *bad.last_mut().unwrap() ^= 1;
+        assert!(image.stage(&bad).is_err());
+        image.discard();
+        image.apply();
+        assert_eq!(image.page(3).unwrap(), &[0; PAGE_SIZE]);
+        assert!(
+            image.stage(&record(99, &[8; PAGE_SIZE], None)).is_err(),
+            "frame 99 is not RAM"
+        );
+    }
+
+    #[test]
+    fn a_reset_image_is_zero_again() {
+        let mut image = Image::new(&ram()).unwrap();
+        image.write(&record(3, &[7; PAGE_SIZE], None)).unwrap();
+        assert_eq!(image.page(3).unwrap()[0], 7);
+        image.reset().unwrap();
+        assert_eq!(image.page(3).unwrap(), &[0; PAGE_SIZE]);
+    }
+}

@@ -1,0 +1,109 @@
+//! One TCP connection that several threads send frames on.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::{Mutex, PoisonError, TryLockError};
+use std::time::Duration;
+
+use checkpoint::HostId;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
+
+use crate::wire::{self, Frame};
+
+/// A peer that takes nothing for this long is lost.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Socket buffers: about one epoch of a busy VM.
+const BUFFER: usize = 4 << 20;
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// Checkpoints come this way, acks go back.
+    Update,
+    /// The owner's connection to the tail: acks only.
+    Acks,
+}
+
+/// Payload of [`wire::Kind::Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// What for.
+    pub role: Role,
+    /// Who.
+    pub from: HostId,
+}
+
+/// Longest encoded [`Hello`] or [`wire::Kind::Broken`] payload.
+pub const HELLO_LIMIT: usize = 4096;
+
+/// The sending half.
+#[derive(Debug)]
+pub struct Link {
+    stream: Mutex<TcpStream>,
+}
+
+impl Link {
+    /// Wraps a connection.
+    ///
+    /// # Errors
+    /// When the socket's options cannot be set or its descriptor not be duplicated.
+    pub fn new(stream: &TcpStream) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+        // Without the privilege the kernel grants what its limits allow; that is no reason to fail.
+        let _ = setsockopt(stream, sockopt::SndBuf, &BUFFER);
+        let _ = setsockopt(stream, sockopt::RcvBuf, &BUFFER);
+        Ok(Self {
+            stream: Mutex::new(stream.try_clone()?),
+        })
+    }
+
+    /// Connects to `addr`.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn connect(addr: SocketAddr, timeout: Duration) -> io::Result<(Self, TcpStream)> {
+        let stream = TcpStream::connect_timeout(&addr, timeout)?;
+        Ok((Self::new(&stream)?, stream))
+    }
+
+    /// Sends one frame, waiting for room.
+    ///
+    /// # Errors
+    /// The connection's; it is of no use afterwards.
+    pub fn send(&self, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = wire::write(&mut *stream, frame, payload);
+        if result.is_err() {
+            // Part of a frame may be out: nothing that follows could be understood.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        result
+    }
+
+    /// Sends a frame without payload if that needs no waiting; if other traffic is under way it is not needed.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn send_if_idle(&self, frame: &Frame) -> io::Result<()> {
+        let mut stream = match self.stream.try_lock() {
+            Ok(stream) => stream,
+            Err(TryLockError::WouldBlock) => return Ok(()),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        };
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
+        if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+            return Ok(());
+        }
+        wire::write(&mut *stream, frame, &[])
+    }
+
+    /// Ends the connection in both directions.
+    pub fn close(&self) {
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+}

@@ -1,0 +1,127 @@
+//! The master: decides chains, owners and generations. One trait, several engines; today the local one.
+
+mod client;
+mod local;
+mod server;
+mod state;
+
+use std::time::Duration;
+
+use checkpoint::{Generation, HostId, VmId};
+use serde::{Deserialize, Serialize};
+
+pub use client::RemoteMaster;
+pub use local::LocalMaster;
+pub use server::MasterServer;
+pub use state::{MasterState, Rejection};
+
+use crate::view::{Member, VmRecord, VmShape};
+
+/// A change asked of the master. Each names the generation it is based on: compare-and-set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// A new VM, owned by `owner`, not protected.
+    Register {
+        /// Its name, free so far.
+        name: String,
+        /// Its first owner.
+        owner: HostId,
+        /// What a replica needs.
+        shape: VmShape,
+    },
+    /// The owner's wish for another chain; empty: not protected any more.
+    Reconfigure {
+        /// The VM.
+        vm: VmId,
+        /// The generation it is based on.
+        expect: Generation,
+        /// The owner, who alone may ask.
+        by: HostId,
+        /// The new chain, head first.
+        chain: Vec<Member>,
+    },
+    /// A replica asks for ownership.
+    TakeOver {
+        /// The VM.
+        vm: VmId,
+        /// The generation it is based on.
+        expect: Generation,
+        /// A member of that generation's chain, frozen.
+        by: HostId,
+    },
+    /// The owner ends the VM.
+    Remove {
+        /// The VM.
+        vm: VmId,
+        /// The generation it is based on.
+        expect: Generation,
+        /// The owner.
+        by: HostId,
+    },
+}
+
+/// What has been decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Raised by every change.
+    pub revision: u64,
+    /// All VMs.
+    pub records: Vec<VmRecord>,
+}
+
+/// Why the master did not answer as hoped.
+#[derive(Debug, thiserror::Error)]
+pub enum MasterError {
+    /// The change was refused; nothing has changed.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// The master cannot be reached: nothing is known of the change.
+    #[error(
+        "the master at {addr} does not answer: {why} (is its agent running, and is `master.connect` in host.toml right?)"
+    )]
+    Unreachable {
+        /// Where.
+        addr: std::net::SocketAddr,
+        /// Why.
+        why: String,
+    },
+    /// The master's storage failed: it has stopped deciding.
+    #[error("the master's record {path}: {why}")]
+    Storage {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// The master's address cannot be used.
+    #[error("master: cannot listen on {addr}: {why}")]
+    Bind {
+        /// The address.
+        addr: std::net::SocketAddr,
+        /// Why.
+        why: String,
+    },
+}
+
+/// An engine. Decisions are linearizable: a proposal that was answered is seen by every later read.
+pub trait Master: Send + Sync {
+    /// Decides on a change; returns the VM's record after it.
+    ///
+    /// # Errors
+    /// [`MasterError::Rejected`] if it does not fit what has been decided meanwhile.
+    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError>;
+
+    /// Everything decided so far, once its revision exceeds `since`; after `timeout` whatever it is.
+    ///
+    /// # Errors
+    /// [`MasterError::Unreachable`] or [`MasterError::Storage`].
+    fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError>;
+
+    /// Everything decided so far.
+    ///
+    /// # Errors
+    /// As [`Master::watch`].
+    fn read(&self) -> Result<Snapshot, MasterError> {
+        self.watch(0, Duration::ZERO)
+    }
+}

@@ -1,0 +1,133 @@
+//! The master's TCP service.
+//!
+//! ```text
+//! | length u32 | CRC32C u32 | bincode body |      little endian; requests and answers alternate on a connection
+//! ```
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use checkpoint::codec;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{Command, Master, MasterError, Rejection, Snapshot};
+use crate::view::VmRecord;
+
+pub(super) const LIMIT: usize = 64 << 20;
+/// Longest that a watch waits.
+const WATCH_MAX_MS: u64 = 10_000;
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Request {
+    Propose(Command),
+    Watch { since: u64, timeout_ms: u64 },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Answer {
+    Record(Box<VmRecord>),
+    Rejected(Rejection),
+    Snapshot(Snapshot),
+    Failed(String),
+}
+
+/// Serves an engine.
+#[derive(Debug)]
+pub struct MasterServer {
+    addr: SocketAddr,
+}
+
+impl MasterServer {
+    /// Serves `engine` at `addr` until the process ends.
+    ///
+    /// # Errors
+    /// [`MasterError::Bind`] naming the address.
+    pub fn bind(addr: SocketAddr, engine: Arc<dyn Master>) -> Result<Self, MasterError> {
+        let fail = |why: io::Error| MasterError::Bind {
+            addr,
+            why: why.to_string(),
+        };
+        let listener = TcpListener::bind(addr).map_err(fail)?;
+        let bound = listener.local_addr().map_err(fail)?;
+        std::thread::Builder::new()
+            .name("master".into())
+            .spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    let engine = engine.clone();
+                    let _ = std::thread::Builder::new()
+                        .name("master-conn".into())
+                        .spawn(move || {
+                            if let Err(e) = serve(&stream, engine.as_ref())
+                                && e.kind() != io::ErrorKind::UnexpectedEof
+                            {
+                                tracing::debug!("master connection: {e}");
+                            }
+                        });
+                }
+            })
+            .map_err(fail)?;
+        Ok(Self { addr: bound })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+}
+
+fn serve(stream: &TcpStream, engine: &dyn Master) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+    loop {
+        let answer = match receive::<Request>(stream)? {
+            Request::Propose(command) => match engine.propose(&command) {
+                Ok(record) => Answer::Record(Box::new(record)),
+                Err(MasterError::Rejected(rejection)) => Answer::Rejected(rejection),
+                Err(e) => Answer::Failed(e.to_string()),
+            },
+            Request::Watch { since, timeout_ms } => {
+                match engine.watch(since, Duration::from_millis(timeout_ms.min(WATCH_MAX_MS))) {
+                    Ok(snapshot) => Answer::Snapshot(snapshot),
+                    Err(e) => Answer::Failed(e.to_string()),
+                }
+            }
+        };
+        send(stream, &answer)?;
+    }
+}
+
+pub(super) fn send<T: Serialize>(mut stream: &TcpStream, value: &T) -> io::Result<()> {
+    let body = codec::to_bytes(value, LIMIT).map_err(io::Error::other)?;
+    let mut out = Vec::with_capacity(8 + body.len());
+    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+    out.extend_from_slice(&body);
+    stream.write_all(&out)
+}
+
+pub(super) fn receive<T: DeserializeOwned>(mut stream: &TcpStream) -> io::Result<T> {
+    let mut header = [0u8; 8];
+    stream.read_exact(&mut header)?;
+    let word = |at: usize| {
+        u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+    };
+    let length = word(0) as usize;
+    if length > LIMIT {
+        return Err(io::Error::other(format!(
+            "a message of {length} bytes is over the limit of {LIMIT}"
+        )));
+    }
+    // Grows with what really arrives: a length that lies costs nothing.
+    let mut body = Vec::new();
+    stream.take(length as u64).read_to_end(&mut body)?;
+    if body.len() != length {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if crc32c::crc32c(&body) != word(4) {
+        return Err(io::Error::other("a message's checksum is wrong"));
+    }
+    codec::from_bytes(&body, LIMIT).map_err(io::Error::other)
+}

@@ -1,0 +1,271 @@
+//! The chain server of one host: replicas of many VMs, driven by frames from their predecessors.
+
+mod connection;
+mod slot;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use checkpoint::{Epoch, Generation, HostId, VmId};
+use diskbuf::Durability;
+
+use crate::store::{Handover, StoreError, VmStore};
+use crate::view::{View, VmShape};
+use slot::Slot;
+pub(crate) use slot::{GreetError, greet_peer};
+
+/// Settings of a chain server.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// This host.
+    pub host: HostId,
+    /// Mirrors and activation records go below this directory.
+    pub data_dir: PathBuf,
+    /// Time between heartbeats.
+    pub heartbeat: Duration,
+    /// Heartbeats' time of silence before a predecessor is suspected.
+    pub missed: u32,
+}
+
+/// What the server tells its agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServerEvent {
+    /// Silence on a VM's checkpoint stream.
+    Suspect {
+        /// The VM.
+        vm: VmId,
+        /// How long, in milliseconds.
+        silence_ms: u64,
+    },
+    /// A replica has declared itself failed.
+    Failed {
+        /// The VM.
+        vm: VmId,
+        /// Why.
+        why: String,
+    },
+}
+
+/// Why the server did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The address is taken or not ours.
+    #[error(
+        "chain server: cannot listen on {addr}: {source} (is another agent running, or is `listen` in host.toml not an address of this host?)"
+    )]
+    Bind {
+        /// The address.
+        addr: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("chain server: starting a thread: {0}")]
+    Thread(io::Error),
+    /// No replica of that VM is here.
+    #[error("this host holds no replica of VM {0}")]
+    Unknown(VmId),
+    /// The replica has declared itself failed.
+    #[error("this host's replica has failed: {0}")]
+    Failed(String),
+    /// Its store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// One replica, for `status`.
+#[derive(Clone, Debug)]
+pub struct ReplicaStatus {
+    /// The configuration followed.
+    pub view: View,
+    /// Newest processed checkpoint; none while synchronising.
+    pub epoch: Option<Epoch>,
+    /// Why it failed, if it has.
+    pub failed: Option<String>,
+}
+
+struct Shared {
+    options: ServerOptions,
+    slots: Mutex<HashMap<VmId, Arc<Slot>>>,
+    /// VMs once held here: their old owners are refused, not put off.
+    gone: Mutex<HashMap<VmId, Generation>>,
+    events: Sender<ServerEvent>,
+    started: Instant,
+    stop: AtomicBool,
+}
+
+/// The server. Dropping it stops accepting; the process's end closes what is open.
+pub struct ReplicaServer {
+    shared: Arc<Shared>,
+    addr: SocketAddr,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ReplicaServer {
+    /// Listens on `addr` (port 0: any); what happens goes to `events`.
+    ///
+    /// # Errors
+    /// [`ServerError::Bind`] naming the address.
+    pub fn bind(
+        addr: SocketAddr,
+        options: ServerOptions,
+        events: Sender<ServerEvent>,
+    ) -> Result<Self, ServerError> {
+        let listener =
+            TcpListener::bind(addr).map_err(|source| ServerError::Bind { addr, source })?;
+        let addr = listener
+            .local_addr()
+            .map_err(|source| ServerError::Bind { addr, source })?;
+        let shared = Arc::new(Shared {
+            options,
+            slots: Mutex::default(),
+            gone: Mutex::default(),
+            events,
+            started: Instant::now(),
+            stop: AtomicBool::new(false),
+        });
+        let accepting = shared.clone();
+        spawn("chain-accept", move || {
+            for stream in listener.incoming() {
+                if accepting.stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let Ok(stream) = stream else { continue };
+                let shared = accepting.clone();
+                let _ = spawn("chain-conn", move || connection::serve(&shared, &stream));
+            }
+        })?;
+        let ticking = shared.clone();
+        spawn("chain-tick", move || {
+            while !ticking.stop.load(Ordering::Relaxed) {
+                std::thread::sleep(ticking.options.heartbeat);
+                let slots: Vec<Arc<Slot>> = lock(&ticking.slots).values().cloned().collect();
+                for slot in slots {
+                    slot.tick(&ticking);
+                }
+            }
+        })?;
+        Ok(Self { shared, addr })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Makes an empty replica for `view`, of which this host is a member; returns its RAM files for the standby.
+    ///
+    /// # Errors
+    /// [`ServerError::Store`] when image or mirrors cannot be made.
+    pub fn create(
+        &self,
+        view: View,
+        shape: VmShape,
+        durability: Durability,
+    ) -> Result<Vec<OwnedFd>, ServerError> {
+        let vm = view.vm;
+        let dir = self.shared.options.data_dir.join(&view.name);
+        let store = VmStore::new(&dir, vm, shape, durability)?;
+        let fds = store
+            .ram_fds()
+            .into_iter()
+            .map(|fd| fd.try_clone_to_owned())
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(StoreError::from)?;
+        let slot = Slot::new(&self.shared.options, view, store);
+        lock(&self.shared.slots).insert(vm, slot.clone());
+        slot.connect_successor(&self.shared);
+        Ok(fds)
+    }
+
+    fn slot(&self, vm: VmId) -> Result<Arc<Slot>, ServerError> {
+        lock(&self.shared.slots)
+            .get(&vm)
+            .cloned()
+            .ok_or(ServerError::Unknown(vm))
+    }
+
+    /// Follows a newer configuration in which this host is still a member.
+    ///
+    /// # Errors
+    /// [`ServerError::Unknown`].
+    pub fn adopt(&self, view: View) -> Result<(), ServerError> {
+        let slot = self.slot(view.vm)?;
+        slot.adopt(view);
+        slot.connect_successor(&self.shared);
+        Ok(())
+    }
+
+    /// This host is no member any more: the replica goes, and whoever still speaks of it is refused.
+    pub fn remove(&self, vm: VmId, generation: Generation) {
+        if let Some(slot) = lock(&self.shared.slots).remove(&vm) {
+            slot.retire(generation);
+        }
+        lock(&self.shared.gone).insert(vm, generation);
+    }
+
+    /// Before asking the master for ownership: from here on nothing is accepted, forwarded or acknowledged, so that
+    /// what the tail ever acks is contained in what this replica has (invariants I2 and I5).
+    ///
+    /// # Errors
+    /// [`ServerError::Unknown`], [`ServerError::Failed`], or [`StoreError::Empty`] if there is nothing to resume from.
+    pub fn freeze(&self, vm: VmId) -> Result<Epoch, ServerError> {
+        self.slot(vm)?.freeze()
+    }
+
+    /// The master refused and nothing has changed.
+    ///
+    /// # Errors
+    /// [`ServerError::Unknown`].
+    pub fn unfreeze(&self, vm: VmId) -> Result<(), ServerError> {
+        self.slot(vm)?.unfreeze();
+        Ok(())
+    }
+
+    /// The master gave this host the VM in `view`: takes the replica apart and hands its state over.
+    ///
+    /// # Errors
+    /// [`ServerError`]; the replica is gone then too, as it cannot be trusted.
+    pub fn hand_over(&self, view: &View) -> Result<Handover, ServerError> {
+        let slot = self.slot(view.vm)?;
+        lock(&self.shared.gone).insert(view.vm, view.generation);
+        lock(&self.shared.slots).remove(&view.vm);
+        slot.hand_over(view)
+    }
+
+    /// The replica of `vm`, if there is one.
+    #[must_use]
+    pub fn status(&self, vm: VmId) -> Option<ReplicaStatus> {
+        self.slot(vm).ok().map(|slot| slot.status())
+    }
+}
+
+impl Drop for ReplicaServer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        // Wakes the accepting thread, so that the port is free again.
+        let _ = std::net::TcpStream::connect_timeout(&self.addr, Duration::from_millis(200));
+        for (_, slot) in lock(&self.shared.slots).drain() {
+            slot.close();
+        }
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), ServerError> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(run)
+        .map(drop)
+        .map_err(ServerError::Thread)
+}

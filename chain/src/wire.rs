@@ -1,0 +1,293 @@
+//! Frames between an owner and its chain, and along the chain.
+//!
+//! ```text
+//!  0            4            6          8        16               24          32
+//! | magic u32  | version u16 | kind u16 | vm u64 | generation u64 | epoch u64 |
+//!  32               36               40          44                60
+//! | payload_len u32 | payload CRC u32 | flags u32 | reserved [16]=0 | header CRC u32 | payload
+//! ```
+//!
+//! All little endian; both checksums are CRC32C. Every frame bears the generation it was sent in: a receiver refuses
+//! any other (invariant I4).
+
+use std::io::{self, IoSlice, Read, Write};
+
+use checkpoint::{Epoch, Generation, VmId};
+
+/// Size of a frame's header in bytes.
+pub const HEADER: usize = 64;
+/// Longest payload in bytes.
+pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
+const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
+const VERSION: u16 = 1;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// First on every connection: bincode [`crate::server::Hello`].
+    Hello = 1,
+    /// Answer: the connection stands.
+    HelloOk = 2,
+    /// Answer: not yet (the payload says why, UTF-8); try again.
+    NotReady = 3,
+    /// Answer, to anything: the sender's generation is over; `generation` is the newer one.
+    Refused = 4,
+    /// A checkpoint begins; flag [`FLAG_FULL`] if it replaces the whole image.
+    Begin = 5,
+    /// Page records.
+    Pages = 6,
+    /// Disk records.
+    Disk = 7,
+    /// A piece of the machine state.
+    Machine = 8,
+    /// The checkpoint is complete: bincode [`checkpoint::CheckpointEnd`].
+    End = 9,
+    /// The tail has processed every checkpoint up to `epoch`.
+    Ack = 10,
+    /// The sender lives.
+    Heartbeat = 11,
+    /// A replica further down is lost: bincode `(HostId, String)`.
+    Broken = 12,
+}
+
+/// [`Kind::Begin`]: this checkpoint replaces the whole image.
+pub const FLAG_FULL: u32 = 1;
+
+impl Kind {
+    fn from_u16(n: u16) -> Option<Self> {
+        Some(match n {
+            1 => Self::Hello,
+            2 => Self::HelloOk,
+            3 => Self::NotReady,
+            4 => Self::Refused,
+            5 => Self::Begin,
+            6 => Self::Pages,
+            7 => Self::Disk,
+            8 => Self::Machine,
+            9 => Self::End,
+            10 => Self::Ack,
+            11 => Self::Heartbeat,
+            12 => Self::Broken,
+            _ => return None,
+        })
+    }
+}
+
+/// A frame without its payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// What it is.
+    pub kind: Kind,
+    /// The VM.
+    pub vm: VmId,
+    /// The sender's generation.
+    pub generation: Generation,
+    /// The epoch it belongs to, where it does.
+    pub epoch: Epoch,
+    /// `FLAG_*`.
+    pub flags: u32,
+}
+
+/// Why a frame could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The connection ended between frames.
+    #[error("the connection was closed")]
+    Closed,
+    /// The connection failed, or ended inside a frame.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The peer speaks something else.
+    #[error("not a chain peer (magic {0:#010x})")]
+    Magic(u32),
+    /// Another version.
+    #[error("the peer speaks version {0} of the chain protocol, this program version {VERSION}")]
+    Version(u16),
+    /// A kind this version does not know.
+    #[error("frame of unknown kind {0}")]
+    Kind(u16),
+    /// Too long.
+    #[error("frame of {0} bytes is over the limit of {PAYLOAD_MAX}")]
+    TooLong(usize),
+    /// Damaged on the way.
+    #[error("{0} checksum is wrong")]
+    Checksum(&'static str),
+}
+
+/// A frame's header as bytes.
+#[must_use]
+pub fn header(frame: &Frame, payload: &[u8]) -> [u8; HEADER] {
+    let mut h = [0u8; HEADER];
+    h[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+    h[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    h[6..8].copy_from_slice(&(frame.kind as u16).to_le_bytes());
+    h[8..16].copy_from_slice(&frame.vm.0.to_le_bytes());
+    h[16..24].copy_from_slice(&frame.generation.0.to_le_bytes());
+    h[24..32].copy_from_slice(&frame.epoch.0.to_le_bytes());
+    h[32..36].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+    h[36..40].copy_from_slice(&crc32c::crc32c(payload).to_le_bytes());
+    h[40..44].copy_from_slice(&frame.flags.to_le_bytes());
+    let crc = crc32c::crc32c(&h[..60]);
+    h[60..64].copy_from_slice(&crc.to_le_bytes());
+    h
+}
+
+/// Writes one frame.
+///
+/// # Errors
+/// The connection's; [`io::ErrorKind::InvalidInput`] for a payload over [`PAYLOAD_MAX`].
+pub fn write(to: &mut impl Write, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+    if payload.len() > PAYLOAD_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            WireError::TooLong(payload.len()),
+        ));
+    }
+    let header = header(frame, payload);
+    let total = HEADER + payload.len();
+    let mut done = 0;
+    while done < total {
+        let slices = if done < HEADER {
+            [IoSlice::new(&header[done..]), IoSlice::new(payload)]
+        } else {
+            [IoSlice::new(&payload[done - HEADER..]), IoSlice::new(&[])]
+        };
+        match to.write_vectored(&slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => done += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Reads one frame; `payload` is replaced by its payload, verified.
+///
+/// # Errors
+/// [`WireError`]; afterwards the connection is of no use. Never panics, never allocates over [`PAYLOAD_MAX`].
+pub fn read(from: &mut impl Read, payload: &mut Vec<u8>) -> Result<Frame, WireError> {
+    let mut h = [0u8; HEADER];
+    let mut got = 0;
+    while got < HEADER {
+        match from.read(&mut h[got..]) {
+            Ok(0) if got == 0 => return Err(WireError::Closed),
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Ok(n) => got += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let (frame, length, crc) = parse(&h)?;
+    payload.clear();
+    payload.reserve(length);
+    let read = from.take(length as u64).read_to_end(payload)?;
+    if read != length {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
+    if crc32c::crc32c(payload) != crc {
+        return Err(WireError::Checksum("a frame's payload"));
+    }
+    Ok(frame)
+}
+
+fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
+    let word = |at: usize| u32::from_le_bytes([h[at], h[at + 1], h[at + 2], h[at + 3]]);
+    let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+    if word(0) != MAGIC {
+        return Err(WireError::Magic(word(0)));
+    }
+    if crc32c::crc32c(&h[..60]) != word(60) {
+        return Err(WireError::Checksum("a frame's header"));
+    }
+    let (version, kind) = (word(4) as u16, (word(4) >> 16) as u16);
+    if version != VERSION {
+        return Err(WireError::Version(version));
+    }
+    let kind = Kind::from_u16(kind).ok_or(WireError::Kind(kind))?;
+    let length = word(32) as usize;
+    if length > PAYLOAD_MAX {
+        return Err(WireError::TooLong(length));
+    }
+    let frame = Frame {
+        kind,
+        vm: VmId(long(8)),
+        generation: Generation(long(16)),
+        epoch: Epoch(long(24)),
+        flags: word(40),
+    };
+    Ok((frame, length, word(36)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> Frame {
+        Frame {
+            kind: Kind::Pages,
+            vm: VmId(7),
+            generation: Generation(3),
+            epoch: Epoch(99),
+            flags: 1,
+        }
+    }
+
+    fn bytes(payload: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        write(&mut out, &sample(), payload).unwrap();
+        out
+    }
+
+    #[test]
+    fn a_frame_comes_back() {
+        let mut payload = vec![1, 2, 3];
+        assert_eq!(
+            read(&mut &bytes(b"hello")[..], &mut payload).unwrap(),
+            sample()
+        );
+        assert_eq!(payload, b"hello");
+    }
+
+    #[test]
+    fn an_end_between_frames_is_not_one_inside() {
+        let mut payload = Vec::new();
+        assert!(matches!(
+            read(&mut &[][..], &mut payload),
+            Err(WireError::Closed)
+        ));
+        let bytes = bytes(b"hello");
+        for cut in 1..bytes.len() {
+            assert!(
+                matches!(
+                    read(&mut &bytes[..cut], &mut payload),
+                    Err(WireError::Io(_))
+                ),
+                "cut at {cut}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_flipped_bit_is_found(bit in 0usize..(HEADER + 100) * 8) {
+            let mut bytes = bytes(&[5; 100]);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(read(&mut &bytes[..], &mut Vec::new()).is_err());
+        }
+
+        #[test]
+        fn hostile_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..300), fix in any::<bool>()) {
+            if fix && bytes.len() >= HEADER {
+                bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+                bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+                let crc = crc32c::crc32c(&bytes[..60]);
+                bytes[60..64].copy_from_slice(&crc.to_le_bytes());
+            }
+            let mut payload = Vec::new();
+            let _ = read(&mut &bytes[..], &mut payload);
+            prop_assert!(payload.capacity() <= PAYLOAD_MAX + 64);
+        }
+    }
+}
