@@ -59,7 +59,6 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
     (Cap::Xsave, "KVM_CAP_XSAVE"),
-    (Cap::Xcrs, "KVM_CAP_XCRS"),
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),

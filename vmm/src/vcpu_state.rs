@@ -77,6 +77,8 @@ pub(crate) struct VcpuTraits {
     pub(crate) msrs: Vec<u32>,
     /// Bytes of an XSAVE area, [`XSAVE_BASE`] or more.
     pub(crate) xsave_bytes: usize,
+    /// Whether there are extended control registers: not on a host whose processor has no XSAVE.
+    pub(crate) xcrs: bool,
 }
 
 /// Everything KVM knows of one vCPU.
@@ -90,7 +92,7 @@ pub(crate) struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: Vec<u8>,
-    xcrs: kvm_xcrs,
+    xcrs: Option<kvm_xcrs>,
     debug_regs: kvm_debugregs,
     msrs: Vec<(u32, u64)>,
     lapic: kvm_lapic_state,
@@ -108,7 +110,10 @@ impl VcpuState {
         let regs = vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?;
         let sregs = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
         let xsave = get_xsave(vcpu, traits.xsave_bytes)?;
-        let xcrs = vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?;
+        let xcrs = match traits.xcrs {
+            true => Some(vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?),
+            false => None,
+        };
         let debug_regs = vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?;
         let cpuid = vcpu
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
@@ -167,7 +172,9 @@ impl VcpuState {
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
         set_xsave(vcpu, traits.xsave_bytes, &self.xsave)?;
-        vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+        if let Some(xcrs) = &self.xcrs {
+            vcpu.set_xcrs(xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+        }
         vcpu.set_debug_regs(&self.debug_regs)
             .map_err(kvm("KVM_SET_DEBUGREGS"))?;
         // Before the MSRs: the timer's mode decides whether a deadline is taken.

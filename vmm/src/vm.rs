@@ -185,6 +185,7 @@ impl Vm {
         let traits = VcpuTraits {
             msrs: msrs::discover(&kvm, &fds[0])?,
             xsave_bytes: usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0),
+            xcrs: kvm.check_extension(Cap::Xcrs),
         };
         let devices = DeviceManager::new(memory.clone(), &*vm, devices)?;
         let bus = Arc::new(Bus::new(Arc::new(devices)));
