@@ -102,7 +102,7 @@ impl Mirror {
         if size == 0 {
             return Err(MirrorError::Empty(path.into()));
         }
-        if size % SECTOR != 0 {
+        if !size.is_multiple_of(SECTOR) {
             return Err(MirrorError::OddSize {
                 path: path.into(),
                 size,
@@ -124,8 +124,7 @@ impl Mirror {
         path: &Path,
         size: u64,
     ) -> Result<Self, MirrorError> {
-        let bad = size == 0 || size % SECTOR != 0;
-        if bad {
+        if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(MirrorError::BadSize {
                 path: path.into(),
                 size,
@@ -137,6 +136,23 @@ impl Mirror {
         }
         file.set_len(size).map_err(|e| refused(path, e))?;
         Ok(Self::over(file, path, size))
+    }
+
+    /// Opens (or makes) and locks an image whose content and size mean nothing until [`Mirror::clear`] gives it `size`
+    /// bytes of zeros. Returns its present size too.
+    pub(crate) fn claim_in(
+        layer: &dyn FileLayer,
+        path: &Path,
+        size: u64,
+    ) -> Result<(Self, u64), MirrorError> {
+        if size == 0 || !size.is_multiple_of(SECTOR) {
+            return Err(MirrorError::BadSize {
+                path: path.into(),
+                size,
+            });
+        }
+        let (file, found) = locked(layer, path, true)?;
+        Ok((Self::over(file, path, size), found))
     }
 
     fn over(file: Arc<dyn LayerFile>, path: &Path, size: u64) -> Self {
@@ -207,7 +223,7 @@ impl Mirror {
         self.file.punch(offset, len)
     }
 
-    /// Forgets all content.
+    /// All zero, and of its size whatever it was.
     pub(crate) fn clear(&self) -> io::Result<()> {
         self.check(0, 0)?;
         self.file.set_len(0)?;

@@ -352,20 +352,24 @@ impl ReplicaDisks {
         Ok(disks)
     }
 
-    fn open_mirrors(&self, must_exist: bool) -> Result<Vec<Mirror>, DiskbufError> {
+    /// Opens and locks the mirrors; if not `valid`, their content and size mean nothing yet.
+    fn open_mirrors(&self, valid: bool) -> Result<Vec<Mirror>, DiskbufError> {
         let mut mirrors = Vec::with_capacity(self.sizes.len());
         for (n, &wanted) in self.sizes.iter().enumerate() {
             let path = self.dir.join(format!("disk{n}.img"));
-            let mirror = match Mirror::open_in(&*self.layer, &path) {
-                Err(MirrorError::Missing(_) | MirrorError::Empty(_)) if !must_exist => {
-                    Mirror::create_in(&*self.layer, &path, wanted)?
-                }
-                other => other?,
+            let (mirror, found) = if valid {
+                let mirror = Mirror::open_in(&*self.layer, &path)?;
+                let found = mirror.size();
+                (mirror, found)
+            } else {
+                Mirror::claim_in(&*self.layer, &path, wanted)?
             };
-            if mirror.size() != wanted {
+            // Without any record a file of another size was not put there by us: not ours to overwrite.
+            let strange = found != 0 && self.record.latest().is_none();
+            if found != wanted && (valid || strange) {
                 return Err(DiskbufError::OtherSize {
                     path,
-                    found: mirror.size(),
+                    found,
                     wanted,
                 });
             }
