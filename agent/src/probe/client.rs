@@ -350,7 +350,12 @@ impl State {
     }
 
     /// What to send now, and booked as sent: a call before an INCR, and neither beyond its share of the window.
-    fn next_request(&mut self, config: &ProbeConfig, due: &mut Instant) -> Option<Request> {
+    fn next_request(
+        &mut self,
+        config: &ProbeConfig,
+        now: Instant,
+        due: &mut Instant,
+    ) -> Option<Request> {
         let seq = self.next_seq;
         if self.slots.len() < MAX_OUTSTANDING
             && let Some((request, answer_to)) = self.calls.pop_front()
@@ -360,7 +365,6 @@ impl State {
             self.slots.push_back(Slot::Call(request, answer_to));
             return Some(request);
         }
-        let now = Instant::now();
         if self.stop || now < *due || self.ledger.outstanding() >= config.window {
             return None;
         }
@@ -368,7 +372,8 @@ impl State {
         self.slots.push_back(Slot::Incr);
         self.ledger.incr_sent(seq, now);
         // From now, not from when it was due: what a full window held up is not made up for in a burst.
-        *due = (*due + config.interval).max(now);
+        let late = now.saturating_duration_since(*due) > config.interval;
+        *due = if late { now } else { *due } + config.interval;
         Some(Request {
             flags: config.flags,
             ..Request::new(Op::Incr, seq)
@@ -483,7 +488,7 @@ impl Shared {
             if state.gone {
                 return None;
             }
-            if let Some(request) = state.next_request(&self.config, &mut due) {
+            if let Some(request) = state.next_request(&self.config, Instant::now(), &mut due) {
                 drop(state);
                 if let Err(e) = stream.write_all(&request.to_bytes()) {
                     return Some(ProbeError::Broken(e));
@@ -537,5 +542,58 @@ impl Shared {
             buf.copy_within(whole..have, 0);
             have -= whole;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_full_window_held_up_is_not_made_up_for_in_a_burst() {
+        let config = ProbeConfig {
+            window: 4,
+            ..ProbeConfig::new(([127, 0, 0, 1], 1).into())
+        };
+        let mut state = State::default();
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut due = start;
+        let mut sent = vec![];
+        for ms in (0..=40).chain(1000..1040) {
+            if let Some(r) = state.next_request(&config, at(ms), &mut due) {
+                sent.push((r.seq, ms));
+            }
+            if ms == 40 {
+                assert_eq!(
+                    sent,
+                    [(0, 0), (1, 10), (2, 20), (3, 30)],
+                    "the window is full"
+                );
+                state.ledger.connection_broken();
+                sent.clear();
+            }
+        }
+        assert_eq!(sent, [(4, 1000), (5, 1010), (6, 1020), (7, 1030)]);
+    }
+
+    #[test]
+    fn calls_go_first_and_have_their_share_of_the_window() {
+        let config = ProbeConfig::new(([127, 0, 0, 1], 1).into());
+        let mut state = State::default();
+        let now = Instant::now();
+        let (tx, _rx) = sync_channel(1);
+        for _ in 0..2 * MAX_OUTSTANDING {
+            state
+                .calls
+                .push_back((Request::new(Op::Read, 0), tx.clone()));
+        }
+        let mut due = now;
+        for seq in 0..MAX_OUTSTANDING as u64 {
+            let r = state.next_request(&config, now, &mut due).expect("a call");
+            assert_eq!((r.op, r.seq), (Op::Read as u16, seq));
+        }
+        let incr = state.next_request(&config, now, &mut due).expect("an INCR");
+        assert_eq!(incr.op, Op::Incr as u16);
     }
 }

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use guest::proto::{Op, REQUEST_LEN, Request, Response, Status};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -22,7 +23,7 @@ pub enum Fault {
     Twice(u64),
     /// It and all after it wait until `resume` is called.
     Hang(u64),
-    /// It is answered in two pieces, with a pause for the first one to arrive alone.
+    /// Its answer comes together with the first bytes of the next one, whose rest comes alone.
     Torn(u64),
     /// It is answered with a disk error.
     DiskError(u64),
@@ -92,11 +93,27 @@ impl Fake {
 fn serve(mut stream: TcpStream, guest: &(Mutex<Guest>, Condvar)) {
     stream.set_nodelay(true).expect("nodelay");
     let mut bytes = [0; REQUEST_LEN];
+    let mut kept = Vec::new();
     while stream.read_exact(&mut bytes).is_ok() {
         let request = Request::from_bytes(&bytes).expect("our client keeps to the protocol");
-        let Some(answer) = execute(&mut stream, guest, request) else {
+        let Some((mut answer, torn)) = execute(&mut stream, guest, request) else {
             return;
         };
+        if torn {
+            kept = answer;
+            continue;
+        }
+        if !kept.is_empty() {
+            let rest = answer.split_off(13);
+            kept.append(&mut answer);
+            if stream.write_all(&kept).is_err() {
+                return;
+            }
+            // For the first part to arrive alone.
+            std::thread::sleep(Duration::from_millis(20));
+            kept.clear();
+            answer = rest;
+        }
         if stream.write_all(&answer).is_err() {
             return;
         }
@@ -107,7 +124,7 @@ fn execute(
     stream: &mut TcpStream,
     guest: &(Mutex<Guest>, Condvar),
     request: Request,
-) -> Option<Vec<u8>> {
+) -> Option<(Vec<u8>, bool)> {
     let mut g = guest.0.lock().expect("lock");
     let mut answer = Response {
         op: request.op,
@@ -122,16 +139,16 @@ fn execute(
         Some(Op::Incr) => {}
         Some(Op::SetLoad) => {
             answer.counter = request.arg0.min(1000);
-            return Some(answer.to_bytes().to_vec());
+            return Some((answer.to_bytes().to_vec(), false));
         }
         Some(Op::ReadDisk) => {
             answer.status = Status::NoDisk as u16;
-            return Some(answer.to_bytes().to_vec());
+            return Some((answer.to_bytes().to_vec(), false));
         }
-        Some(Op::Read | Op::Stats) => return Some(answer.to_bytes().to_vec()),
+        Some(Op::Read | Op::Stats) => return Some((answer.to_bytes().to_vec(), false)),
         None => {
             answer.status = Status::BadOp as u16;
-            return Some(answer.to_bytes().to_vec());
+            return Some((answer.to_bytes().to_vec(), false));
         }
     }
     g.incrs += 1;
@@ -159,19 +176,13 @@ fn execute(
         Some(Fault::WrongSeq(_)) => bytes[8] ^= 0xff,
         Some(Fault::Twice(_)) => g.counter += 1,
         Some(Fault::DiskError(_)) => bytes[6] = Status::DiskError as u8,
-        Some(Fault::Torn(_)) => {
-            drop(g);
-            stream.write_all(&bytes[..13]).ok()?;
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            return Some(bytes.split_off(13));
-        }
         Some(Fault::Hang(_)) => {
             g.hanging = true;
             while g.hanging {
                 g = guest.1.wait(g).expect("lock");
             }
         }
-        Some(Fault::Reset(_)) | None => {}
+        Some(Fault::Reset(_) | Fault::Torn(_)) | None => {}
     }
-    Some(bytes)
+    Some((bytes, matches!(fault, Some(Fault::Torn(_)))))
 }

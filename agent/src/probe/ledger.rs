@@ -276,6 +276,14 @@ mod tests {
     }
 
     #[test]
+    fn others_increments_hide_no_loss() {
+        // 2, 3 and 4 are another client's. 5 and 6 were acknowledged and are given out again; four requests were
+        // acknowledged and the counter is 4, so that the sum alone would show nothing.
+        let l = ledger(0, &[1, 5, 6, 4]);
+        assert_eq!((l.lost(), l.extra()), (2, 3));
+    }
+
+    #[test]
     fn a_loss_the_last_read_shows_counts() {
         let mut l = ledger(0, &[1, 2, 3]);
         l.counter_read(1);

@@ -115,7 +115,7 @@ fn a_failed_request_is_told_apart() {
 
 #[test]
 fn an_answer_in_pieces_is_put_together() {
-    let fake = Fake::start(0, &[Fault::Torn(20), Fault::Torn(21)]);
+    let fake = Fake::start(0, &[Fault::Torn(20), Fault::Torn(40)]);
     assert!(run(&fake, 100).survived());
 }
 
