@@ -12,15 +12,18 @@ mod cpuid;
 pub mod devices;
 pub mod dirty;
 pub mod events;
+mod kernel;
 pub mod kvm_caps;
 pub mod layout;
 pub mod memory;
 mod msrs;
 mod paging;
+mod platform;
 mod pm;
 mod vcpu;
 mod vcpu_state;
 pub mod vm;
+mod vm_error;
 mod vm_state;
 
 pub use boot::{BootError, BootSpec, KernelSource};

@@ -133,3 +133,34 @@ pub(crate) fn write(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), MsrError
 fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs, std::io::Error> {
     Msrs::from_entries(entries).map_err(|e| std::io::Error::other(format!("{e:?}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_set_is_told_from_what_need_not() {
+        let kvm = crate::kvm_caps::open().unwrap_or_else(|e| panic!("this test needs KVM: {e}"));
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid2(&crate::cpuid::for_vcpu(&kvm, 0, 1).unwrap())
+            .unwrap();
+        let all = discover(&kvm, &vcpu).unwrap();
+        for wanted in [TSC, 0x277, 0x2FF, 0xC000_0081, 0xC000_0082] {
+            assert!(
+                all.contains(&wanted),
+                "MSR {wanted:#x} is part of a vCPU's state"
+            );
+        }
+        // LSTAR before and after one that does not exist, one that may be read-only, and one with its value.
+        let bogus = 0xDEAD_0000;
+        let lstar = 0xC000_0082;
+        assert_eq!(read(&vcpu, &[bogus, lstar]).unwrap(), [(lstar, 0)]);
+        let error = write(&vcpu, &[(bogus, 5), (lstar, 0x1000)]).unwrap_err();
+        assert!(matches!(error, MsrError::Set { index, value: 5 } if index == bogus));
+        assert_eq!(read(&vcpu, &[lstar]).unwrap(), [(lstar, 0)]);
+        write(&vcpu, &[(bogus, 0), (0x10A, u64::MAX), (lstar, 0x2000)]).unwrap();
+        assert_eq!(read(&vcpu, &[lstar]).unwrap(), [(lstar, 0x2000)]);
+    }
+}

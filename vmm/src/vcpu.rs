@@ -37,7 +37,16 @@ impl VcpuThread {
         while self.control.park() {
             // Held while in the guest, free while parked: whoever captures or restores takes it then.
             let mut vcpu = self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Leave::Ended(event) = self.run(&mut vcpu)
+            // A fault in serving an exit ends the guest, not the process that could report it.
+            let run = std::panic::AssertUnwindSafe(|| self.run(&mut vcpu));
+            let leave = std::panic::catch_unwind(run).unwrap_or_else(|_| {
+                let reason = "serving it failed: a fault of the machine, see its log".to_owned();
+                Leave::Ended(VmEvent::Crashed {
+                    vcpu: self.id,
+                    reason,
+                })
+            });
+            if let Leave::Ended(event) = leave
                 && self.control.end()
             {
                 // Nobody listening means the machine is being taken down.

@@ -363,3 +363,58 @@ fn set_xsave(vcpu: &VcpuFd, here: usize, saved: &[u8]) -> Result<(), VcpuStateEr
     // SAFETY: the area has the size KVM_CAP_XSAVE2 reports for this VM, which is the most the kernel reads.
     unsafe { vcpu.set_xsave2(&area) }.map_err(kvm("KVM_SET_XSAVE"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_deadline(mode: u32, deadline: Option<u64>) -> Option<u64> {
+        let mut lapic = kvm_lapic_state::default();
+        for (reg, byte) in lapic.regs[LAPIC_LVT_TIMER..]
+            .iter_mut()
+            .zip((mode << 17).to_le_bytes())
+        {
+            *reg = byte as _;
+        }
+        let mut msrs = vec![(msrs::TSC, 77)];
+        msrs.extend(deadline.map(|d| (msrs::TSC_DEADLINE, d)));
+        let state = VcpuState {
+            version: VERSION,
+            tsc_khz: 0,
+            tsc_offset: None,
+            cpuid: Vec::new(),
+            mp_state: Default::default(),
+            regs: Default::default(),
+            sregs: Default::default(),
+            xsave: Vec::new(),
+            xcrs: None,
+            debug_regs: Default::default(),
+            msrs,
+            lapic,
+            events: Default::default(),
+        };
+        VcpuState::from_blob(&state.to_blob().unwrap())
+            .unwrap()
+            .deadline()
+    }
+
+    #[test]
+    fn an_expired_deadline_fires_again_instead_of_never() {
+        assert_eq!(with_deadline(LVT_TSC_DEADLINE, Some(0)), Some(77));
+        assert_eq!(with_deadline(LVT_TSC_DEADLINE, Some(99)), Some(99));
+        // In the other modes there is no deadline to arm.
+        assert_eq!(with_deadline(1, Some(0)), Some(0));
+        assert_eq!(with_deadline(LVT_TSC_DEADLINE, None), None);
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        assert!(matches!(
+            VcpuState::from_blob(&[]),
+            Err(VcpuStateError::Codec(_))
+        ));
+        let mut blob = vec![0; 8192];
+        blob[0] = 9;
+        assert!(VcpuState::from_blob(&blob).is_err());
+    }
+}

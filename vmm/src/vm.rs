@@ -6,25 +6,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use checkpoint::machine::MachineState;
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use thiserror::Error;
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use crate::backend::BlockBackend;
 use crate::boot::{self, BootError, BootSpec};
 use crate::bus::Bus;
 use crate::control::{self, Control, RunPage};
-use crate::devices::{DeviceError, DeviceManager, DeviceSpec, NetSpec};
+use crate::devices::{DeviceManager, DeviceSpec, NetSpec};
 use crate::dirty::{BitmapTracker, DirtyTracker, set_slots};
 use crate::events::{Events, VmEvent};
-use crate::kvm_caps::{self, KvmError};
-use crate::layout::{IDENTITY_MAP, MAX_VCPUS, TSS};
-use crate::memory::{self, GuestMemory, MemoryError, RamFiles, RamLayout};
-use crate::msrs::MsrError;
+use crate::kvm_caps;
+use crate::layout::MAX_VCPUS;
+use crate::memory::{self, GuestMemory, RamFiles, RamLayout};
+use crate::platform::{create_platform, create_vcpus};
 use crate::vcpu::VcpuThread;
-use crate::vcpu_state::{TscClock, VcpuState, VcpuStateError, VcpuTraits};
-use crate::vm_state::{VmState, VmStateError};
-use crate::{cpuid, msrs, paging};
+use crate::vcpu_state::{TscClock, VcpuState, VcpuTraits};
+pub use crate::vm_error::VmError;
+use crate::vm_error::create;
+use crate::vm_state::VmState;
+use crate::{msrs, paging};
 
 /// What a machine consists of.
 pub struct VmSpec {
@@ -42,72 +42,6 @@ pub struct VmSpec {
     pub serial_out: Box<dyn Write + Send>,
     /// Where the serial console's input comes from, if anywhere.
     pub serial_in: Option<OwnedFd>,
-}
-
-/// Why something could not be done with a machine.
-#[derive(Debug, Error)]
-pub enum VmError {
-    /// This host's KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A number of vCPUs that cannot be had.
-    #[error("{0} vCPUs asked for: a machine has 1 to {MAX_VCPUS}")]
-    VcpuCount(u8),
-    /// KVM refused a part of the machine.
-    #[error("{what}: {source}")]
-    Create {
-        /// What was attempted.
-        what: &'static str,
-        /// The system's answer.
-        source: std::io::Error,
-    },
-    /// KVM refused a memory slot.
-    #[error("memory slot {slot}: {source}")]
-    Slot {
-        /// Number of the slot.
-        slot: u32,
-        /// The system's answer.
-        source: std::io::Error,
-    },
-    /// The devices.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The MSRs this host has.
-    #[error(transparent)]
-    Msr(#[from] MsrError),
-    /// A vCPU's state.
-    #[error("vCPU {id}: {source}")]
-    Vcpu {
-        /// Which one.
-        id: u8,
-        /// What failed.
-        source: VcpuStateError,
-    },
-    /// The state of what the vCPUs share.
-    #[error(transparent)]
-    State(#[from] VmStateError),
-    /// Only a paused machine can do this.
-    #[error("the machine is running; it must be paused first")]
-    NotPaused,
-    /// The guest has switched itself off or crashed.
-    #[error("the guest has ended its run")]
-    Ended,
-    /// vCPUs that did not leave the guest.
-    #[error("{0} vCPUs did not stop within 10 s")]
-    Stuck(usize),
-    /// The checkpoint is of a machine of another shape.
-    #[error("the checkpoint does not fit this machine: {0}")]
-    Shape(String),
-}
-
-fn create(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
-    move |e| VmError::Create {
-        what,
-        source: e.into(),
-    }
 }
 
 struct Vcpu {
@@ -415,38 +349,6 @@ impl Drop for Vm {
             }
         }
     }
-}
-
-fn create_platform(kvm: &Kvm, vm: &VmFd) -> Result<(), VmError> {
-    // Before any vCPU. Only Intel hosts need it, none minds.
-    vm.set_tss_address(TSS as usize)
-        .map_err(create("setting the TSS address"))?;
-    if kvm.check_extension(Cap::SetIdentityMapAddr) {
-        vm.set_identity_map_address(IDENTITY_MAP)
-            .map_err(create("setting the identity map's address"))?;
-    }
-    vm.create_irq_chip()
-        .map_err(create("creating the interrupt controllers"))?;
-    // The speaker's port shares the timer's gate: kernels calibrate with it.
-    let pit = kvm_pit_config {
-        flags: KVM_PIT_SPEAKER_DUMMY,
-        ..Default::default()
-    };
-    vm.create_pit2(pit).map_err(create("creating the timer"))
-}
-
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, VmError> {
-    let mut fds = Vec::new();
-    for id in 0..count {
-        let fd = vm
-            .create_vcpu(u64::from(id))
-            .map_err(create("creating a vCPU"))?;
-        let cpuid = cpuid::for_vcpu(kvm, id, count).map_err(create("reading the host's CPUID"))?;
-        fd.set_cpuid2(&cpuid)
-            .map_err(create("setting a vCPU's CPUID"))?;
-        fds.push(fd);
-    }
-    Ok(fds)
 }
 
 #[cfg(test)]
