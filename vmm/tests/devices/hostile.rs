@@ -214,6 +214,36 @@ fn any_device(which: u8) -> Bare {
     }
 }
 
+/// Otherwise a device's thread would be woken for ever by a descriptor it cannot serve.
+#[test]
+fn descriptors_that_cannot_be_served_are_not_listened_to() {
+    let wire = TestWire::new();
+    let mut bare = Bare::new(Box::new(Net::new(0, MAC, Box::new(End(wire.clone())))));
+    assert!(!bare.mmio.wants(0), "listens before the driver is there");
+    bare.start(0);
+    wire.inject(&[0x5a; 60]);
+    wire.set_room(0);
+    bare.run(10);
+    assert!(
+        !bare.mmio.wants(0),
+        "listens to frames without a buffer for them"
+    );
+    assert!(!bare.mmio.wants(1), "listens for room without needing it");
+    let put = |at: u64, bytes: &[u8]| bare.mem.write_slice(bytes, GuestAddress(at)).unwrap();
+    for (base, flags) in [(QUEUE0, 2), (QUEUE1, 0)] {
+        put(base, &desc(0x40000, 100, flags, 0));
+        put(base + 0x1002, &1u16.to_le_bytes());
+    }
+    // A second buffer, so that frames are still wanted after the first.
+    put(QUEUE0 + 16, &desc(0x50000, 100, 2, 0));
+    put(QUEUE0 + 0x1006, &1u16.to_le_bytes());
+    put(QUEUE0 + 0x1002, &2u16.to_le_bytes());
+    bare.run(10);
+    assert_eq!(wire.read(), 1);
+    assert!(bare.mmio.wants(0));
+    assert!(bare.mmio.wants(1), "full, and does not listen for room");
+}
+
 /// Turns a device may take for two rings of 8, each entry answered or dropped, and a backend's 20 frames.
 const MOST: usize = 64;
 
