@@ -26,6 +26,7 @@ fn options(durability: Durability, mutants: Mutants) -> Options {
         batch_bytes: 9 << 10,
         batch_age: Duration::from_secs(1 << 30),
         high_water: 30 << 10,
+        journal_keep: 4 << 10,
         stepped: true,
         mutants,
     }
@@ -263,7 +264,7 @@ fn sweep(durability: Durability, mutants: Mutants, seeds: u64) -> Vec<String> {
 #[test]
 fn i3_i6_a_crash_at_any_operation_leaves_one_complete_checkpoint() {
     for durability in [Durability::Memory, Durability::Disk] {
-        let complaints = sweep(durability, Mutants::default(), 24);
+        let complaints = sweep(durability, Mutants::default(), 16);
         assert!(complaints.is_empty(), "{durability:?}: {complaints:#?}");
     }
 }
@@ -275,9 +276,14 @@ fn without_the_journals_sync_the_checker_complains() {
         ..Mutants::default()
     };
     for durability in [Durability::Memory, Durability::Disk] {
-        let complaints = sweep(durability, mutants, 24);
+        let complaints = sweep(durability, mutants, 16);
+        // The mix that the sync is there against, and (waiting for the disk) a promise not kept.
+        let expected = match durability {
+            Durability::Memory => "is not at the record's epoch",
+            Durability::Disk => "was promised",
+        };
         assert!(
-            complaints.iter().any(|c| c.contains("disk")),
+            complaints.iter().any(|c| c.contains(expected)),
             "{durability:?}: {complaints:?}"
         );
     }
@@ -290,7 +296,7 @@ fn without_the_journals_checksum_the_checker_complains() {
         ..Mutants::default()
     };
     for durability in [Durability::Memory, Durability::Disk] {
-        assert!(!sweep(durability, mutants, 24).is_empty(), "{durability:?}");
+        assert!(!sweep(durability, mutants, 16).is_empty(), "{durability:?}");
     }
 }
 

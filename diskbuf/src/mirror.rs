@@ -281,3 +281,110 @@ fn locked(
     let size = file.len().map_err(|e| refused(path, e))?;
     Ok((file, size))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(e: &MirrorError) -> String {
+        e.to_string()
+    }
+
+    #[test]
+    fn refusals_name_the_file_and_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.img");
+        let name = path.display().to_string();
+
+        let missing = Mirror::open(&path).unwrap_err();
+        assert!(matches!(missing, MirrorError::Missing(_)));
+        assert!(message(&missing).contains(&format!("truncate -s 1G {name}")));
+        assert!(!path.exists(), "opening makes nothing");
+
+        std::fs::write(&path, [1; 700]).unwrap();
+        let odd = Mirror::open(&path).unwrap_err();
+        assert!(matches!(odd, MirrorError::OddSize { size: 700, .. }));
+        assert!(message(&odd).contains("700 bytes"));
+        assert!(message(&odd).contains(&format!("truncate -s 1024 {name}")));
+        assert_eq!(
+            std::fs::read(&path).unwrap(),
+            [1; 700],
+            "and is not touched"
+        );
+
+        assert!(matches!(
+            Mirror::create(&path, 1024),
+            Err(MirrorError::Exists(_))
+        ));
+        assert!(matches!(
+            Mirror::create(dir.path().join("e.img"), 1000),
+            Err(MirrorError::BadSize { size: 1000, .. })
+        ));
+        std::fs::write(&path, []).unwrap();
+        assert!(matches!(Mirror::open(&path), Err(MirrorError::Empty(_))));
+        assert!(matches!(
+            Mirror::open(dir.path()),
+            Err(MirrorError::Directory(_))
+        ));
+        // Root may write anything, so the kernel's answer is made up here.
+        for kind in [
+            io::ErrorKind::PermissionDenied,
+            io::ErrorKind::ReadOnlyFilesystem,
+        ] {
+            let read_only = refused(&path, kind.into());
+            assert!(matches!(read_only, MirrorError::ReadOnly { .. }));
+            assert!(message(&read_only).contains(&format!("chmod u+w {name}")));
+        }
+    }
+
+    #[test]
+    fn one_program_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.img");
+        let mirror = Mirror::create(&path, 4096).unwrap();
+        assert!(matches!(Mirror::open(&path), Err(MirrorError::InUse(_))));
+        drop(mirror);
+        assert_eq!(Mirror::open(&path).unwrap().size(), 4096);
+    }
+
+    #[test]
+    fn ranges_are_checked_and_zeroes_are_zero() {
+        let dir = tempfile::tempdir().unwrap();
+        let mirror = Mirror::create(dir.path().join("d.img"), 1 << 20).unwrap();
+        mirror.write_at(0, &[5; 8192]).unwrap();
+        mirror.discard(512, 1024).unwrap();
+        mirror.write_zeroes(4096, 4096).unwrap();
+        mirror.write_zeroes(0, 0).unwrap();
+        mirror.flush().unwrap();
+        let mut got = [9; 8192];
+        mirror.read_at(0, &mut got).unwrap();
+        for (at, byte) in got.iter().enumerate() {
+            let zero = (512..1536).contains(&at) || at >= 4096;
+            assert_eq!(*byte, if zero { 0 } else { 5 }, "byte {at}");
+        }
+        for (offset, len) in [
+            (1 << 20, 1),
+            ((1 << 20) - 1, 2),
+            (u64::MAX, 1),
+            (u64::MAX, u64::MAX),
+        ] {
+            let failed = mirror.write_zeroes(offset, len).unwrap_err();
+            assert_eq!(failed.kind(), io::ErrorKind::InvalidInput);
+        }
+        let failed = mirror.write_at(u64::MAX, &[0; 512]).unwrap_err();
+        assert_eq!(failed.kind(), io::ErrorKind::InvalidInput);
+        assert!(mirror.read_at((1 << 20) - 1, &mut [0; 2]).is_err());
+    }
+
+    #[test]
+    fn a_failed_sync_is_final() {
+        let disk = crate::faulty::MemDisk::default();
+        let mirror = Mirror::create_in(&disk, Path::new("/d.img"), 4096).unwrap();
+        mirror.write_at(0, &[1; 512]).unwrap();
+        disk.fail_sync(1);
+        assert!(mirror.flush().is_err());
+        assert!(mirror.flush().is_err(), "the next one would prove nothing");
+        assert!(mirror.write_at(0, &[1; 512]).is_err());
+        assert!(mirror.read_at(0, &mut [0; 512]).is_err());
+    }
+}

@@ -178,6 +178,8 @@ pub(crate) struct Options {
     pub batch_age: Duration,
     /// With so many bytes waiting and a batch under way, an epoch waits after all: memory is bounded.
     pub high_water: u64,
+    /// A journal file that is free again is cut to nothing if it has grown beyond this, in bytes.
+    pub journal_keep: u64,
     /// For tests: no thread, a batch goes one step at each epoch.
     pub stepped: bool,
     pub mutants: Mutants,
@@ -190,6 +192,7 @@ impl Options {
             batch_bytes: 16 << 20,
             batch_age: Duration::from_secs(1),
             high_water: 64 << 20,
+            journal_keep: 80 << 20,
             stepped: false,
             mutants: Mutants::default(),
         }
@@ -230,6 +233,8 @@ pub struct ReplicaDisks {
     /// The journal file in use, and its end.
     current: usize,
     end: u64,
+    /// How long the journal files have grown.
+    extent: [u64; 2],
     /// Number of the newest entry.
     seq: u64,
     /// Entries up to here are synced.
@@ -306,6 +311,11 @@ impl ReplicaDisks {
             }
         };
         let journals = [journal(0)?, journal(1)?];
+        let [len0, len1] = journals.each_ref().map(|j| j.len());
+        let extent = [
+            len0.map_err(DiskbufError::Journal)?,
+            len1.map_err(DiskbufError::Journal)?,
+        ];
         let worker = if options.stepped {
             Worker::Stepped(None)
         } else {
@@ -332,6 +342,7 @@ impl ReplicaDisks {
             salt: 0,
             current: 0,
             end: 0,
+            extent,
             seq: stored.map_or(0, |s| s.applied),
             durable: 0,
             batch_seq: 0,
@@ -633,7 +644,7 @@ impl ReplicaDisks {
         self.wait()?;
         self.generation = generation;
         let record = self.stored(Role::Owner);
-        self.take_batch(record).run()?;
+        self.take_batch(record)?.run()?;
         self.state = State::Owner;
         let mirrors = std::mem::take(&mut self.mirrors);
         Ok(mirrors.iter().map(|m| m.path().into()).collect())
@@ -653,7 +664,7 @@ impl ReplicaDisks {
             self.wait()?;
         }
         let record = self.stored(Role::Replica);
-        let batch = self.take_batch(record);
+        let batch = self.take_batch(record)?;
         self.worker.submit(batch)
     }
 
@@ -671,7 +682,7 @@ impl ReplicaDisks {
     }
 
     /// Everything pending, and the switch to the other journal file. Only while no batch is under way.
-    fn take_batch(&mut self, record: Stored) -> Batch {
+    fn take_batch(&mut self, record: Stored) -> Result<Batch, DiskbufError> {
         let journal = &self.journals[self.current];
         let unsynced = self.durable < self.seq && !self.pending.is_empty();
         self.batch_seq = self.seq;
@@ -689,7 +700,12 @@ impl ReplicaDisks {
         self.oldest = None;
         self.current ^= 1;
         self.end = 0;
-        batch
+        if std::mem::take(&mut self.extent[self.current]) > self.options.journal_keep {
+            self.journals[self.current]
+                .set_len(0)
+                .map_err(DiskbufError::Journal)?;
+        }
+        Ok(batch)
     }
 
     /// Notices a batch that has ended.
@@ -711,6 +727,8 @@ impl ReplicaDisks {
             .write_at(self.end, entry.bytes())
             .map_err(DiskbufError::Journal)?;
         self.end += entry.bytes().len() as u64;
+        let extent = &mut self.extent[self.current];
+        *extent = self.end.max(*extent);
         Ok(())
     }
 
