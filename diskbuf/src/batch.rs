@@ -6,11 +6,11 @@ use std::thread::JoinHandle;
 
 use checkpoint::{DiskOp, DiskRecord, DiskRecordError, disk_records};
 
+use crate::error::DiskbufError;
 use crate::journal::Entry;
 use crate::layer::LayerFile;
 use crate::mirror::Mirror;
 use crate::record::{RecordFile, Stored};
-use crate::replica::DiskbufError;
 
 /// What is to be done, in this order: sync the journal and say so in it, write the mirrors, sync the mirrors, replace the record.
 pub(crate) struct Batch {

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use checkpoint::{DiskOp, DiskRecord, Epoch, Generation, VmId};
 
+use crate::error::DiskbufError;
 use crate::faulty::{Crash, MemDisk, Rng};
 use crate::record::{RecordError, Role};
-use crate::replica::{DiskbufError, Durability, Mutants, Options, ReplicaDisks};
+use crate::replica::{Durability, Mutants, Options, ReplicaDisks};
 
 const DIR: &str = "/vm";
 const VM: VmId = VmId(7);
@@ -211,13 +212,21 @@ fn crash_once(
     disk.crash_at(at);
     let ended = told.life(&disk, options, &mut rng).is_ok();
     let mut rng = Rng(at << 16 | seed);
-    let mut disk = disk.after(how, &mut rng);
-    if seed % 2 == 0 {
-        disk.crash_at(1 + rng.below(30));
+    // Either the host dies, or only the program, and what was not synced still can be lost later.
+    let kill = seed / 4 % 2 == 1;
+    let mut disk = if kill {
+        disk.killed()
+    } else {
+        disk.after(how, &mut rng)
+    };
+    let mut found_how = if kill { Crash::KeepAll } else { how };
+    if seed.is_multiple_of(2) {
+        disk.crash_at(disk.ops() + 1 + rng.below(12));
         let _ = open(&disk, options);
         disk = disk.after(how, &mut rng);
+        found_how = how;
     }
-    let mut disks = told.check(&disk, open(&disk, options), how, durability)?;
+    let mut disks = told.check(&disk, open(&disk, options), found_how, durability)?;
     // The second life goes on from the checkpoint found, with other writes than in the first.
     let base = disk.ops();
     if disks.record().is_some_and(|r| r.role == Role::Replica) {

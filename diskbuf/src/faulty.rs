@@ -159,6 +159,15 @@ impl MemDisk {
         Self(Arc::new(Mutex::new(inner)))
     }
 
+    /// The disk as the next program finds it: all is there, what was not synced still is not.
+    pub(crate) fn killed(&self) -> Self {
+        let inner = Inner {
+            files: self.lock().files.clone(),
+            ..Inner::default()
+        };
+        Self(Arc::new(Mutex::new(inner)))
+    }
+
     /// A file's content as a reader sees it.
     pub(crate) fn content(&self, path: &Path) -> Vec<u8> {
         self.lock()

@@ -159,7 +159,7 @@ pub(crate) fn recover(
         .zip(wanted.applied.saturating_add(1)..)
         .take_while(|(e, seq)| e.head.seq == *seq)
         .count();
-    if wanted.applied + whole as u64 + 1 <= vouched {
+    if wanted.applied + (whole as u64) < vouched {
         return Err(Ok(wanted.applied + whole as u64 + 1));
     }
     let cut = entries.split_off(whole).len();

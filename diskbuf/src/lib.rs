@@ -9,10 +9,12 @@
 //! Byte layouts and the reasons of the order of writes: `docs/disk-format.md`.
 
 mod batch;
+mod error;
 pub mod held;
 mod journal;
 mod layer;
 pub mod mirror;
+mod open;
 pub mod owner;
 pub mod record;
 pub mod replica;
@@ -22,8 +24,9 @@ mod crash;
 #[cfg(test)]
 mod faulty;
 
+pub use error::DiskbufError;
 pub use held::{HeldError, HeldWrites};
 pub use mirror::{Mirror, MirrorError};
 pub use owner::{DiskSink, OwnerDisk};
 pub use record::{ActivationRecord, RecordError, Role};
-pub use replica::{DiskbufError, Durability, ReplicaDisks};
+pub use replica::{Durability, ReplicaDisks};

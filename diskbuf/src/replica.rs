@@ -5,18 +5,19 @@
 //! file is free again; the other of the two journal files takes what comes meanwhile. Whatever instant a crash picks,
 //! the mirrors together with the whole entries of the journal are one complete checkpoint.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use checkpoint::{DiskRecord, DiskRecordError, Epoch, Generation, VmId};
+use checkpoint::{DiskRecord, Epoch, Generation, VmId};
 
 use crate::batch::{Batch, Worker, apply, apply_all, check_all};
-use crate::journal::{self, Entry, Head, PAYLOAD_MAX, Wanted};
+use crate::error::DiskbufError;
+use crate::journal::{Entry, Head, PAYLOAD_MAX};
 use crate::layer::{FileLayer, LayerFile, OsLayer};
-use crate::mirror::{Mirror, MirrorError};
-use crate::record::{ActivationRecord, RecordError, RecordFile, Role, Stored};
+use crate::mirror::Mirror;
+use crate::open::draw;
+use crate::record::{ActivationRecord, RecordFile, Role, Stored};
 
 /// When [`ReplicaDisks::process`] returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,136 +27,6 @@ pub enum Durability {
     Memory,
     /// When they are on the disk.
     Disk,
-}
-
-/// Why the disks of a replica are not as asked for.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskbufError {
-    /// A mirror.
-    #[error(transparent)]
-    Mirror(#[from] MirrorError),
-    /// The activation record.
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    /// What was to be written is no disk record.
-    #[error(transparent)]
-    Malformed(#[from] DiskRecordError),
-    /// The journal cannot be read or written.
-    #[error("disk journal: {0}")]
-    Journal(#[source] io::Error),
-    /// The directory cannot be made.
-    #[error("directory {} for disk mirrors: {source}", path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// Another program works in it.
-    #[error("directory {} for disk mirrors is in use by another program", .0.display())]
-    InUse(PathBuf),
-    /// Something durable is not there any more, or not as it was. Only filling anew helps.
-    #[error(
-        "the disk mirrors in {} are damaged ({what}); remove the directory, and this host is filled anew", path.display()
-    )]
-    Damaged {
-        /// The directory.
-        path: PathBuf,
-        /// What was found.
-        what: String,
-    },
-    /// The directory belongs to another VM.
-    #[error("directory {} holds the disks of VM {found}, not of VM {wanted}", path.display())]
-    OtherVm {
-        /// The directory.
-        path: PathBuf,
-        /// Whose it is.
-        found: VmId,
-        /// Who asked.
-        wanted: VmId,
-    },
-    /// A mirror is there with another size than the VM's disk.
-    #[error(
-        "disk mirror {} has {found} bytes, the VM's disk has {wanted}; remove the directory to fill it anew",
-        path.display()
-    )]
-    OtherSize {
-        /// The mirror.
-        path: PathBuf,
-        /// Its size in bytes.
-        found: u64,
-        /// The disk's size in bytes.
-        wanted: u64,
-    },
-    /// A write outside the VM's disks. Nothing was done.
-    #[error(
-        "disk write of {len} bytes at {offset} lies outside of disk {disk}, or there is no such disk"
-    )]
-    OutOfRange {
-        /// The disk's number.
-        disk: u16,
-        /// In bytes.
-        offset: u64,
-        /// In bytes.
-        len: u32,
-    },
-    /// An epoch with more writes than a journal entry takes. Nothing was done.
-    #[error(
-        "epoch {epoch} wrote {bytes} bytes to its disks, at most {PAYLOAD_MAX} can be taken at once"
-    )]
-    TooLarge {
-        /// The epoch.
-        epoch: Epoch,
-        /// Its writes in bytes.
-        bytes: u64,
-    },
-    /// A message of an earlier generation. Nothing was done.
-    #[error("generation {got} is over, the disks are at generation {at}")]
-    OldGeneration {
-        /// The message's.
-        got: Generation,
-        /// Ours.
-        at: Generation,
-    },
-    /// The epoch is not the one that fits. Nothing was done.
-    #[error("epoch {got} does not fit: the disks are at epoch {at}")]
-    WrongEpoch {
-        /// As asked for.
-        got: Epoch,
-        /// Ours.
-        at: Epoch,
-    },
-    /// Not possible in this state. Nothing was done.
-    #[error("{0}")]
-    State(&'static str),
-    /// Something failed earlier, and what is on the disk is not known since.
-    #[error("the disks failed earlier and take nothing any more: {0}")]
-    Poisoned(String),
-}
-
-impl DiskbufError {
-    pub(crate) fn mirror(mirror: &Mirror, source: io::Error) -> Self {
-        Self::Mirror(MirrorError::Io {
-            path: mirror.path().into(),
-            source,
-        })
-    }
-
-    /// Whether the state on disk is untouched by the failed call.
-    fn harmless(&self) -> bool {
-        matches!(
-            self,
-            Self::Malformed(_)
-                | Self::OutOfRange { .. }
-                | Self::TooLarge { .. }
-                | Self::OldGeneration { .. }
-                | Self::WrongEpoch { .. }
-                | Self::State(_)
-                | Self::Poisoned(_)
-                // The VM that ran on the mirrors may still be about to end.
-                | Self::Mirror(MirrorError::InUse(_))
-        )
-    }
 }
 
 /// Switches that break the mechanism, to see the tests notice.
@@ -203,7 +74,7 @@ impl Options {
 const FILL_SYNC: u64 = 64 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(crate) enum State {
     /// Nothing valid: before [`ReplicaDisks::begin_full`].
     Empty,
     /// Being filled.
@@ -216,37 +87,37 @@ enum State {
 
 /// All mirrors of one VM at one replica, in one directory: `disk0.img` ..., `journal.0`, `journal.1`, `activation`.
 pub struct ReplicaDisks {
-    layer: Arc<dyn FileLayer>,
-    dir: PathBuf,
-    vm: VmId,
-    sizes: Vec<u64>,
-    options: Options,
+    pub(crate) layer: Arc<dyn FileLayer>,
+    pub(crate) dir: PathBuf,
+    pub(crate) vm: VmId,
+    pub(crate) sizes: Vec<u64>,
+    pub(crate) options: Options,
     /// Empty while the VM runs here: then they are another process's.
-    mirrors: Arc<Vec<Mirror>>,
-    journals: [Arc<dyn LayerFile>; 2],
-    record: Arc<RecordFile>,
-    worker: Worker,
-    state: State,
-    epoch: Epoch,
-    generation: Generation,
-    salt: u64,
+    pub(crate) mirrors: Arc<Vec<Mirror>>,
+    pub(crate) journals: [Arc<dyn LayerFile>; 2],
+    pub(crate) record: Arc<RecordFile>,
+    pub(crate) worker: Worker,
+    pub(crate) state: State,
+    pub(crate) epoch: Epoch,
+    pub(crate) generation: Generation,
+    pub(crate) salt: u64,
     /// The journal file in use, and its end.
-    current: usize,
-    end: u64,
+    pub(crate) current: usize,
+    pub(crate) end: u64,
     /// How long the journal files have grown.
-    extent: [u64; 2],
+    pub(crate) extent: [u64; 2],
     /// Number of the newest entry.
-    seq: u64,
+    pub(crate) seq: u64,
     /// Entries up to here are synced.
-    durable: u64,
+    pub(crate) durable: u64,
     /// Newest entry of the batch under way.
-    batch_seq: u64,
-    pending: Vec<Entry>,
-    pending_bytes: u64,
-    oldest: Option<Instant>,
+    pub(crate) batch_seq: u64,
+    pub(crate) pending: Vec<Entry>,
+    pub(crate) pending_bytes: u64,
+    pub(crate) oldest: Option<Instant>,
     /// Bytes written while filling since the mirrors were last synced.
-    unsynced: u64,
-    poisoned: Option<String>,
+    pub(crate) unsynced: u64,
+    pub(crate) poisoned: Option<String>,
 }
 
 impl std::fmt::Debug for ReplicaDisks {
@@ -266,7 +137,7 @@ impl ReplicaDisks {
     /// crash left: whole epochs in the journal are done to the mirrors, a torn tail is cut off.
     ///
     /// # Errors
-    /// [`DiskbufError::Damaged`] (or [`RecordError::Damaged`]) if something durable is missing or broken,
+    /// [`DiskbufError::Damaged`] (or [`crate::RecordError::Damaged`]) if something durable is missing or broken,
     /// [`DiskbufError::InUse`], [`DiskbufError::OtherVm`], [`DiskbufError::OtherSize`], and what the files say.
     pub fn open(
         dir: &Path,
@@ -275,167 +146,6 @@ impl ReplicaDisks {
         durability: Durability,
     ) -> Result<Self, DiskbufError> {
         Self::open_with(Arc::new(OsLayer), dir, vm, sizes, Options::new(durability))
-    }
-
-    pub(crate) fn open_with(
-        layer: Arc<dyn FileLayer>,
-        dir: &Path,
-        vm: VmId,
-        sizes: &[u64],
-        options: Options,
-    ) -> Result<Self, DiskbufError> {
-        let at_dir = |source| DiskbufError::Directory {
-            path: dir.into(),
-            source,
-        };
-        layer.create_dir(dir).map_err(at_dir)?;
-        let Some(record) = RecordFile::open(&*layer, dir)? else {
-            return Err(DiskbufError::InUse(dir.into()));
-        };
-        let stored = record.latest();
-        if let Some(found) = stored.map(|s| s.record.vm).filter(|found| *found != vm) {
-            return Err(DiskbufError::OtherVm {
-                path: dir.into(),
-                found,
-                wanted: vm,
-            });
-        }
-        let journal = |n: usize| {
-            let path = dir.join(format!("journal.{n}"));
-            match layer.open(&path, stored.is_none()) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => Err(DiskbufError::Damaged {
-                    path: dir.into(),
-                    what: format!("journal.{n} is missing"),
-                }),
-                other => other.map_err(DiskbufError::Journal),
-            }
-        };
-        let journals = [journal(0)?, journal(1)?];
-        let [len0, len1] = journals.each_ref().map(|j| j.len());
-        let extent = [
-            len0.map_err(DiskbufError::Journal)?,
-            len1.map_err(DiskbufError::Journal)?,
-        ];
-        let worker = if options.stepped {
-            Worker::Stepped(None)
-        } else {
-            Worker::thread().map_err(at_dir)?
-        };
-        let state = match stored.map(|s| s.record.role) {
-            None | Some(Role::Syncing) => State::Empty,
-            Some(Role::Replica) => State::Replica,
-            Some(Role::Owner) => State::Owner,
-        };
-        let mut disks = Self {
-            layer,
-            dir: dir.into(),
-            vm,
-            sizes: sizes.into(),
-            options,
-            mirrors: Arc::default(),
-            journals,
-            record: Arc::new(record),
-            worker,
-            state,
-            epoch: stored.map_or(Epoch::ZERO, |s| s.record.epoch),
-            generation: stored.map_or(Generation::ZERO, |s| s.record.generation),
-            salt: 0,
-            current: 0,
-            end: 0,
-            extent,
-            seq: stored.map_or(0, |s| s.applied),
-            durable: 0,
-            batch_seq: 0,
-            pending: Vec::new(),
-            pending_bytes: 0,
-            oldest: None,
-            unsynced: 0,
-            poisoned: None,
-        };
-        // The VM that runs (or ran) on an owner's mirrors has them locked, and wrote to them since.
-        if disks.state != State::Owner {
-            disks.mirrors = Arc::new(disks.open_mirrors(disks.state == State::Replica)?);
-        }
-        disks.layer.sync_dir(dir).map_err(at_dir)?;
-        if let (State::Replica, Some(stored)) = (disks.state, stored) {
-            disks.recover(stored)?;
-        }
-        Ok(disks)
-    }
-
-    /// Opens and locks the mirrors; if not `valid`, their content and size mean nothing yet.
-    fn open_mirrors(&self, valid: bool) -> Result<Vec<Mirror>, DiskbufError> {
-        let mut mirrors = Vec::with_capacity(self.sizes.len());
-        for (n, &wanted) in self.sizes.iter().enumerate() {
-            let path = self.dir.join(format!("disk{n}.img"));
-            let (mirror, found) = if valid {
-                let mirror = Mirror::open_in(&*self.layer, &path)?;
-                let found = mirror.size();
-                (mirror, found)
-            } else {
-                Mirror::claim_in(&*self.layer, &path, wanted)?
-            };
-            // Without any record a file of another size was not put there by us: not ours to overwrite.
-            let strange = found != 0 && self.record.latest().is_none();
-            if found != wanted && (valid || strange) {
-                return Err(DiskbufError::OtherSize {
-                    path,
-                    found,
-                    wanted,
-                });
-            }
-            mirrors.push(mirror);
-        }
-        Ok(mirrors)
-    }
-
-    /// Brings the mirrors to the newest whole epoch of the journal.
-    fn recover(&mut self, stored: Stored) -> Result<(), DiskbufError> {
-        let wanted = Wanted {
-            salt: stored.salt,
-            vm: self.vm,
-            applied: stored.applied,
-            no_crc: self.options.mutants.no_crc,
-        };
-        // What is read may be in the page cache only; it must not be lost between here and the mirrors' sync.
-        for journal in &self.journals {
-            journal.sync().map_err(DiskbufError::Journal)?;
-        }
-        let found = journal::recover(&self.journals, wanted).map_err(|e| match e {
-            Ok(seq) => DiskbufError::Damaged {
-                path: self.dir.clone(),
-                what: format!(
-                    "journal entry {seq} is broken or missing, and later ones rely on it"
-                ),
-            },
-            Err(e) => DiskbufError::Journal(e),
-        })?;
-        if found.cut > 0 {
-            tracing::warn!(dir = %self.dir.display(), entries = found.cut, "torn tail of the disk journal cut off");
-        }
-        let mut touched = vec![false; self.mirrors.len()];
-        for entry in &found.run {
-            apply_all(&self.mirrors, entry.payload(), &mut touched).map_err(|e| {
-                DiskbufError::Damaged {
-                    path: self.dir.clone(),
-                    what: format!("journal entry {}: {e}", entry.head.seq),
-                }
-            })?;
-        }
-        // All of them: the writes of an earlier batch may have been done but not synced when this program was killed.
-        for mirror in self.mirrors.iter() {
-            mirror
-                .flush()
-                .map_err(|e| DiskbufError::mirror(mirror, e))?;
-        }
-        if let Some(last) = found.run.last() {
-            self.epoch = last.head.epoch;
-            self.generation = last.head.generation;
-        }
-        self.seq = found.highest;
-        self.salt = draw().map_err(DiskbufError::Journal)?;
-        let record = self.stored(Role::Replica);
-        Ok(self.record.write(record)?)
     }
 
     /// The newest durable record.
@@ -455,7 +165,7 @@ impl ReplicaDisks {
     /// [`ReplicaDisks::process`].
     ///
     /// # Errors
-    /// [`DiskbufError::OldGeneration`]; [`MirrorError::InUse`] if a VM runs on them; what the files say.
+    /// [`DiskbufError::OldGeneration`]; [`crate::MirrorError::InUse`] if a VM runs on them; what the files say.
     pub fn begin_full(&mut self, generation: Generation) -> Result<(), DiskbufError> {
         self.guard(|disks| disks.begin_full_inner(generation))
     }
@@ -746,7 +456,7 @@ impl ReplicaDisks {
         Entry::new(head, &[])
     }
 
-    fn stored(&self, role: Role) -> Stored {
+    pub(crate) fn stored(&self, role: Role) -> Stored {
         Stored {
             record: ActivationRecord {
                 vm: self.vm,
@@ -783,17 +493,5 @@ impl ReplicaDisks {
             self.poisoned = Some(e.to_string());
         }
         result
-    }
-}
-
-/// A number that a guest cannot guess.
-fn draw() -> io::Result<u64> {
-    let mut bytes = [0u8; 8];
-    // SAFETY: the pointer and the length are those of `bytes`, which outlives the call.
-    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if n == 8 {
-        Ok(u64::from_le_bytes(bytes))
-    } else {
-        Err(io::Error::last_os_error())
     }
 }

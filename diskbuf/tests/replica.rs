@@ -35,7 +35,8 @@ fn filled(dir: &Path, durability: Durability) -> ReplicaDisks {
 }
 
 /// The stream of an owner, as the chain would hold it.
-struct Stream(Mutex<(Epoch, HeldWrites, Vec<(DiskOp, u64, u32)>)>);
+struct Stream(Mutex<Streamed>);
+type Streamed = (Epoch, HeldWrites, Vec<(DiskOp, u64, u32)>);
 
 impl DiskSink for Stream {
     fn disk_write(&self, record: &DiskRecord<'_>) {
@@ -166,9 +167,9 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
         Err(DiskbufError::State(_))
     ));
     disks.process(Epoch(3), Generation(5), &[]).unwrap();
-    let old = disks.process(Epoch(4), Generation(4), &[write.clone()]);
+    let old = disks.process(Epoch(4), Generation(4), std::slice::from_ref(&write));
     assert!(matches!(old, Err(DiskbufError::OldGeneration { .. })));
-    let again = disks.process(Epoch(3), Generation(5), &[write.clone()]);
+    let again = disks.process(Epoch(3), Generation(5), std::slice::from_ref(&write));
     assert!(matches!(again, Err(DiskbufError::WrongEpoch { .. })));
     for bad in [
         encoded(0, SIZES[0], &[1; 512]),
