@@ -2,8 +2,12 @@
 
 mod core_support;
 
-use core_support::{LONG, between, booted, copy_ram, machine, read, two_slots};
-use vmm::{Vm, VmError, VmEvent};
+use std::io::Write;
+
+use core_support::{
+    LONG, between, booted, copy_ram, elf, machine, machine_with_input, read, two_slots,
+};
+use vmm::{BootSpec, KernelSource, RamFiles, Vm, VmError, VmEvent};
 
 // Reads a device's magic number (MMIO), a port that reads 1, sends the low byte of a counter down the serial line,
 // and counts in a register and in memory; switches itself off if a read was wrong.
@@ -164,6 +168,68 @@ fn a_checkpoint_of_another_shape_is_refused() {
     odd.vm[0] ^= 0xff;
     assert!(matches!(other.restore(&odd), Err(VmError::State(_))));
     other.restore(&state).unwrap();
+}
+
+// Sends back every byte that comes down the serial line.
+guest_code!(
+    echo_start,
+    echo_end,
+    "2: movl $0x3fd, %edx",
+    "inb %dx, %al",
+    "testb $1, %al",
+    "jz 2b",
+    "movl $0x3f8, %edx",
+    "inb %dx, %al",
+    "outb %al, %dx",
+    "jmp 2b",
+);
+
+/// A read of the line takes a byte off it. Stopped in the middle of one, the guest must get that byte: a machine
+/// captured before the access is completed would read again elsewhere, and the byte would be gone. (Seen to fail with
+/// vCPU threads that leave their loop right after serving an exit.)
+#[test]
+fn an_access_with_a_side_effect_happens_exactly_once() {
+    const MOVES: usize = 150;
+    // SAFETY: the two labels of the block above.
+    let code = unsafe { between(&raw const echo_start, &raw const echo_end) };
+    let layout = two_slots();
+    let (input, mut typist) = std::io::pipe().unwrap();
+    let typing = std::thread::spawn(move || {
+        // Until nobody reads any more.
+        let mut next = 0u8;
+        while typist.write_all(&[next]).is_ok() {
+            next = next.wrapping_add(1);
+        }
+    });
+    let boot = |ram| {
+        let input = input.try_clone().unwrap().into();
+        machine_with_input(1, &layout, ram, Some(input))
+    };
+    let (mut vm, mut line) = boot(RamFiles::create(&layout).unwrap());
+    vm.boot(&BootSpec {
+        kernel: KernelSource::Bytes(elf(code)),
+        initrd: None,
+        cmdline: String::new(),
+    })
+    .unwrap();
+    let mut echoed = 0;
+    for round in 0..MOVES {
+        vm.resume();
+        line.wait(5 + round % 3);
+        vm.pause().unwrap();
+        let state = vm.capture().unwrap();
+        assert_alive(&vm);
+        let bytes = line.bytes();
+        assert_counts(&bytes, echoed);
+        echoed += bytes.len();
+        let ram = copy_ram(&vm);
+        // Before the next takes over the line.
+        vm.stop();
+        (vm, line) = boot(ram);
+        vm.restore(&state).unwrap();
+    }
+    drop((vm, input));
+    typing.join().unwrap();
 }
 
 guest_code!(

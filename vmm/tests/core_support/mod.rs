@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -113,6 +114,16 @@ impl Line {
 
 /// A machine with `vcpus` and a random-number device, whose console goes to the line.
 pub fn machine(vcpus: u8, layout: &RamLayout, ram: RamFiles) -> (Vm, Line) {
+    machine_with_input(vcpus, layout, ram, None)
+}
+
+/// As [`machine`], with something to read on the serial line.
+pub fn machine_with_input(
+    vcpus: u8,
+    layout: &RamLayout,
+    ram: RamFiles,
+    serial_in: Option<OwnedFd>,
+) -> (Vm, Line) {
     let line = Line::default();
     let spec = VmSpec {
         vcpus,
@@ -121,7 +132,7 @@ pub fn machine(vcpus: u8, layout: &RamLayout, ram: RamFiles) -> (Vm, Line) {
         disks: Vec::new(),
         rng: true,
         serial_out: Box::new(line.clone()),
-        serial_in: None,
+        serial_in,
     };
     let vm = Vm::new(spec, ram).unwrap_or_else(|e| panic!("this test needs KVM: {e}"));
     (vm, line)
