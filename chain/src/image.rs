@@ -70,7 +70,7 @@ impl Region {
         }
         let name = CString::new("understudy-ram").map_err(|_| layout())?;
         let fd =
-            memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC).map_err(error("memfd_create"))?;
+            memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(error("memfd_create"))?;
         ftruncate(&fd, i64::try_from(range.len).map_err(|_| layout())?)
             .map_err(error("ftruncate"))?;
         let length = usize::try_from(range.len)

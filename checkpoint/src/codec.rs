@@ -29,8 +29,8 @@ pub enum CodecError {
     Trailing(usize),
 }
 
-/// Most memory a decoder may claim for one value, whatever the caller's limit. Claims are checked before allocation.
-const CLAIM: usize = 128 << 20;
+/// Longest value, in bytes, whatever the caller's limit.
+const LONGEST: usize = 128 << 20;
 
 /// Encodes `value` in at most `limit` bytes.
 ///
@@ -48,17 +48,32 @@ pub fn to_bytes<T: Serialize>(value: &T, limit: usize) -> Result<Vec<u8>, CodecE
     Ok(bytes)
 }
 
-/// Decodes all of `bytes`, which may be at most `limit` long.
+/// Decodes all of `bytes`, which may be at most `limit` long (and at most 128 MiB).
+///
+/// A length inside the bytes that promises more than follows is found before memory is taken for it, or costs at most
+/// 16 times the bytes at hand (64 KiB for a short value).
 ///
 /// # Errors
-/// [`CodecError`]; never panics, and never allocates more than the bytes at hand justify or the limit allows.
+/// [`CodecError`]; never panics.
 pub fn from_bytes<T: DeserializeOwned>(bytes: &[u8], limit: usize) -> Result<T, CodecError> {
+    let limit = limit.min(LONGEST);
     if bytes.len() > limit {
         return Err(CodecError::TooLong {
             length: bytes.len(),
             limit,
         });
     }
+    // A good value claims as many bytes as it is long. bincode checks claims before it allocates, but wants the bound
+    // at compile time, hence steps.
+    match bytes.len() {
+        0..=0x1_0000 => decode::<T, 0x1_0000>(bytes),
+        ..=0x10_0000 => decode::<T, 0x10_0000>(bytes),
+        ..=0x100_0000 => decode::<T, 0x100_0000>(bytes),
+        _ => decode::<T, LONGEST>(bytes),
+    }
+}
+
+fn decode<T: DeserializeOwned, const CLAIM: usize>(bytes: &[u8]) -> Result<T, CodecError> {
     let decoded = bincode::serde::decode_from_slice(bytes, config::legacy().with_limit::<CLAIM>());
     let (value, used) = decoded.map_err(|e: DecodeError| CodecError::Decode(e.to_string()))?;
     if used != bytes.len() {
@@ -91,6 +106,22 @@ mod tests {
             from_bytes::<Vec<u8>>(&longer, 200),
             Err(CodecError::Trailing(1))
         ));
+    }
+
+    #[test]
+    fn values_as_long_as_their_step_are_taken() {
+        for step in [0x1_0000, 0x10_0000, 0x100_0000] {
+            for length in [step - 1, step, step + 1] {
+                // The text's own length takes 8 bytes.
+                let text = "x".repeat(length - 8);
+                let bytes = to_bytes(&text, usize::MAX).unwrap();
+                assert_eq!(bytes.len(), length);
+                assert!(from_bytes::<String>(&bytes, usize::MAX).unwrap() == text);
+                let numbers = vec![7u32; (length - 8) / 4];
+                let bytes = to_bytes(&numbers, usize::MAX).unwrap();
+                assert!(from_bytes::<Vec<u32>>(&bytes, usize::MAX).unwrap() == numbers);
+            }
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct DiskRecord<'a> {
     pub offset: u64,
     /// How long, in bytes. For [`DiskOp::Write`] the length of `data`, at most [`DISK_RECORD_MAX`].
     pub len: u32,
-    /// What was written.
+    /// What was written; of no account for other operations.
     pub data: &'a [u8],
 }
 
@@ -68,13 +68,18 @@ impl DiskRecord<'_> {
             self.op != DiskOp::Write
                 || (self.data.len() == self.len as usize && self.len <= DISK_RECORD_MAX)
         );
+        let data = if self.op == DiskOp::Write {
+            self.data
+        } else {
+            &[]
+        };
         out.extend_from_slice(&self.disk.to_le_bytes());
         out.extend_from_slice(&[self.op as u8, 0]);
         out.extend_from_slice(&self.len.to_le_bytes());
         out.extend_from_slice(&self.offset.to_le_bytes());
-        out.extend_from_slice(&crc32c::crc32c(self.data).to_le_bytes());
+        out.extend_from_slice(&crc32c::crc32c(data).to_le_bytes());
         out.extend_from_slice(&[0; 4]);
-        out.extend_from_slice(self.data);
+        out.extend_from_slice(data);
     }
 }
 

@@ -140,12 +140,17 @@ impl Stage {
     /// # Errors
     /// [`StageError`] if they are malformed or too many; the checkpoint is then of no use.
     pub fn add_pages(&mut self, payload: Vec<u8>) -> Result<(), StageError> {
-        self.count_pages(&payload)?;
-        self.page_bytes += payload.len() as u64;
-        if self.page_bytes > self.limits.pages {
+        // Before it is counted: what is refused has not arrived, whatever the caller does next.
+        let bytes = self.page_bytes.saturating_add(payload.len() as u64);
+        if bytes > self.limits.pages {
             return Err(self.too_large("pages", self.limits.pages));
         }
-        self.pages.push(payload);
+        self.count_pages(&payload)?;
+        self.page_bytes = bytes;
+        // Any number of payloads without bytes passes the bound.
+        if !payload.is_empty() {
+            self.pages.push(payload);
+        }
         Ok(())
     }
 
@@ -169,12 +174,17 @@ impl Stage {
     /// # Errors
     /// As [`Stage::add_pages`].
     pub fn add_disk(&mut self, payload: Vec<u8>) -> Result<(), StageError> {
-        self.count_disk(&payload)?;
-        self.disk_bytes += payload.len() as u64;
-        if self.disk_bytes > self.limits.disk {
+        // Before it is counted: what is refused has not arrived, whatever the caller does next.
+        let bytes = self.disk_bytes.saturating_add(payload.len() as u64);
+        if bytes > self.limits.disk {
             return Err(self.too_large("disk writes", self.limits.disk));
         }
-        self.disk.push(payload);
+        self.count_disk(&payload)?;
+        self.disk_bytes = bytes;
+        // Any number of payloads without bytes passes the bound.
+        if !payload.is_empty() {
+            self.disk.push(payload);
+        }
         Ok(())
     }
 

@@ -422,3 +422,45 @@ fn epochs_without_writes_cost_no_io_and_activation_few_syncs() {
         "with nothing pending, the record only"
     );
 }
+
+#[test]
+fn an_entry_that_was_cut_off_never_comes_back() {
+    let (disk, mut told) = (MemDisk::default(), Told::default());
+    let options = Options {
+        batch_bytes: u64::MAX,
+        ..options(Durability::Memory, Mutants::default())
+    };
+    let mut disks = open(&disk, options).unwrap();
+    disks.begin_full(GEN).unwrap();
+    told.process(&mut disks, Epoch(1), &mut Rng(1)).unwrap();
+    let write = |stamp: u8| {
+        let mut out = Vec::new();
+        DiskRecord {
+            disk: 0,
+            op: DiskOp::Write,
+            offset: 0,
+            len: 512,
+            data: &[stamp; 512],
+        }
+        .encode(&mut out);
+        [out]
+    };
+    for epoch in 2..5 {
+        let list = write(epoch as u8);
+        disks.process(Epoch(epoch), GEN, &list).unwrap();
+    }
+    drop(disks);
+    // The first of three entries was lost, those after it were not: torn off.
+    let path = Path::new(DIR).join("journal.0");
+    let disk = disk.with(&path, |bytes| bytes[..512].fill(0));
+    let mut disks = open(&disk, options).unwrap();
+    assert_eq!(disks.epoch(), Epoch(1));
+    // The new second epoch takes the lost one's place, right before the ones that were cut off.
+    disks.process(Epoch(2), GEN, &write(0xee)).unwrap();
+    drop(disks);
+    let disk = disk.killed();
+    let disks = open(&disk, options).unwrap();
+    assert_eq!(disks.epoch(), Epoch(2));
+    let content = disk.content(&Path::new(DIR).join("disk0.img"));
+    assert_eq!(content[..512], [0xee; 512]);
+}
