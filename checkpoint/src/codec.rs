@@ -67,8 +67,8 @@ pub fn from_bytes<T: DeserializeOwned>(bytes: &[u8], limit: usize) -> Result<T, 
     // at compile time, hence steps.
     match bytes.len() {
         0..=0x1_0000 => decode::<T, 0x1_0000>(bytes),
-        ..=0x10_0000 => decode::<T, 0x10_0000>(bytes),
-        ..=0x100_0000 => decode::<T, 0x100_0000>(bytes),
+        0x1_0001..=0x10_0000 => decode::<T, 0x10_0000>(bytes),
+        0x10_0001..=0x100_0000 => decode::<T, 0x100_0000>(bytes),
         _ => decode::<T, LONGEST>(bytes),
     }
 }
