@@ -61,7 +61,8 @@ impl Options {
         Self {
             durability,
             batch_bytes: 16 << 20,
-            batch_age: Duration::from_secs(1),
+            // An activation has to bring the rest into the mirrors, so the rest is kept small.
+            batch_age: Duration::from_millis(100),
             high_water: 64 << 20,
             journal_keep: 80 << 20,
             stepped: false,
