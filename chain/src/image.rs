@@ -69,8 +69,11 @@ impl Region {
             return Err(layout());
         }
         let name = CString::new("understudy-ram").map_err(|_| layout())?;
-        let fd =
-            memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(error("memfd_create"))?;
+        let fd = memfd_create(
+            name.as_c_str(),
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        )
+        .map_err(error("memfd_create"))?;
         ftruncate(&fd, i64::try_from(range.len).map_err(|_| layout())?)
             .map_err(error("ftruncate"))?;
         let length = usize::try_from(range.len)

@@ -12,10 +12,12 @@ pub mod master;
 pub mod replica;
 pub mod server;
 pub mod store;
+mod urgent;
 pub mod view;
 pub mod wire;
 
 pub use client::{ChainClient, ClientError, ClientEvent};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{Handover, StoreError, VmStore};
+pub use urgent::urgent_thread;
 pub use view::{Member, View, VmRecord, VmShape};

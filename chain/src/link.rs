@@ -2,13 +2,13 @@
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
 use checkpoint::HostId;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::wire::{self, Frame};
@@ -43,6 +43,8 @@ pub const HELLO_LIMIT: usize = 4096;
 #[derive(Debug)]
 pub struct Link {
     stream: Mutex<TcpStream>,
+    /// The same socket, for what needs no turn: looking and shutting down.
+    socket: TcpStream,
 }
 
 impl Link {
@@ -58,6 +60,7 @@ impl Link {
         let _ = setsockopt(stream, sockopt::RcvBuf, &BUFFER);
         Ok(Self {
             stream: Mutex::new(stream.try_clone()?),
+            socket: stream.try_clone()?,
         })
     }
 
@@ -103,7 +106,14 @@ impl Link {
 
     /// Ends the connection in both directions.
     pub fn close(&self) {
-        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = stream.shutdown(Shutdown::Both);
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Whether something has arrived that nobody has read yet.
+    #[must_use]
+    pub fn has_unread(&self) -> bool {
+        let mut byte = [0u8; 1];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        matches!(recv(self.socket.as_raw_fd(), &mut byte, flags), Ok(1))
     }
 }

@@ -147,6 +147,7 @@ impl ReplicaServer {
         })?;
         let ticking = shared.clone();
         spawn("chain-tick", move || {
+            crate::urgent::urgent_thread();
             while !ticking.stop.load(Ordering::Relaxed) {
                 std::thread::sleep(ticking.options.heartbeat);
                 let slots: Vec<Arc<Slot>> = lock(&ticking.slots).values().cloned().collect();

@@ -145,6 +145,7 @@ fn connect(
     spawn("heartbeat", {
         let client = client.clone();
         Box::new(move || {
+            chain::urgent_thread();
             while client.heartbeat().is_ok() {
                 std::thread::sleep(heartbeat);
             }

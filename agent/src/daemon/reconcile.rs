@@ -359,13 +359,19 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
             daemon.events.add(EventKind::Failed, &name, why);
         }
         None => {
-            let part = entry.part;
-            if part == Part::Owner {
-                entry.trouble = Some("its process has ended".into());
-            }
             daemon
                 .events
                 .add(EventKind::Failed, &name, "the VM's process has ended");
+            entry.child.kill();
+            if entry.part == Part::Owner {
+                entry.trouble = Some("its process has ended".into());
+                return;
+            }
+            // A replica whose standby is gone could not resume the VM: better that the owner knows it is lost.
+            let generation = entry.record.view.generation;
+            vms.map.remove(&vm);
+            drop(vms);
+            daemon.replicas.remove(vm, generation);
         }
     }
 }

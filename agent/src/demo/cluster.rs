@@ -49,6 +49,16 @@ impl Host {
         let _ = killpg(Pid::from_raw(self.agent.id() as i32), Signal::SIGKILL);
         let _ = self.agent.wait();
     }
+
+    /// Waits until its VM processes are gone too, and their taps with them (bounded; they have been killed).
+    fn wait_gone(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while killpg(Pid::from_raw(self.agent.id() as i32), None).is_ok()
+            && Instant::now() < deadline
+        {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
 }
 
 /// The hosts.
@@ -99,6 +109,9 @@ impl Cluster {
         netconf::unshare_userns_netns()?;
         netconf::set_link("lo", true)?;
         netconf::create_bridge(BRIDGE)?;
+        // Without an address of its own a bridge takes its ports' lowest and changes it when that port goes, as the
+        // dead owner's tap does: the guest would go on sending to an address that nobody has any more.
+        netconf::set_mac(BRIDGE, [0x52, 0x54, 0x00, 0x75, 0x73, 0xfe])?;
         netconf::set_addr_v4(BRIDGE, CLIENT, 24)?;
         netconf::set_link(BRIDGE, true)?;
         Self::start(backups, keep)
@@ -214,8 +227,13 @@ impl Cluster {
     /// Protects a running VM by all other hosts and waits until it is.
     ///
     /// # Errors
-    /// The agent's, or that it took too long.
+    /// The agent's, or that it took too long; then with the ends of all hosts' logs, which are kept.
     pub fn protect(&self, vm: &str) -> Outcome<()> {
+        self.try_protect(vm)
+            .map_err(|e| self.with_logs(&e.to_string()))
+    }
+
+    fn try_protect(&self, vm: &str) -> Outcome<()> {
         let backups = self.names[1..].iter().map(|n| n.name.clone()).collect();
         let mut control = self.control(0)?;
         control.order(&Request::Protect {
@@ -228,8 +246,7 @@ impl Cluster {
                 .into_iter()
                 .find(|s| s.name == vm && s.protected)
                 .map(drop)
-        })
-        .map_err(|e| format!("{e}; host a's log says: {}", self.log_tail("a")))?;
+        })?;
         for i in 1..self.names.len() {
             wait("a standby", || {
                 let events = self.control(i).ok()?.events(0).ok()?;
@@ -240,6 +257,20 @@ impl Cluster {
             })?;
         }
         Ok(())
+    }
+
+    fn with_logs(&self, error: &str) -> Box<dyn std::error::Error> {
+        let logs: Vec<String> = self
+            .names
+            .iter()
+            .map(|n| format!("{}: {}", n.name, self.log_tail(&n.name)))
+            .collect();
+        format!(
+            "{error}; logs in {}: {}",
+            self.keep_logs().display(),
+            logs.join("; ")
+        )
+        .into()
     }
 
     /// Boots and protects.
@@ -265,13 +296,7 @@ impl Cluster {
                     .map(|s| (i, s))
             })
         })
-        .map_err(|e| {
-            let logs: Vec<String> = self.names[1..]
-                .iter()
-                .map(|n| format!("{}: {}", n.name, self.log_tail(&n.name)))
-                .collect();
-            format!("{e}; {}", logs.join("; ")).into()
-        })
+        .map_err(|e| self.with_logs(&e.to_string()))
     }
 }
 
@@ -279,6 +304,7 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         for host in self.hosts.borrow_mut().iter_mut() {
             host.kill();
+            host.wait_gone();
         }
         if !self.keep.load(Ordering::Relaxed) {
             let _ = fs::remove_dir_all(&self.dir);

@@ -23,6 +23,8 @@ pub(super) struct Slot {
     vm: VmId,
     /// A frame is being handled: the stream is not silent, however long that takes.
     busy: AtomicBool,
+    /// Where heartbeats go and what they say; apart from `state`, so that a checkpoint being processed delays none.
+    beat: Mutex<Option<(Arc<Link>, Frame)>>,
     state: Mutex<State>,
 }
 
@@ -41,6 +43,7 @@ impl Slot {
         Arc::new(Self {
             vm: view.vm,
             busy: AtomicBool::new(false),
+            beat: Mutex::default(),
             state: Mutex::new(State {
                 view,
                 replica,
@@ -77,6 +80,13 @@ impl Slot {
 
     pub(super) fn retire(&self, generation: Generation) {
         let mut state = lock(&self.state);
+        if generation <= state.replica.generation()
+            && let Some(up) = state.up.take()
+        {
+            // Still a member, but without a replica: the predecessor has to notice. After a newer decision it stays
+            // connected instead, to be told of it.
+            up.close();
+        }
         let view = View {
             generation,
             chain: Vec::new(),
@@ -192,6 +202,11 @@ impl Slot {
     }
 
     pub(super) fn tick(&self, shared: &Shared) {
+        let beat = lock(&self.beat).clone();
+        if let Some((down, frame)) = beat {
+            // A failure shows on the thread that reads the successor's acks; that one reports it.
+            let _ = down.send_if_idle(&frame);
+        }
         let Ok(mut state) = self.state.try_lock() else {
             return;
         };
@@ -199,11 +214,9 @@ impl Slot {
             return;
         }
         let now = shared.started.elapsed().as_millis() as u64;
-        let beat = state.own_frame(Kind::Heartbeat, Epoch::ZERO);
-        if let Some(down) = state.down.clone()
-            && let Err(e) = down.send_if_idle(&beat)
-        {
-            state.lost_successor(&e.to_string());
+        if state.up.as_ref().is_some_and(|up| up.has_unread()) {
+            // Not silence: this host is late with reading.
+            state.replica.heard(now);
         }
         if let Some(Action::Suspect(silence_ms)) = state.replica.tick(now) {
             let _ = shared.events.send(ServerEvent::Suspect {
@@ -248,6 +261,8 @@ impl Slot {
                 return;
             }
             state.down = Some(link.clone());
+            let frame = state.own_frame(Kind::Heartbeat, Epoch::ZERO);
+            *lock(&self.beat) = Some((link.clone(), frame));
         }
         let mut payload = Vec::new();
         let why = loop {
