@@ -15,13 +15,13 @@ const DIR: &str = "/vm";
 const VM: VmId = VmId(7);
 const SECTORS: u64 = 24;
 const SIZES: [u64; 2] = [SECTORS * 512, SECTORS * 512];
-const GEN: Generation = Generation(3);
+pub(crate) const GEN: Generation = Generation(3);
 /// Epochs processed before the activation.
-const LAST: u64 = 9;
+pub(crate) const LAST: u64 = 9;
 
 type Disks = [Vec<u8>; 2];
 
-fn options(durability: Durability, mutants: Mutants) -> Options {
+pub(crate) fn options(durability: Durability, mutants: Mutants) -> Options {
     Options {
         durability,
         batch_bytes: 9 << 10,
@@ -33,7 +33,7 @@ fn options(durability: Durability, mutants: Mutants) -> Options {
     }
 }
 
-fn open(disk: &MemDisk, options: Options) -> Result<ReplicaDisks, DiskbufError> {
+pub(crate) fn open(disk: &MemDisk, options: Options) -> Result<ReplicaDisks, DiskbufError> {
     ReplicaDisks::open_with(Arc::new(disk.clone()), Path::new(DIR), VM, &SIZES, options)
 }
 
@@ -74,7 +74,7 @@ fn writes(rng: &mut Rng, model: &mut Disks) -> Vec<Vec<u8>> {
 
 /// What a replica was told and what it promised, for the check after a crash.
 #[derive(Default)]
-struct Told {
+pub(crate) struct Told {
     /// Content at each epoch, from the first on that may be found after a crash.
     history: Vec<(Epoch, Disks)>,
     /// The newest epoch with writes that was processed without an error.
@@ -89,7 +89,7 @@ impl Told {
         self.history.iter().find(|h| h.0 == epoch).map(|h| &h.1)
     }
 
-    fn process(
+    pub(crate) fn process(
         &mut self,
         disks: &mut ReplicaDisks,
         epoch: Epoch,
@@ -141,7 +141,7 @@ impl Told {
     }
 
     /// Whether the disk, after a crash, is at exactly one complete checkpoint, and not too old a one.
-    fn check(
+    pub(crate) fn check(
         &self,
         disk: &MemDisk,
         found: Result<ReplicaDisks, DiskbufError>,
@@ -310,7 +310,7 @@ fn without_the_journals_checksum_the_checker_complains() {
 }
 
 /// A replica that was filled and has processed up to [`LAST`], without a batch if `batch_bytes` says so.
-fn alive(durability: Durability, batch_bytes: u64) -> (MemDisk, Told, ReplicaDisks) {
+pub(crate) fn alive(durability: Durability, batch_bytes: u64) -> (MemDisk, Told, ReplicaDisks) {
     let (disk, mut told) = (MemDisk::default(), Told::default());
     let mut options = options(durability, Mutants::default());
     options.batch_bytes = batch_bytes;
@@ -463,4 +463,21 @@ fn an_entry_that_was_cut_off_never_comes_back() {
     assert_eq!(disks.epoch(), Epoch(2));
     let content = disk.content(&Path::new(DIR).join("disk0.img"));
     assert_eq!(content[..512], [0xee; 512]);
+}
+
+#[test]
+fn without_the_records_second_slot_the_checker_complains() {
+    let mutants = Mutants {
+        one_slot: true,
+        ..Mutants::default()
+    };
+    for durability in [Durability::Memory, Durability::Disk] {
+        let complaints = sweep(durability, mutants, 16);
+        assert!(
+            complaints
+                .iter()
+                .any(|c| c.contains("activation record") && c.contains("damaged")),
+            "{durability:?}: {complaints:?}"
+        );
+    }
 }

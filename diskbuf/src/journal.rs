@@ -120,10 +120,13 @@ pub(crate) struct Wanted {
     pub no_crc: bool,
 }
 
+/// Where an entry lies: which of the files, and at which byte.
+pub(crate) type Place = (usize, u64);
+
 /// What recovery found.
 pub(crate) struct Found {
     /// Entries `applied + 1 ..`, without a gap.
-    pub run: Vec<Entry>,
+    pub run: Vec<(Place, Entry)>,
     /// Highest number seen, cut off or not.
     pub highest: u64,
     /// Entries after a gap: torn off.
@@ -138,26 +141,31 @@ pub(crate) fn recover(
     files: &[Arc<dyn LayerFile>],
     wanted: Wanted,
 ) -> Result<Found, Result<u64, io::Error>> {
-    let mut entries: Vec<Entry> = Vec::new();
-    for file in files {
+    let mut entries: Vec<(Place, Entry)> = Vec::new();
+    for (n, file) in files.iter().enumerate() {
         let end = file.len().map_err(Err)?;
         let mut at = 0;
         while let Some(found) = next(&**file, at, end, wanted).map_err(Err)? {
             at = found.0;
             if found.1.head.seq > wanted.applied {
-                entries.push(found.1);
+                let begin = at - found.1.bytes.len() as u64;
+                entries.push(((n, begin), found.1));
             }
         }
     }
-    let vouched = entries.iter().map(|e| e.head.durable).max().unwrap_or(0);
-    entries.retain(|e| !e.head.voucher);
-    entries.sort_by_key(|e| e.head.seq);
-    entries.dedup_by_key(|e| e.head.seq);
-    let highest = entries.last().map_or(wanted.applied, |e| e.head.seq);
+    let vouched = entries
+        .iter()
+        .map(|(_, e)| e.head.durable)
+        .max()
+        .unwrap_or(0);
+    entries.retain(|(_, e)| !e.head.voucher);
+    entries.sort_by_key(|(_, e)| e.head.seq);
+    entries.dedup_by_key(|(_, e)| e.head.seq);
+    let highest = entries.last().map_or(wanted.applied, |(_, e)| e.head.seq);
     let whole = entries
         .iter()
         .zip(wanted.applied.saturating_add(1)..)
-        .take_while(|(e, seq)| e.head.seq == *seq)
+        .take_while(|((_, e), seq)| e.head.seq == *seq)
         .count();
     if wanted.applied + (whole as u64) < vouched {
         return Err(Ok(wanted.applied + whole as u64 + 1));

@@ -22,6 +22,8 @@ pub mod replica;
 #[cfg(test)]
 mod crash;
 #[cfg(test)]
+mod failed_sync;
+#[cfg(test)]
 mod faulty;
 
 pub use error::DiskbufError;

@@ -27,7 +27,7 @@ impl ReplicaDisks {
             source,
         };
         layer.create_dir(dir).map_err(at_dir)?;
-        let Some(record) = RecordFile::open(&*layer, dir)? else {
+        let Some(record) = RecordFile::open(&*layer, dir, options.mutants.one_slot)? else {
             return Err(DiskbufError::InUse(dir.into()));
         };
         let stored = record.latest();
@@ -135,10 +135,6 @@ impl ReplicaDisks {
             applied: stored.applied,
             no_crc: self.options.mutants.no_crc,
         };
-        // What is read may be in the page cache only; it must not be lost between here and the mirrors' sync.
-        for journal in &self.journals {
-            journal.sync().map_err(DiskbufError::Journal)?;
-        }
         let found = journal::recover(&self.journals, wanted).map_err(|e| match e {
             Ok(seq) => DiskbufError::Damaged {
                 path: self.dir.clone(),
@@ -151,8 +147,18 @@ impl ReplicaDisks {
         if found.cut > 0 {
             tracing::warn!(dir = %self.dir.display(), entries = found.cut, "torn tail of the disk journal cut off");
         }
+        // What was read may be in the page cache only, and not be lost between here and the mirrors' sync. A sync alone
+        // would not do: after one that failed the kernel takes pages for clean that never reached the disk.
+        for ((file, at), entry) in &found.run {
+            self.journals[*file]
+                .write_at(*at, entry.bytes())
+                .map_err(DiskbufError::Journal)?;
+        }
+        for journal in &self.journals {
+            journal.sync().map_err(DiskbufError::Journal)?;
+        }
         let mut touched = vec![false; self.mirrors.len()];
-        for entry in &found.run {
+        for (_, entry) in &found.run {
             apply_all(&self.mirrors, entry.payload(), &mut touched).map_err(|e| {
                 DiskbufError::Damaged {
                     path: self.dir.clone(),
@@ -166,7 +172,7 @@ impl ReplicaDisks {
                 .flush()
                 .map_err(|e| DiskbufError::mirror(mirror, e))?;
         }
-        if let Some(last) = found.run.last() {
+        if let Some((_, last)) = found.run.last() {
             self.epoch = last.head.epoch;
             self.generation = last.head.generation;
         }

@@ -37,6 +37,8 @@ pub(crate) struct Mutants {
     pub no_journal_sync: bool,
     /// Believe journal entries without looking at their checksums.
     pub no_crc: bool,
+    /// Write every record over the one before.
+    pub one_slot: bool,
 }
 
 /// How it is done.
