@@ -305,6 +305,13 @@ impl Replica {
         self.last_heard_ms = now_ms;
     }
 
+    /// Silent ticks until suspicion. Only the head hears the owner itself; further down the silence may be a replica's
+    /// death, which the owner repairs without a failover if it is given the time.
+    fn patience(&self) -> u32 {
+        let position = self.chain.iter().position(|h| *h == self.host).unwrap_or(0) as u32;
+        self.missed.saturating_mul(1 + 4 * position)
+    }
+
     /// One heartbeat's time has passed. Silence is counted in ticks this replica itself lived through, so that its own
     /// host standing still is not taken for the predecessor's death.
     pub fn tick(&mut self, now_ms: u64) -> Option<Action> {
@@ -317,7 +324,7 @@ impl Replica {
             return None;
         }
         self.silent_ticks += 1;
-        if self.silent_ticks <= self.missed {
+        if self.silent_ticks <= self.patience() {
             return None;
         }
         self.suspected = true;

@@ -15,6 +15,8 @@ use crate::epoch::staging::{RamView, Shadow};
 
 /// How long a chain may take to come up: its replicas create images, mirrors and standbys first.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
+/// A commit that takes longer makes the agent look whether all replicas still answer.
+const COMMIT_PATIENCE: Duration = Duration::from_millis(250);
 
 /// Keeps an owner's connection to the chain of the newest configuration.
 pub struct Protector {
@@ -67,12 +69,12 @@ impl Protector {
         let spawned = std::thread::Builder::new()
             .name("protect".into())
             .spawn(move || {
-                if let Err(why) = connect(
+                if let Err((host, why)) = connect(
                     &host, heartbeat, lz4, &owner, &vm, &reporter, &view, session,
                 ) {
                     reporter.send(&FromChild::ChainLost {
                         generation: view.generation,
-                        host: None,
+                        host,
                         why,
                     });
                 }
@@ -94,7 +96,8 @@ fn connect(
     reporter: &Reporter,
     view: &View,
     session: u64,
-) -> Result<(), String> {
+) -> Result<(), (Option<HostId>, String)> {
+    let unnamed = |why: String| (None, why);
     let deadline = Instant::now() + CONNECT_PATIENCE;
     let client = loop {
         match ChainClient::connect(host, view) {
@@ -103,16 +106,19 @@ fn connect(
                 if owner.refused(generation) {
                     reporter.send(&FromChild::Superseded { generation });
                 }
-                return Err(e.to_string());
+                return Err(unnamed(e.to_string()));
             }
-            Err(e) if Instant::now() >= deadline => return Err(e.to_string()),
+            Err(ClientError::Peer { host, addr, why }) if Instant::now() >= deadline => {
+                return Err((Some(host), format!("{addr}: {why}")));
+            }
+            Err(e) if Instant::now() >= deadline => return Err(unnamed(e.to_string())),
             Err(e) => {
                 tracing::debug!("chain not ready: {e}");
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
     };
-    let shadow = Shadow::new(&RamView::new(vm.memory())).map_err(|e| e.to_string())?;
+    let shadow = Shadow::new(&RamView::new(vm.memory())).map_err(|e| unnamed(e.to_string()))?;
     let link = Arc::new(ClientLink {
         client: client.clone(),
     });
@@ -131,7 +137,7 @@ fn connect(
         std::thread::Builder::new()
             .name(name.into())
             .spawn(run)
-            .map_err(|e| format!("starting a thread: {e}"))
+            .map_err(|e| (None, format!("starting a thread: {e}")))
     };
     spawn("ship", {
         let (client, lost) = (client.clone(), lost.clone());
@@ -143,11 +149,19 @@ fn connect(
         })
     })?;
     spawn("heartbeat", {
-        let client = client.clone();
+        let (client, owner, lost) = (client.clone(), owner.clone(), lost.clone());
         Box::new(move || {
             chain::urgent_thread();
+            let mut reported = Instant::now();
             while client.heartbeat().is_ok() {
                 std::thread::sleep(heartbeat);
+                // A backup that lost power closes no connection: only the missing commits show it.
+                if let Some(waited) = owner.waiting_for_commit().filter(|w| *w > COMMIT_PATIENCE)
+                    && reported.elapsed() > COMMIT_PATIENCE
+                {
+                    reported = Instant::now();
+                    lost(None, format!("no commit for {} ms", waited.as_millis()));
+                }
             }
         })
     })?;

@@ -5,6 +5,7 @@ mod control;
 mod events;
 mod failover;
 mod reconcile;
+mod repair;
 mod vms;
 
 use std::io;

@@ -11,7 +11,7 @@ use checkpoint::VmId;
 
 use super::child::ChildHandle;
 use super::vms::{Entry, Part, Waiting};
-use super::{Daemon, failover, lock};
+use super::{Daemon, failover, lock, repair};
 use crate::child::proto::{FromChild, Role, Start, TapSpec, ToChild};
 use crate::child::{open_disks, shape_of};
 use crate::config::{Durability, VmConfig};
@@ -345,13 +345,10 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
             host,
             why,
         }) => {
-            let lost = host.map_or_else(|| "the chain".to_string(), |h| h.to_string());
-            entry.trouble = Some(format!("{lost} is lost: {why}"));
-            daemon.events.add(
-                EventKind::ChainLost,
-                &name,
-                format!("{lost} is lost in generation {generation}: {why}"),
-            );
+            let daemon = daemon.clone();
+            drop(vms);
+            // It asks hosts and the master; the VM process's further reports must not wait for that.
+            std::thread::spawn(move || repair::chain_lost(&daemon, vm, generation, host, &why));
         }
         Some(FromChild::GuestEnded { how }) => daemon.events.add(EventKind::GuestEnded, &name, how),
         Some(FromChild::Fatal(why)) => {

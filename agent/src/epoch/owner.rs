@@ -207,6 +207,16 @@ impl Owner {
         Ok(())
     }
 
+    /// How long the oldest captured checkpoint has been waiting for its commit; not during the first synchronisation,
+    /// which takes as long as it takes.
+    #[must_use]
+    pub fn waiting_for_commit(&self) -> Option<Duration> {
+        if lock(&self.sync_started).is_some() || lock(&self.pipeline).in_flight() == 0 {
+            return None;
+        }
+        lock(&self.captured_at).front().map(|(_, at)| at.elapsed())
+    }
+
     /// A replica follows a newer generation. Returns whether this owner has been fenced by it.
     pub fn refused(&self, generation: Generation) -> bool {
         let mut pipeline = lock(&self.pipeline);
