@@ -103,6 +103,17 @@ pub struct Control {
     pub control: PathBuf,
 }
 
+/// Who is killed in the demo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Victim {
+    /// The host that runs the VM.
+    Owner,
+    /// The first backup.
+    Head,
+    /// The last backup.
+    Tail,
+}
+
 /// Options of `understudy demo`.
 #[derive(Clone, Debug, Args)]
 pub struct DemoArgs {
@@ -142,6 +153,9 @@ pub struct DemoArgs {
     /// Seconds of traffic before the owner is killed.
     #[arg(long, default_value_t = 2)]
     pub seconds: u64,
+    /// What dies: the owner, or the chain's head or tail.
+    #[arg(long, value_enum, default_value_t = Victim::Owner)]
+    pub kill: Victim,
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,

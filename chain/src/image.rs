@@ -29,6 +29,9 @@ pub enum ImageError {
     /// A record.
     #[error(transparent)]
     Page(#[from] PageError),
+    /// A page that one checkpoint has twice.
+    #[error("frame {0:#x} comes twice in one checkpoint")]
+    Twice(u64),
     /// A frame that is not RAM.
     #[error("frame {0:#x} is outside the VM's memory")]
     OutOfRange(u64),
@@ -119,6 +122,7 @@ impl Image {
     pub fn new(ram: &[RamRange]) -> Result<Self, ImageError> {
         if ram.is_empty()
             || ram.len() > 8
+            || ram.iter().any(|r| r.start.checked_add(r.len).is_none())
             || ram.windows(2).any(|w| w[0].start + w[0].len > w[1].start)
         {
             return Err(ImageError::Layout(ram.to_vec()));
@@ -186,7 +190,8 @@ impl Image {
         Ok(unsafe { self.page_ptr(gfn)?.as_mut() })
     }
 
-    /// Decodes and verifies page records against the image without changing it.
+    /// Decodes and verifies page records against the image without changing it. A checkpoint has each page at most once,
+    /// which also bounds what is staged by the RAM's size.
     ///
     /// # Errors
     /// [`ImageError`]: the checkpoint is of no use, the image is untouched.
@@ -194,14 +199,11 @@ impl Image {
         for record in records(buf) {
             let record = record?;
             let mut out = [0; PAGE_SIZE];
-            if self.seen.test(record.gfn)
-                && let Some(i) = self.staged_gfns.iter().rposition(|g| *g == record.gfn)
-            {
-                record.decode(&self.staged[i], &mut out)?;
-            } else {
-                record.decode(self.page(record.gfn)?, &mut out)?;
-                self.seen.set(record.gfn);
+            record.decode(self.page(record.gfn)?, &mut out)?;
+            if self.seen.test(record.gfn) {
+                return Err(ImageError::Twice(record.gfn));
             }
+            self.seen.set(record.gfn);
             self.staged_gfns.push(record.gfn);
             self.staged.push(out);
         }
@@ -275,10 +277,34 @@ mod tests {
         let (one, mut two) = ([1; PAGE_SIZE], [1; PAGE_SIZE]);
         two[9] = 9;
         image.stage(&record(1 << 20, &one, None)).unwrap();
-        image.stage(&record(1 << 20, &two, Some(&one))).unwrap();
         assert_eq!(image.page(1 << 20).unwrap(), &[0; PAGE_SIZE]);
         image.apply();
+        assert_eq!(image.page(1 << 20).unwrap(), &one);
+        image.stage(&record(1 << 20, &two, Some(&one))).unwrap();
+        assert_eq!(image.page(1 << 20).unwrap(), &one);
+        image.apply();
         assert_eq!(image.page(1 << 20).unwrap(), &two);
+    }
+
+    #[test]
+    fn a_page_that_comes_twice_is_refused_so_that_staging_is_bounded() {
+        let mut image = Image::new(&ram()).unwrap();
+        image.stage(&record(2, &[1; PAGE_SIZE], None)).unwrap();
+        assert!(matches!(
+            image.stage(&record(2, &[2; PAGE_SIZE], None)),
+            Err(ImageError::Twice(2))
+        ));
+    }
+
+    #[test]
+    fn an_impossible_layout_is_an_error() {
+        let wraps = RamRange {
+            start: u64::MAX - 4095,
+            len: 8192,
+        };
+        for ram in [vec![], vec![wraps], vec![wraps, wraps]] {
+            assert!(matches!(Image::new(&ram), Err(ImageError::Layout(_))));
+        }
     }
 
     #[test]

@@ -78,8 +78,8 @@ pub struct Handover {
     pub ram: Vec<OwnedFd>,
 }
 
-/// Disk writes of one epoch that a replica takes, in bytes; an owner's limit is far lower.
-const DISK_LIMIT: u64 = 8 << 30;
+/// Disk writes of one epoch that a replica takes, in bytes: what a journal entry holds. An owner's limit is lower.
+const DISK_LIMIT: u64 = 1 << 30;
 
 impl VmStore {
     /// An empty store for a VM of `shape`, its mirrors in `dir`.

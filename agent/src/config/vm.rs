@@ -228,12 +228,7 @@ impl VmConfig {
                 128,
                 4 * 1024 * 1024,
             ),
-            (
-                "protect.disk_limit_kib",
-                p.disk_limit_kib,
-                2048,
-                4 * 1024 * 1024,
-            ),
+            ("protect.disk_limit_kib", p.disk_limit_kib, 2048, 512 * 1024),
         ] {
             if !(low..=high).contains(&value) {
                 return Err(value_error(

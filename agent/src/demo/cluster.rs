@@ -129,7 +129,8 @@ impl Cluster {
         let names: Vec<String> = (b'a'..=b'a' + backups)
             .map(|c| char::from(c).to_string())
             .collect();
-        let master = names.len() - 1;
+        // The master has a host of its own, so that any other may be killed.
+        let with_master: Vec<String> = names.iter().cloned().chain(["m".to_string()]).collect();
         let cluster = Self {
             dir,
             hosts: Default::default(),
@@ -137,19 +138,25 @@ impl Cluster {
             keep: AtomicBool::new(keep),
         };
         // The last host first: it has the master.
-        for (i, name) in names.iter().enumerate().rev() {
-            let toml = host_toml(&cluster.dir, &names, i, master);
+        for (i, name) in with_master.iter().enumerate().rev() {
+            let toml = host_toml(&cluster.dir, &with_master, i);
             let path = cluster.dir.join(format!("{name}.toml"));
             fs::write(&path, toml)?;
             let log = File::create(cluster.dir.join(format!("{name}.log")))?;
-            let agent = Command::new(std::env::current_exe()?)
+            let mut command = Command::new(std::env::current_exe()?);
+            command
                 .args(["agent", "--config"])
                 .arg(&path)
                 .stdin(Stdio::null())
                 .stdout(log.try_clone()?)
                 .stderr(log)
-                .process_group(0)
-                .spawn()?;
+                .process_group(0);
+            // An interrupted demo leaves no agents behind; their VM processes end with them.
+            // SAFETY: only an async-signal-safe call (prctl) between fork and exec.
+            unsafe {
+                command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+            }
+            let agent = command.spawn()?;
             let control = cluster.dir.join(format!("{name}.sock"));
             cluster.hosts.borrow_mut().insert(
                 0,
@@ -329,7 +336,7 @@ pub fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> Outcome<T> {
     }
 }
 
-fn host_toml(dir: &Path, names: &[String], i: usize, master: usize) -> String {
+fn host_toml(dir: &Path, names: &[String], i: usize) -> String {
     // A namespace of our own: every port is free.
     let addr = |i: usize| format!("127.0.0.1:{}", 7700 + i);
     let mut toml = format!(
@@ -338,7 +345,7 @@ fn host_toml(dir: &Path, names: &[String], i: usize, master: usize) -> String {
         dir = dir.display(),
         listen = addr(i),
     );
-    if i == master {
+    if i + 1 == names.len() {
         toml += "serve = \"127.0.0.1:7690\"\n";
     }
     toml += "\n[peers]\n";

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::cli::DemoArgs;
+use crate::cli::{DemoArgs, Victim};
 use cluster::Cluster;
-use scenario::{Failover, Traffic};
+use scenario::{BackupLoss, Failover, Traffic};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -24,7 +24,8 @@ struct Report<'a> {
     broken: u64,
     guest: &'a str,
     backups: u8,
-    failover: &'a Failover,
+    failover: Option<&'a Failover>,
+    backup_loss: Option<&'a BackupLoss>,
 }
 
 /// Runs the demo. The error says what is missing or what went wrong; success means that the connection survived and no
@@ -66,11 +67,39 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
     say(format!(
         "A client at 10.77.0.1 talks TCP to the VM at 10.77.0.2: {before} numbered requests acknowledged so far."
     ));
-    say("Now host a dies: SIGKILL to its agent and its VM process at once.".into());
-    let failover = scenario::kill_owner_and_wait(&cluster, "demo", &traffic)?;
+    let (mut failover, mut loss) = (None, None);
+    if args.kill == Victim::Owner {
+        say("Now host a dies: SIGKILL to its agent and its VM process at once.".into());
+        failover = Some(scenario::kill_owner_and_wait(&cluster, "demo", &traffic)?);
+    } else {
+        let i = if args.kill == Victim::Head {
+            1
+        } else {
+            names.len() - 1
+        };
+        say(format!(
+            "Now backup {} dies: SIGKILL to its agent and its standby at once.",
+            names[i]
+        ));
+        loss = Some(scenario::kill_backup_and_wait(
+            &cluster, "demo", i, &traffic,
+        )?);
+    }
     std::thread::sleep(Duration::from_secs(1));
     let end = traffic.stop();
-    tell(&say, &failover);
+    if let Some(failover) = &failover {
+        tell(&say, failover);
+    }
+    if let Some(l) = &loss {
+        say(format!(
+            "\n  {:>9.1} ms  after the kill: {} (generation {})",
+            l.settled_ms, l.state, l.generation
+        ));
+        say(format!(
+            "  {:>9.1} ms  after the kill: the client's next reply\n",
+            l.first_reply_ms
+        ));
+    }
     let report = Report {
         connection_survived: end.survived,
         acknowledged: end.acked,
@@ -78,13 +107,14 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
         broken: end.broken,
         guest,
         backups: args.backups,
-        failover: &failover,
+        failover: failover.as_ref(),
+        backup_loss: loss.as_ref(),
     };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     }
     say(format!(
-        "The same TCP connection: {} requests acknowledged in all, {} of them after the failover; lost: {}, connections broken: {}.",
+        "The same TCP connection: {} requests acknowledged in all, {} of them since the kill; lost: {}, connections broken: {}.",
         end.acked,
         end.acked - before,
         end.lost,

@@ -199,3 +199,55 @@ pub fn kill_owner_and_wait(cluster: &Cluster, vm: &str, traffic: &Traffic) -> Ou
         epoch: report.epoch,
     })
 }
+
+/// What the loss of a backup did. Times in milliseconds.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct BackupLoss {
+    /// Which host.
+    pub killed: String,
+    /// From the kill until the VM's state was protected again, or, with no backup left, recorded as unprotected.
+    pub settled_ms: f64,
+    /// From the kill to the client's first reply after that.
+    pub first_reply_ms: f64,
+    /// How it is protected now.
+    pub state: String,
+    /// The new generation.
+    pub generation: u64,
+}
+
+/// Kills backup number `i` (1 is the head) and waits until the VM has settled without it.
+///
+/// # Errors
+/// When it does not, or the client gets no reply.
+pub fn kill_backup_and_wait(
+    cluster: &Cluster,
+    vm: &str,
+    i: usize,
+    traffic: &Traffic,
+) -> Outcome<BackupLoss> {
+    let mut control = cluster.control(0)?;
+    let find = |control: &mut crate::control::ControlClient| {
+        control
+            .status()
+            .ok()
+            .and_then(|list| list.into_iter().find(|s| s.name == vm))
+    };
+    let before = find(&mut control).ok_or("the VM is gone")?.generation;
+    let killed = Instant::now();
+    cluster.kill(i);
+    let status = wait("the VM to settle without the backup", || {
+        find(&mut control).filter(|s| s.generation > before && (s.protected || s.chain.is_empty()))
+    })?;
+    let settled = Instant::now();
+    let reply = wait("the client's next reply", || {
+        traffic.first_reply_after(settled)
+    })?;
+    let ms = |at: Instant| at.duration_since(killed).as_secs_f64() * 1000.0;
+    Ok(BackupLoss {
+        killed: cluster.hosts()[i].name.clone(),
+        settled_ms: ms(settled),
+        first_reply_ms: ms(reply),
+        state: status.state,
+        generation: status.generation,
+    })
+}
