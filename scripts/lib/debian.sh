@@ -25,7 +25,7 @@ with_lock() {
 
 # apt ARGS...: apt-get without questions; waits for another apt instead of failing.
 apt() {
-    DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=600 -o APT::Sandbox::User=root \
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=600 -o APT::Sandbox::User=root \
         -o Acquire::Retries=2 "$@" </dev/null
 }
 
