@@ -66,8 +66,8 @@ impl Region {
         };
         let layout = || ImageError::Layout(vec![*range]);
         if range.len == 0
-            || range.len % PAGE_SIZE as u64 != 0
-            || range.start % PAGE_SIZE as u64 != 0
+            || !range.len.is_multiple_of(PAGE_SIZE as u64)
+            || !range.start.is_multiple_of(PAGE_SIZE as u64)
         {
             return Err(layout());
         }

@@ -291,7 +291,7 @@ impl Owner {
         stats.elapsed_us = elapsed.as_micros() as u64;
         if let Some(gate) = self.gates.first() {
             let held = gate.hold_stats();
-            stats.held_us.count = held.frames as u64;
+            stats.held_us.count = held.frames;
             stats.held_us.p50 = held.p50_us;
             stats.held_us.p99 = held.p99_us;
             stats.held_us.max = held.max_us;
