@@ -122,3 +122,12 @@ base_tree() {
     cp "$init" "$tree/init"
     chmod 755 "$tree/init"
 }
+
+# state_of FILE...: changes when the package lists, the installed packages or these files do. What a script has worked
+# out is remembered under this name, because asking apt takes seconds.
+state_of() {
+    {
+        stat -c '%n %Y' /var/lib/apt/lists /etc/apt/sources.list /etc/apt/sources.list.d /var/lib/dpkg/status 2>/dev/null || true
+        cat "$@"
+    } | sha256sum | cut -c1-16
+}
