@@ -9,6 +9,8 @@ pub mod daemon;
 pub mod demo;
 mod entry;
 pub mod epoch;
+#[doc(hidden)]
+pub mod fault;
 pub mod ipc;
 pub mod probe;
 

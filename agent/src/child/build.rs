@@ -17,6 +17,7 @@ use super::proto::TapSpec;
 use crate::config::{VmConfig, parse_mac};
 use crate::epoch::owner::Owner;
 use crate::epoch::queue::ShipQueue;
+use crate::fault::{self, Fault};
 
 /// Why a VM could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -133,6 +134,9 @@ struct QueueSink(Arc<ShipQueue>);
 
 impl DiskSink for QueueSink {
     fn disk_write(&self, record: &checkpoint::DiskRecord<'_>) {
+        if fault::is(Fault::DiskStream) {
+            return;
+        }
         self.0.disk_write(record);
     }
 }
@@ -189,6 +193,9 @@ impl Machine {
             }
             let gate = Gate::new(tap, (config.protect.output_limit_kib * 1024) as usize)
                 .map_err(|source| BuildError::Mismatch(format!("tap {}: {source}", spec.name)))?;
+            if fault::is(Fault::OutputCommit) {
+                gate.break_output_commit(true);
+            }
             gates.push(gate.clone());
             net.push(NetSpec {
                 mac,

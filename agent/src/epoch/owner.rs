@@ -13,6 +13,7 @@ use super::pipeline::{Action, Mode, Pipeline};
 use super::queue::ShipQueue;
 use super::staging::{RamView, StagingError};
 use super::stats::{EpochStats, Recorder};
+use crate::fault::{self, Fault};
 
 /// Pages streamed in one piece during the first synchronisation.
 const SYNC_CHUNK: u64 = 1024;
@@ -442,7 +443,7 @@ impl Owner {
             for gate in &self.gates {
                 gate.seal(epoch)
                     .map_err(|e| OwnerError::Output(e.to_string()))?;
-                if begin_hold {
+                if begin_hold && !fault::is(Fault::Hold) {
                     gate.set_hold(true);
                 }
             }
