@@ -1,0 +1,370 @@
+//! Hosts: an agent each, in a network namespace of its own, and what can happen to them.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use agent::control::{ControlClient, Event, EventKind, Request, VmStatus};
+use agent::probe::{ProbeClient, ProbeConfig, ProbeReport};
+use guest::proto::PORT;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::net::{HOST_BRIDGE, Network, repl_addr};
+use crate::serial::{Turn, turn};
+use crate::vmfile::{GUEST, VmFile};
+use crate::{require_everything, wait};
+
+/// The VM's name.
+pub const VM: &str = "vm";
+/// The host that only has the master, so that any other may be lost.
+pub const MASTER: &str = "m";
+
+/// What a cluster is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// Hosts, the first owner first. The master's is added.
+    pub hosts: &'a [&'a str],
+    /// Mechanisms switched off: host and `UNDERSTUDY_BREAK`.
+    pub broken: &'a [(&'a str, &'a str)],
+}
+
+impl<'a> Options<'a> {
+    /// These hosts, everything switched on.
+    #[must_use]
+    pub fn of(hosts: &'a [&'a str]) -> Self {
+        Self { hosts, broken: &[] }
+    }
+}
+
+#[derive(Debug)]
+struct Host {
+    name: String,
+    control: PathBuf,
+    agent: Option<Child>,
+}
+
+impl Host {
+    fn group(&self) -> Option<Pid> {
+        self.agent.as_ref().map(|a| Pid::from_raw(a.id() as i32))
+    }
+
+    fn kill(&mut self) {
+        let Some(group) = self.group() else { return };
+        let _ = killpg(group, Signal::SIGKILL);
+        if let Some(mut agent) = self.agent.take() {
+            let _ = agent.wait();
+        }
+        // Its VM processes were killed with it; their taps go with them.
+        wait("a killed host's processes to be gone", || {
+            killpg(group, None).is_err().then_some(())
+        });
+    }
+}
+
+/// A running cluster; everything goes when it is dropped, but the logs are kept if the test failed.
+#[derive(Debug)]
+pub struct Cluster {
+    program: PathBuf,
+    dir: Option<tempfile::TempDir>,
+    hosts: Vec<Host>,
+    /// After the hosts, so that it goes after their processes.
+    network: Network,
+    _turn: Turn,
+}
+
+impl Cluster {
+    /// Starts `program`'s agents.
+    ///
+    /// # Panics
+    /// Naming what is missing or did not work.
+    #[must_use]
+    pub fn launch(program: &str, options: Options<'_>) -> Self {
+        let turn = turn();
+        require_everything();
+        let names: Vec<&str> = options.hosts.iter().copied().chain([MASTER]).collect();
+        let dir = tempfile::Builder::new()
+            .prefix("understudy-test-")
+            .tempdir()
+            .expect("a temporary directory");
+        let mut cluster = Self {
+            program: program.into(),
+            hosts: names
+                .iter()
+                .map(|name| Host {
+                    name: (*name).into(),
+                    control: dir.path().join(format!("{name}.sock")),
+                    agent: None,
+                })
+                .collect(),
+            network: Network::build(&names),
+            dir: Some(dir),
+            _turn: turn,
+        };
+        for (i, name) in names.iter().enumerate() {
+            fs::write(cluster.path(&format!("{name}.toml")), cluster.host_toml(i))
+                .expect("writing a host's configuration");
+        }
+        // The master first: the others ask it.
+        for name in names.iter().rev() {
+            let broken = options.broken.iter().find(|(host, _)| host == name);
+            cluster.start_agent(name, broken.map(|(_, what)| *what));
+        }
+        cluster
+    }
+
+    /// `host.toml` of host number `i`.
+    #[must_use]
+    pub fn host_toml(&self, i: usize) -> String {
+        let dir = self.dir().display();
+        let name = &self.hosts[i].name;
+        let master = format!("{}:7690", repl_addr(self.hosts.len() - 1));
+        let addr = |i: usize| format!("{}:7700", repl_addr(i));
+        let serve = if name == MASTER {
+            format!("serve = \"{master}\"\n")
+        } else {
+            String::new()
+        };
+        let peers: String = (0..self.hosts.len())
+            .filter(|j| *j != i)
+            .map(|j| format!("{} = \"{}\"\n", self.hosts[j].name, addr(j)))
+            .collect();
+        // More patient than the defaults: the machine is small, and no test measures time.
+        format!(
+            "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{}\"\n\n\
+             [master]\nconnect = \"{master}\"\n{serve}\n[peers]\n{peers}\n\
+             [networks.lan]\nbridge = \"{HOST_BRIDGE}\"\ntap_prefix = \"tap\"\n\n\
+             [detection]\nheartbeat_ms = 10\nmissed = 30\n",
+            addr(i)
+        )
+    }
+
+    /// Starts (again) the agent of `name`, with the mechanism `broken` switched off.
+    pub fn start_agent(&mut self, name: &str, broken: Option<&str>) {
+        let config = self.path(&format!("{name}.toml"));
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.path(&format!("{name}.log")))
+            .expect("a log file");
+        let mut command = self.command_on(name);
+        command
+            .args(["agent", "--config"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a log file"))
+            .stderr(log)
+            .process_group(0);
+        if let Some(what) = broken {
+            command.env("UNDERSTUDY_BREAK", what);
+        }
+        // A killed test leaves no agents behind; their VM processes end with them.
+        // SAFETY: only an async-signal-safe call (prctl) between fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+        }
+        let agent = command.spawn().expect("starting an agent");
+        self.host_mut(name).agent = Some(agent);
+        let control = self.host(name).control.clone();
+        wait(&format!("the agent of {name} to listen"), || {
+            ControlClient::connect(&control).ok()
+        });
+    }
+
+    /// The program under test, to be run inside `host`'s namespace.
+    #[must_use]
+    pub fn command_on(&self, host: &str) -> Command {
+        // `ip netns exec` becomes the program: same process, same process group.
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", &self.network.namespace(host)])
+            .arg(&self.program);
+        command
+    }
+
+    fn host(&self, name: &str) -> &Host {
+        let found = self.hosts.iter().find(|h| h.name == name);
+        found.unwrap_or_else(|| panic!("there is no host {name}"))
+    }
+
+    fn host_mut(&mut self, name: &str) -> &mut Host {
+        let found = self.hosts.iter_mut().find(|h| h.name == name);
+        found.unwrap_or_else(|| panic!("there is no host {name}"))
+    }
+
+    /// The network.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// The working directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.as_ref().expect("kept until the drop").path()
+    }
+
+    /// A file in it.
+    #[must_use]
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.dir().join(file)
+    }
+
+    /// A connection to the agent of `name`.
+    #[must_use]
+    pub fn control(&self, name: &str) -> ControlClient {
+        ControlClient::connect(&self.host(name).control)
+            .unwrap_or_else(|e| panic!("host {name}: {e}"))
+    }
+
+    /// What `name` knows of the VM.
+    #[must_use]
+    pub fn status(&self, name: &str) -> Option<VmStatus> {
+        let list = self.control(name).status().ok()?;
+        list.into_iter().find(|s| s.name == VM)
+    }
+
+    /// What has happened on `name`.
+    #[must_use]
+    pub fn events(&self, name: &str) -> Vec<Event> {
+        self.control(name).events(0).unwrap_or_default()
+    }
+
+    /// Waits for an event of the VM on `name`.
+    pub fn wait_event(&self, name: &str, kind: EventKind) -> Event {
+        wait(&format!("the event {kind:?} on {name}"), || {
+            self.events(name)
+                .into_iter()
+                .find(|e| e.kind == kind && e.vm == VM)
+        })
+    }
+
+    /// Boots the VM on the first host and protects it by `backups`, in this order; waits until it is.
+    ///
+    /// # Panics
+    /// With the agent's refusal.
+    pub fn protect(&self, vm: &VmFile, backups: &[&str]) {
+        let owner = &self.hosts[0].name;
+        let mut control = self.control(owner);
+        control
+            .order(&Request::Start {
+                toml: vm.write(self.dir()),
+                name: "vm.toml".into(),
+            })
+            .unwrap_or_else(|e| panic!("starting the VM: {e}"));
+        control
+            .order(&Request::Protect {
+                vm: VM.into(),
+                backups: backups.iter().map(|b| (*b).into()).collect(),
+            })
+            .unwrap_or_else(|e| panic!("protecting the VM: {e}"));
+        self.wait_protected(owner, backups);
+    }
+
+    /// Waits until `owner` says that the chain is exactly `backups` and the VM protected by it.
+    pub fn wait_protected(&self, owner: &str, backups: &[&str]) {
+        wait(
+            &format!("the VM on {owner} to be protected by {backups:?}"),
+            || {
+                let status = self.status(owner)?;
+                let chain: Vec<&str> = status.chain.iter().map(|m| m.host.as_str()).collect();
+                (status.role == "owner" && status.protected && chain == backups).then_some(())
+            },
+        );
+    }
+
+    /// Waits until `name` runs the VM after a failover; returns what it says of it.
+    pub fn wait_owner(&self, name: &str) -> VmStatus {
+        wait(&format!("{name} to take the VM over"), || {
+            self.status(name)
+                .filter(|s| s.role == "owner" && s.failover.is_some())
+        })
+    }
+
+    /// `name` loses power: its agent and its VM processes are killed at once.
+    pub fn kill(&mut self, name: &str) {
+        self.host_mut(name).kill();
+    }
+
+    /// `name` stands still: every process of it stops.
+    pub fn freeze(&self, name: &str) {
+        self.signal(name, Signal::SIGSTOP);
+    }
+
+    /// `name` goes on.
+    pub fn thaw(&self, name: &str) {
+        self.signal(name, Signal::SIGCONT);
+    }
+
+    fn signal(&self, name: &str, signal: Signal) {
+        let group = self.host(name).group();
+        killpg(group.unwrap_or_else(|| panic!("{name} runs")), signal)
+            .unwrap_or_else(|e| panic!("{signal} to {name}: {e}"));
+    }
+
+    /// A client that sends numbered increments on one TCP connection, one every 5 ms; has some answers when this
+    /// returns.
+    ///
+    /// # Panics
+    /// If the guest does not answer.
+    #[must_use]
+    pub fn client(&self) -> ProbeClient {
+        let mut config = ProbeConfig::new(SocketAddr::from((GUEST, PORT)));
+        config.interval = Duration::from_millis(5);
+        let client = self
+            .network
+            .within("client", || ProbeClient::start(config, crate::PATIENCE))
+            .unwrap_or_else(|e| panic!("the client: {e}"));
+        assert!(
+            client.wait_acked(50, crate::PATIENCE),
+            "the client gets no answers: {:?}",
+            client.progress()
+        );
+        client
+    }
+
+    /// Ends the client, which first asks the guest, on a new connection, how far its counter is.
+    #[must_use]
+    pub fn stop_client(&self, client: ProbeClient) -> ProbeReport {
+        self.network
+            .within("client", || client.stop(Duration::from_secs(20)))
+    }
+
+    fn log_tails(&self) -> String {
+        self.hosts
+            .iter()
+            .map(|h| {
+                let text =
+                    fs::read_to_string(self.path(&format!("{}.log", h.name))).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                let tail = &lines[lines.len().saturating_sub(12)..];
+                format!("--- {}\n{}\n", h.name, tail.join("\n"))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let failed = std::thread::panicking();
+        for host in &mut self.hosts {
+            if let Some(group) = host.group() {
+                let _ = killpg(group, Signal::SIGKILL);
+            }
+        }
+        for host in &mut self.hosts {
+            if let Some(mut agent) = host.agent.take() {
+                let _ = agent.wait();
+            }
+        }
+        if failed {
+            eprintln!("{}", self.log_tails());
+            if let Some(dir) = self.dir.take() {
+                eprintln!("the hosts' logs are kept in {}", dir.keep().display());
+            }
+        }
+    }
+}
