@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use agent::control::{ControlClient, Event, EventKind, Request, VmStatus};
-use agent::probe::{ProbeClient, ProbeConfig, ProbeReport};
-use guest::proto::PORT;
+use agent::probe::{ProbeClient, ProbeConfig, ProbeConn, ProbeReport};
+use guest::proto::{Op, PORT, Response};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -87,7 +87,7 @@ impl Cluster {
         require_everything();
         let names: Vec<&str> = options.hosts.iter().copied().chain([MASTER]).collect();
         let dir = tempfile::Builder::new()
-            .prefix("understudy-test-")
+            .prefix("systest-understudy-")
             .tempdir()
             .expect("a temporary directory");
         let mut cluster = Self {
@@ -331,6 +331,19 @@ impl Cluster {
     pub fn stop_client(&self, client: ProbeClient) -> ProbeReport {
         self.network
             .within("client", || client.stop(Duration::from_secs(20)))
+    }
+
+    /// Asks the guest on a new connection.
+    ///
+    /// # Panics
+    /// If it does not answer.
+    #[must_use]
+    pub fn ask(&self, op: Op) -> Response {
+        self.network.within("client", || {
+            ProbeConn::connect(SocketAddr::from((GUEST, PORT)), crate::PATIENCE)
+                .and_then(|mut guest| guest.call(guest::proto::Request::new(op, 0)))
+                .unwrap_or_else(|e| panic!("asking the guest for {op:?}: {e}"))
+        })
     }
 
     fn log_tails(&self) -> String {

@@ -15,7 +15,7 @@ pub struct Turn(#[allow(dead_code)] Flock<File>);
 /// If the lock file cannot be made.
 #[must_use]
 pub fn turn() -> Turn {
-    let path = std::env::temp_dir().join("understudy-tests.lock");
+    let path = std::env::temp_dir().join("systest-understudy.lock");
     let mut file = File::options()
         .create(true)
         .truncate(false)

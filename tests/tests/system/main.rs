@@ -1,0 +1,14 @@
+//! The whole system: agents, VM processes, wires; what they promise when hosts die, stand still or are cut off.
+//!
+//! Each test of an invariant says how its mechanism is switched off, and a second test sees its check fail then.
+
+mod bad_input;
+mod demo;
+mod disk;
+mod kill;
+mod output_commit;
+mod partition;
+mod superseded;
+
+/// The program, able to have a mechanism switched off.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_understudy-under-test");
