@@ -57,7 +57,7 @@ pub fn check_survived(report: &ProbeReport) {
 }
 
 /// A different moment in each run; the seed is printed, and `UNDERSTUDY_SEED` gives it again.
-fn seed() -> u64 {
+pub fn seed() -> u64 {
     let given = std::env::var("UNDERSTUDY_SEED")
         .ok()
         .and_then(|s| s.parse().ok());
@@ -70,7 +70,7 @@ fn seed() -> u64 {
 }
 
 /// Splitmix64 (Steele, Lea, Flood 2014).
-fn mix(state: &mut u64) -> u64 {
+pub fn mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

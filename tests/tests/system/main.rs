@@ -9,6 +9,7 @@ mod kill;
 mod output_commit;
 mod partition;
 mod superseded;
+mod unprotected;
 
 /// The program, able to have a mechanism switched off.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_understudy-under-test");
