@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use netbuf::netconf;
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::control::{ControlClient, EventKind, Request, VmStatus};
@@ -50,13 +51,18 @@ impl Host {
         let _ = self.agent.wait();
     }
 
-    /// Waits until its VM processes are gone too, and their taps with them (bounded; they have been killed).
+    /// Waits until its VM processes are gone too, and their taps with them (bounded; they have been killed). This
+    /// process has adopted them, so it can.
     fn wait_gone(&self) {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while killpg(Pid::from_raw(self.agent.id() as i32), None).is_ok()
-            && Instant::now() < deadline
-        {
-            std::thread::sleep(Duration::from_millis(2));
+        let group = Pid::from_raw(-(self.agent.id() as i32));
+        while let Ok(status) = waitpid(group, Some(WaitPidFlag::WNOHANG)) {
+            if status == WaitStatus::StillAlive {
+                if Instant::now() > deadline {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
         }
     }
 }
@@ -126,6 +132,8 @@ impl Cluster {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("understudy-{}-{number}", std::process::id()));
         fs::create_dir_all(&dir)?;
+        // A killed agent leaves its VM processes to us: a host is dead when the last of them is.
+        nix::sys::prctl::set_child_subreaper(true)?;
         let names: Vec<String> = (b'a'..=b'a' + backups)
             .map(|c| char::from(c).to_string())
             .collect();
