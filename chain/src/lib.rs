@@ -8,6 +8,7 @@
 pub mod client;
 pub mod image;
 pub(crate) mod link;
+pub mod mark;
 pub mod master;
 pub mod replica;
 pub mod server;
@@ -17,7 +18,8 @@ pub mod view;
 pub mod wire;
 
 pub use client::{ChainClient, ClientError, ClientEvent};
+pub use mark::Mark;
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
-pub use store::{Handover, StoreError, VmStore};
-pub use urgent::urgent_thread;
+pub use store::{Handover, ReplicaStore, StoreError, VmStore};
+pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Member, View, VmRecord, VmShape};

@@ -1,17 +1,46 @@
-//! Scheduling of the threads whose lateness would be taken for death.
+//! Scheduling of what must not wait for its turn: heartbeats, and the pause of a guest.
+
+fn set_policy(policy: libc::c_int, priority: libc::c_int) -> bool {
+    let param = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: changes only the calling thread's policy, with a parameter that lives across the call.
+    unsafe { libc::sched_setscheduler(0, policy, &param) == 0 }
+}
 
 /// Gives the calling thread the lowest real-time priority, if this process may: a heartbeat that waits behind busy vCPUs
 /// for its turn looks like a dead host. Without the privilege the thread runs as any other, and suspicion may need a
 /// longer silence (`detection` in host.toml).
 pub fn urgent_thread() {
-    let param = libc::sched_param { sched_priority: 1 };
-    // SAFETY: changes only the calling thread's policy, with a parameter that lives across the call.
-    let result =
-        unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &param) };
-    if result != 0 {
+    if !set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) {
         tracing::debug!(
             "no real-time priority for heartbeats: {}",
             std::io::Error::last_os_error()
         );
+    }
+}
+
+/// While this exists the calling thread has real-time priority, if this process may give it.
+#[derive(Debug)]
+pub struct UrgentSection {
+    raised: bool,
+    // A policy belongs to a thread: the guard must be dropped where it was made.
+    _not_send: std::marker::PhantomData<*const ()>,
+}
+
+/// Begins an urgent section, of milliseconds at most: a guest stands still as long as the thread that paused it waits.
+#[must_use]
+pub fn urgent_section() -> UrgentSection {
+    UrgentSection {
+        raised: set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1),
+        _not_send: std::marker::PhantomData,
+    }
+}
+
+impl Drop for UrgentSection {
+    fn drop(&mut self) {
+        if self.raised {
+            set_policy(libc::SCHED_OTHER, 0);
+        }
     }
 }

@@ -424,6 +424,7 @@ impl Owner {
         let mut staging = self.queue.take_staging();
         dirty.clear();
         self.output_waiting.store(false, Ordering::Release);
+        let _urgent = chain::urgent_section();
         let begun = Instant::now();
         self.vm.pause().map_err(Self::vm_error)?;
         let stopped = Instant::now();
