@@ -10,7 +10,9 @@ use std::time::Duration;
 use agent::control::{ControlClient, Event, EventKind, Request, VmStatus};
 use agent::probe::{ProbeClient, ProbeConfig, ProbeConn, ProbeReport};
 use guest::proto::{Op, PORT, Response};
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 use crate::net::{HOST_BRIDGE, Network, repl_addr};
@@ -52,15 +54,22 @@ impl Host {
         self.agent.as_ref().map(|a| Pid::from_raw(a.id() as i32))
     }
 
-    fn kill(&mut self) {
-        let Some(group) = self.group() else { return };
-        let _ = killpg(group, Signal::SIGKILL);
-        if let Some(mut agent) = self.agent.take() {
-            let _ = agent.wait();
+    fn strike(&self) {
+        if let Some(group) = self.group() {
+            let _ = killpg(group, Signal::SIGKILL);
         }
-        // Its VM processes were killed with it; their taps go with them.
+    }
+
+    /// Waits for its killed processes, the VM's and standbys' too, which this process has adopted (see
+    /// [`Cluster::launch`]): their taps are gone then.
+    fn bury(&mut self) {
+        let Some(group) = self.group() else { return };
+        self.agent = None;
         wait("a killed host's processes to be gone", || {
-            killpg(group, None).is_err().then_some(())
+            match waitpid(Pid::from_raw(-group.as_raw()), Some(WaitPidFlag::WNOHANG)) {
+                Err(Errno::ECHILD) => Some(()),
+                _ => None,
+            }
         });
     }
 }
@@ -85,6 +94,8 @@ impl Cluster {
     pub fn launch(program: &str, options: Options<'_>) -> Self {
         let turn = turn();
         require_everything();
+        // The VM processes of a killed agent become this process's children, so that their end can be waited for.
+        nix::sys::prctl::set_child_subreaper(true).expect("PR_SET_CHILD_SUBREAPER");
         let names: Vec<&str> = options.hosts.iter().copied().chain([MASTER]).collect();
         let dir = tempfile::Builder::new()
             .prefix("systest-understudy-")
@@ -286,7 +297,13 @@ impl Cluster {
 
     /// `name` loses power: its agent and its VM processes are killed at once.
     pub fn kill(&mut self, name: &str) {
-        self.host_mut(name).kill();
+        self.strike(name);
+        self.host_mut(name).bury();
+    }
+
+    /// As [`Cluster::kill`], without waiting until everything of it is gone.
+    pub fn strike(&self, name: &str) {
+        self.host(name).strike();
     }
 
     /// `name` stands still: every process of it stops.
@@ -363,21 +380,17 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         let failed = std::thread::panicking();
-        for host in &mut self.hosts {
-            if let Some(group) = host.group() {
-                let _ = killpg(group, Signal::SIGKILL);
-            }
-        }
-        for host in &mut self.hosts {
-            if let Some(mut agent) = host.agent.take() {
-                let _ = agent.wait();
-            }
+        for host in &self.hosts {
+            host.strike();
         }
         if failed {
             eprintln!("{}", self.log_tails());
-            if let Some(dir) = self.dir.take() {
-                eprintln!("the hosts' logs are kept in {}", dir.keep().display());
-            }
+        }
+        for host in &mut self.hosts {
+            host.bury();
+        }
+        if failed && let Some(dir) = self.dir.take() {
+            eprintln!("the hosts' logs are kept in {}", dir.keep().display());
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use agent::control::{EventKind, Request};
 use understudy_tests::cluster::VM;
-use understudy_tests::{Cluster, Options, VmFile, wait};
+use understudy_tests::{Capture, Cluster, GUEST_MAC, Options, VmFile, wait};
 
 use crate::PROGRAM;
 use crate::kill::{check_disk, check_survived, more_answers};
@@ -42,11 +42,21 @@ fn an_owner_that_stood_still_stops_when_it_wakes() {
     cluster.protect(&VmFile::default(), &["b", "c"]);
     let client = cluster.client();
     let pid = cluster.status("a").expect("the VM").pid;
+    let wire = Capture::from_host(cluster.network(), "a");
     cluster.freeze("a");
-    cluster.wait_owner("b");
+    let decided_us = cluster
+        .wait_owner("b")
+        .failover
+        .expect("a report")
+        .decided_us;
     more_answers(&client, 50);
     cluster.thaw("a");
     stopped(&cluster, pid);
+    assert_eq!(
+        wire.of_after(GUEST_MAC, decided_us),
+        0,
+        "frames of the old owner"
+    );
     more_answers(&client, 100);
     check_disk(&client);
     check_survived(&cluster.stop_client(client));

@@ -61,8 +61,10 @@ fn an_owner_that_dies_during_repair_is_not_resumed_as_an_older_self() {
         let mut cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b", "c"]));
         cluster.protect(&VmFile::default(), &["b", "c"]);
         let client = cluster.client();
-        cluster.kill("c");
-        std::thread::sleep(Duration::from_micros(mix(&mut random) % 600_000));
+        cluster.strike("c");
+        let delay = Duration::from_micros(mix(&mut random) % 600_000);
+        std::thread::sleep(delay);
+        println!("{delay:?} later: {:?}", cluster.status("a"));
         cluster.kill("a");
         let told = told(&client);
         // It takes over by itself, or has nothing to resume; then it is asked to.
