@@ -12,7 +12,7 @@ use super::scenario::End;
 /// Between two requests.
 const PAUSE: Duration = Duration::from_millis(5);
 /// A request unanswered for so long means that the connection is dead.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 #[derive(Debug, Default)]
 struct Book {
