@@ -4,7 +4,7 @@
 
 use agent::control::{EventKind, Request};
 use understudy_tests::cluster::VM;
-use understudy_tests::{Capture, Cluster, GUEST_MAC, Options, VmFile, wait};
+use understudy_tests::{Cluster, Options, VmFile, wait};
 
 use crate::PROGRAM;
 use crate::kill::{check_disk, check_survived, more_answers};
@@ -36,27 +36,20 @@ fn an_ordered_failover_stops_the_old_owner() {
     check_survived(&cluster.stop_client(client));
 }
 
+/// When it wakes it may find an acknowledgement of its own generation that came while it stood still, and let that
+/// epoch's frames out before it learns anything. They are of a checkpoint that the new owner has too, so they contradict
+/// nothing; no protocol without clocks can keep them in. Hence the client's view is checked here, not the wire.
 #[test]
 fn an_owner_that_stood_still_stops_when_it_wakes() {
     let cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b", "c"]));
     cluster.protect(&VmFile::default(), &["b", "c"]);
     let client = cluster.client();
     let pid = cluster.status("a").expect("the VM").pid;
-    let wire = Capture::from_host(cluster.network(), "a");
     cluster.freeze("a");
-    let decided_us = cluster
-        .wait_owner("b")
-        .failover
-        .expect("a report")
-        .decided_us;
+    cluster.wait_owner("b");
     more_answers(&client, 50);
     cluster.thaw("a");
     stopped(&cluster, pid);
-    assert_eq!(
-        wire.of_after(GUEST_MAC, decided_us),
-        0,
-        "frames of the old owner"
-    );
     more_answers(&client, 100);
     check_disk(&client);
     check_survived(&cluster.stop_client(client));
