@@ -3,16 +3,17 @@
 use std::io;
 use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use checkpoint::{
     CheckpointEnd, Epoch, Generation, HostId, Tally, VmId, codec, disk_records, records,
 };
 
-use crate::link::{HELLO_LIMIT, Link, Role};
-use crate::server::{GreetError, greet_peer};
+use crate::link::{HELLO_LIMIT, Link, Role, Trouble};
+use crate::mark::Mark;
+use crate::server::{GreetError, greet};
 use crate::view::{Member, View};
-use crate::wire::{self, FLAG_FULL, Frame, Kind};
+use crate::wire::{self, FLAG_FULL, Frame, Kind, Payload};
 
 /// Machine state is sent in pieces of this size.
 const MACHINE_PIECE: usize = 512 << 10;
@@ -46,6 +47,14 @@ pub enum ClientError {
     /// The connection to the head failed.
     #[error("sending to {0}: {1}")]
     Send(HostId, io::Error),
+    /// An incremental checkpoint that is not the next after what the chain holds.
+    #[error("checkpoint {epoch} cannot follow {base:?}, which is what the chain was sent last")]
+    Base {
+        /// The checkpoint.
+        epoch: Epoch,
+        /// What the chain was sent last, if anything.
+        base: Option<Mark>,
+    },
     /// A value too large to send.
     #[error(transparent)]
     Codec(#[from] checkpoint::CodecError),
@@ -75,6 +84,15 @@ pub enum ClientEvent {
     },
 }
 
+/// What has been sent.
+#[derive(Debug, Default)]
+struct Sending {
+    /// Of the checkpoint under way.
+    tally: Tally,
+    /// The last whole checkpoint, which the next one is applied to.
+    base: Option<Mark>,
+}
+
 /// A connection to a chain, for one generation.
 #[derive(Debug)]
 pub struct ChainClient {
@@ -83,7 +101,8 @@ pub struct ChainClient {
     head: Member,
     up: Link,
     acks: Link,
-    tally: Mutex<Tally>,
+    sending: Mutex<Sending>,
+    held: Option<Mark>,
     events: Mutex<Receiver<ClientEvent>>,
 }
 
@@ -97,25 +116,29 @@ impl ChainClient {
             (Some(head), Some(tail)) => (head.clone(), tail.clone()),
             _ => return Err(ClientError::NoChain),
         };
-        let greet = |member: &Member, role| {
-            greet_peer(member.addr, view, role, from).map_err(|e| match e {
+        let connect = |member: &Member, role| {
+            greet(member.addr, view, role, from).map_err(|e| match e {
                 GreetError::Refused(generation) => ClientError::Refused {
                     host: member.host.clone(),
                     generation,
                 },
-                other => ClientError::Peer {
-                    host: member.host.clone(),
-                    addr: member.addr,
-                    why: other.to_string(),
-                },
+                other => {
+                    let (host, why) = other.blame(&member.host);
+                    let at = view.position(&host).map(|i| view.chain[i].addr);
+                    ClientError::Peer {
+                        host,
+                        addr: at.unwrap_or(member.addr),
+                        why,
+                    }
+                }
             })
         };
-        let (up, up_stream) = greet(&head, Role::Update)?;
-        let (acks, ack_stream) = greet(&tail, Role::Acks)?;
+        let up = connect(&head, Role::Update)?;
+        let acks = connect(&tail, Role::Acks)?;
         let (sender, events) = channel();
         for (name, stream, host, is_acks) in [
-            ("chain-head", up_stream, head.host.clone(), false),
-            ("chain-acks", ack_stream, tail.host, true),
+            ("chain-head", up.stream, head.host.clone(), false),
+            ("chain-acks", acks.stream, tail.host, true),
         ] {
             let sender = sender.clone();
             std::thread::Builder::new()
@@ -127,9 +150,13 @@ impl ChainClient {
             vm: view.vm,
             generation: view.generation,
             head,
-            up,
-            acks,
-            tally: Mutex::default(),
+            held: up.holds,
+            up: up.link,
+            acks: acks.link,
+            sending: Mutex::new(Sending {
+                tally: Tally::default(),
+                base: up.holds,
+            }),
             events: Mutex::new(events),
         })
     }
@@ -153,20 +180,41 @@ impl ChainClient {
             .map_err(|e| ClientError::Send(self.head.host.clone(), e))
     }
 
-    fn count(&self, payload: &[u8], pages: u64, disk: u64) {
-        self.tally
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .add(payload, pages, disk);
+    fn sending(&self) -> MutexGuard<'_, Sending> {
+        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Announces a checkpoint; `full` if it replaces the replicas' whole image.
+    fn count(&self, payload: &[u8], pages: u64, disk: u64) {
+        self.sending().tally.add(payload, pages, disk);
+    }
+
+    /// The checkpoint that every replica of the chain held when this client connected, if they held the same: an owner
+    /// that is exactly there may go on with the next one instead of a full one. What the tail acknowledged is committed.
+    #[must_use]
+    pub fn held(&self) -> Option<Mark> {
+        self.held
+    }
+
+    /// Announces a checkpoint; `full` if it replaces the replicas' whole image. Otherwise it is applied to the last one
+    /// sent by this client, or, as the first, to [`ChainClient::held`].
     ///
     /// # Errors
-    /// [`ClientError::Send`].
+    /// [`ClientError::Send`]; [`ClientError::Base`] if a checkpoint in between was never sent.
     pub fn begin(&self, epoch: Epoch, full: bool) -> Result<(), ClientError> {
-        *self.tally.lock().unwrap_or_else(PoisonError::into_inner) = Tally::default();
-        self.send(Kind::Begin, epoch, if full { FLAG_FULL } else { 0 }, &[])
+        let base = {
+            let mut sending = self.sending();
+            sending.tally = Tally::default();
+            sending.base
+        };
+        if full {
+            return self.send(Kind::Begin, epoch, FLAG_FULL, &[]);
+        }
+        match base {
+            Some(mark) if mark.epoch.next() == epoch => {
+                self.send(Kind::Begin, epoch, 0, &mark.to_bytes())
+            }
+            _ => Err(ClientError::Base { epoch, base }),
+        }
     }
 
     /// Sends page records, at most [`wire::PAYLOAD_MAX`] bytes of them.
@@ -204,11 +252,16 @@ impl ChainClient {
     /// # Errors
     /// [`ClientError::Send`].
     pub fn end(&self, epoch: Epoch) -> Result<(), ClientError> {
-        let end: CheckpointEnd = self
-            .tally
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .end();
+        let end: CheckpointEnd = {
+            let mut sending = self.sending();
+            let end = sending.tally.end();
+            sending.base = Some(Mark {
+                generation: self.generation,
+                epoch,
+                digest: end.digest,
+            });
+            end
+        };
         self.send(Kind::End, epoch, 0, &codec::to_bytes(&end, HELLO_LIMIT)?)
     }
 
@@ -252,7 +305,7 @@ impl Drop for ChainClient {
 }
 
 fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<ClientEvent>) {
-    let mut payload = Vec::new();
+    let mut payload = Payload::default();
     loop {
         let event = match wire::read(&mut stream, &mut payload) {
             Ok(Frame {
@@ -272,7 +325,7 @@ fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<
             }) => ClientEvent::Refused { generation },
             Ok(Frame {
                 kind: Kind::Broken, ..
-            }) => match codec::from_bytes::<(HostId, String)>(&payload, HELLO_LIMIT) {
+            }) => match codec::from_bytes::<Trouble>(&payload, HELLO_LIMIT) {
                 Ok((host, why)) => ClientEvent::Lost {
                     host: Some(host),
                     why,

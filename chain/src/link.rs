@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
-use crate::wire::{self, Frame};
+use crate::wire::{self, Frame, Payload};
 
 /// A peer that takes nothing for this long is lost.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -36,7 +36,10 @@ pub struct Hello {
     pub from: HostId,
 }
 
-/// Longest encoded [`Hello`] or [`wire::Kind::Broken`] payload.
+/// Payload of [`wire::Kind::NotReady`] and [`wire::Kind::Broken`]: the replica concerned, and what about it.
+pub type Trouble = (HostId, String);
+
+/// Longest encoded [`Hello`], [`Trouble`] or [`checkpoint::CheckpointEnd`].
 pub const HELLO_LIMIT: usize = 4096;
 
 /// The sending half.
@@ -78,8 +81,20 @@ impl Link {
     /// # Errors
     /// The connection's; it is of no use afterwards.
     pub fn send(&self, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+        self.with(|stream| wire::write(stream, frame, payload))
+    }
+
+    /// Sends a frame on as it was received.
+    ///
+    /// # Errors
+    /// As [`Link::send`].
+    pub fn forward(&self, frame: &Frame, payload: &Payload) -> io::Result<()> {
+        self.with(|stream| wire::forward(stream, frame, payload))
+    }
+
+    fn with(&self, write: impl FnOnce(&mut TcpStream) -> io::Result<()>) -> io::Result<()> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = wire::write(&mut *stream, frame, payload);
+        let result = write(&mut stream);
         if result.is_err() {
             // Part of a frame may be out: nothing that follows could be understood.
             let _ = stream.shutdown(Shutdown::Both);
@@ -101,7 +116,11 @@ impl Link {
         if poll(&mut fds, PollTimeout::ZERO)? == 0 {
             return Ok(());
         }
-        wire::write(&mut *stream, frame, &[])
+        let result = wire::write(&mut *stream, frame, &[]);
+        if result.is_err() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        result
     }
 
     /// Ends the connection in both directions.

@@ -1,41 +1,174 @@
 //! One replica of one VM, as a plain state machine (van Renesse & Schneider, OSDI 2004, section 3).
 //!
-//! No sockets, clocks or threads: the server feeds it what arrived and carries out what it answers. `Hist` is the
-//! sequence of processed checkpoints, of which only the newest number is kept here (the store has the content);
-//! `Sent` is what was processed but not acknowledged by the tail yet.
+//! No sockets, clocks or threads: its driver feeds it [`Event`]s and carries out the [`Action`]s it answers with, in
+//! order and before the next event. The server is one driver; the interleaving tests are another.
+//!
+//! `Hist` is the sequence of processed checkpoints, of which only the newest is named here (the store has the
+//! content); `Sent` is what was processed here and not acknowledged by the tail yet.
+//!
+//! Two rules make `Hist` of a replica a prefix of its predecessors' (invariant I2), at every instant:
+//! * a checkpoint's content is forwarded as it arrives, but its *end* only once it has been prepared here, that is
+//!   verified whole and durable to the degree configured: nobody further down can process what this replica may lose;
+//! * after [`Replica::freeze`] nothing is taken, forwarded or acknowledged.
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 
 use checkpoint::{Epoch, Generation, HostId};
 
+use crate::mark::Mark;
 use crate::view::View;
 
-/// What to do with a frame of a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Stage it, and forward it unless this is the tail.
-    Take,
-    /// It repeats a checkpoint that has been processed: drop it.
-    Duplicate,
-    /// Its sender's generation is over.
-    Refuse(Generation),
-    /// This replica cannot use it any more.
-    Fail,
-    /// Drop it: the replica is frozen, failed or not in the chain.
-    Drop,
+/// What happens to a replica. Frames come from the connection greeted as the predecessor's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A checkpoint begins.
+    Begin {
+        /// The sender's generation.
+        generation: Generation,
+        /// The checkpoint.
+        epoch: Epoch,
+        /// What it is applied to; `None`: it replaces the whole image.
+        base: Option<Mark>,
+    },
+    /// Part of a checkpoint: pages, disk writes, machine state.
+    Data {
+        /// The sender's generation.
+        generation: Generation,
+        /// The checkpoint.
+        epoch: Epoch,
+    },
+    /// The checkpoint is complete, says the sender.
+    End {
+        /// The sender's generation.
+        generation: Generation,
+        /// The checkpoint.
+        epoch: Epoch,
+    },
+    /// The predecessor lives.
+    Heartbeat {
+        /// The sender's generation.
+        generation: Generation,
+    },
+    /// Outcome of [`Action::Prepare`], fed back before anything else: whole, verified and durable.
+    Prepared {
+        /// Digest of the checkpoint.
+        digest: u32,
+    },
+    /// Outcome of any action for the store that it could not carry out.
+    StoreFailed {
+        /// Why.
+        why: String,
+        /// Whether what the store held before is lost too; otherwise only the checkpoint under way is.
+        damaged: bool,
+    },
+    /// The successor says that the tail has everything up to `epoch`.
+    SuccessorAck {
+        /// The sender's generation.
+        generation: Generation,
+        /// The newest checkpoint acknowledged.
+        epoch: Epoch,
+    },
+    /// Something came from the predecessor.
+    Heard {
+        /// Milliseconds, on any clock that only grows.
+        now_ms: u64,
+    },
+    /// One heartbeat's time has passed.
+    Tick {
+        /// Milliseconds, on the same clock.
+        now_ms: u64,
+    },
 }
 
-/// What else to do.
+/// What the driver has to do. "The frame in hand" is the one the event was about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
+    /// Send the frame in hand to the successor.
+    Forward,
+    /// Store: a checkpoint begins.
+    Open {
+        /// The checkpoint.
+        epoch: Epoch,
+        /// It replaces the image, which is not valid until it has been committed.
+        full: bool,
+    },
+    /// Store: take the frame in hand.
+    Stage,
+    /// Store: the frame in hand ends the checkpoint; verify that it is whole and make it durable to the degree
+    /// configured. Answer with [`Event::Prepared`] or [`Event::StoreFailed`].
+    Prepare,
+    /// Store: put the prepared checkpoint into the image. Cannot fail.
+    Commit(Mark),
     /// Tell the predecessor that the tail has everything up to this epoch.
     AckUp(Epoch),
     /// Tell the owner (this is the tail).
     AckOwner(Epoch),
+    /// Tell the sender of the frame in hand that its generation is over.
+    Refuse(Generation),
     /// The predecessor has been silent for this many milliseconds.
     Suspect(u64),
-    /// Declare this replica failed (invariant I7).
-    Fail(String),
+    /// This replica has declared itself failed (invariant I7): tell predecessor and agent.
+    Failed(String),
+}
+
+/// Where a replica stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Holds no checkpoint, or one of an earlier configuration that must not be resumed from.
+    Syncing,
+    /// Could resume the VM.
+    Serving,
+    /// Stopped for a takeover.
+    Frozen,
+    /// Declared itself failed.
+    Failed,
+}
+
+/// Why a replica cannot be resumed from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FreezeError {
+    /// What it held is lost.
+    #[error("this host's replica has failed: {0}")]
+    Failed(String),
+    /// It is empty, or being filled.
+    #[error("this replica holds no complete checkpoint")]
+    Empty,
+    /// The configuration has changed since.
+    #[error(
+        "this replica holds checkpoint {held}, but generation {now} has begun since and its owner may have let output out that this checkpoint does not know of"
+    )]
+    Outdated {
+        /// What it holds.
+        held: Mark,
+        /// The generation followed.
+        now: Generation,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Failure {
+    why: String,
+    damaged: bool,
+}
+
+/// The checkpoint being received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Open {
+    epoch: Epoch,
+    /// It repeats what has been processed.
+    duplicate: bool,
+}
+
+/// Silence of the predecessor, counted in ticks that this replica itself lived through.
+#[derive(Clone, Debug, Default)]
+struct Silence {
+    heard: bool,
+    ticks: u32,
+    last_ms: u64,
+    suspected: bool,
 }
 
 /// The state machine.
@@ -43,48 +176,47 @@ pub enum Action {
 pub struct Replica {
     host: HostId,
     generation: Generation,
-    chain: Vec<HostId>,
+    position: usize,
+    length: usize,
     /// Newest processed checkpoint; `None`: the image is not valid.
-    hist: Option<Epoch>,
-    /// The checkpoint being received.
+    hist: Option<Mark>,
     open: Option<Open>,
-    sent: VecDeque<Epoch>,
+    /// Oldest checkpoint of this generation that was not acknowledged by the tail, if it has been processed.
+    sent_from: Epoch,
+    /// Newest checkpoint of this generation that the tail has.
     acked: Option<Epoch>,
     frozen: bool,
-    failed: Option<String>,
-    heard: bool,
-    silent_ticks: u32,
-    last_heard_ms: u64,
+    failure: Option<Failure>,
+    silence: Silence,
     missed: u32,
-    suspected: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Open {
-    epoch: Epoch,
-    duplicate: bool,
 }
 
 impl Replica {
     /// A replica that holds nothing yet, suspecting its predecessor after `missed` silent ticks.
     #[must_use]
     pub fn new(host: HostId, view: &View, missed: u32) -> Self {
-        Self {
+        let mut new = Self {
             host,
             generation: view.generation,
-            chain: view.chain.iter().map(|m| m.host.clone()).collect(),
+            position: 0,
+            length: 0,
             hist: None,
             open: None,
-            sent: VecDeque::new(),
+            sent_from: Epoch::ZERO,
             acked: None,
             frozen: false,
-            failed: None,
-            heard: false,
-            silent_ticks: 0,
-            last_heard_ms: 0,
+            failure: None,
+            silence: Silence::default(),
             missed: missed.max(2),
-            suspected: false,
-        }
+        };
+        new.place(view);
+        new
+    }
+
+    fn place(&mut self, view: &View) {
+        self.length = view.chain.len();
+        // Not a member: neither tail nor anybody's predecessor.
+        self.position = view.position(&self.host).unwrap_or(self.length);
     }
 
     /// The generation followed.
@@ -95,239 +227,303 @@ impl Replica {
 
     /// Newest processed checkpoint; `None` while the image is not valid.
     #[must_use]
-    pub fn hist(&self) -> Option<Epoch> {
+    pub fn hist(&self) -> Option<Mark> {
         self.hist
     }
 
-    /// Processed here, not yet acknowledged by the tail.
-    pub fn sent(&self) -> impl Iterator<Item = Epoch> + '_ {
-        self.sent.iter().copied()
+    /// Newest processed checkpoint of this generation: what acknowledgements speak of and what can be resumed from.
+    #[must_use]
+    pub fn current(&self) -> Option<Mark> {
+        self.hist.filter(|mark| mark.generation == self.generation)
+    }
+
+    /// Newest checkpoint of this generation that the tail is known to have.
+    #[must_use]
+    pub fn acked(&self) -> Option<Epoch> {
+        self.acked
+    }
+
+    /// Processed here in this generation, not yet acknowledged by the tail: first and last.
+    #[must_use]
+    pub fn sent(&self) -> Option<(Epoch, Epoch)> {
+        let newest = self.current()?.epoch;
+        (self.sent_from <= newest && !self.is_tail()).then_some((self.sent_from, newest))
     }
 
     /// Why this replica has failed, if it has.
     #[must_use]
     pub fn failed(&self) -> Option<&str> {
-        self.failed.as_deref()
+        self.failure.as_ref().map(|f| f.why.as_str())
     }
 
-    /// Whether it is frozen for a takeover.
+    /// Where it stands.
     #[must_use]
-    pub fn is_frozen(&self) -> bool {
-        self.frozen
+    pub fn state(&self) -> State {
+        if self.failure.is_some() {
+            State::Failed
+        } else if self.frozen {
+            State::Frozen
+        } else if self.current().is_some() {
+            State::Serving
+        } else {
+            State::Syncing
+        }
     }
 
     /// Whether this is the chain's tail.
     #[must_use]
     pub fn is_tail(&self) -> bool {
-        self.chain.last() == Some(&self.host)
+        self.position + 1 == self.length
     }
 
     /// The successor's position in the chain, if there is one.
     #[must_use]
     pub fn successor(&self) -> Option<usize> {
-        let mine = self.chain.iter().position(|h| *h == self.host)?;
-        (mine + 1 < self.chain.len()).then_some(mine + 1)
+        (self.position + 1 < self.length).then_some(self.position + 1)
     }
 
-    /// Follows a newer configuration. What was half received is dropped; what was processed stays.
+    /// Follows a newer configuration, in place. What was half received is dropped; what was processed stays, to go on
+    /// from if the owner says so. It cannot be *resumed* from until this generation's owner has added to it: an owner
+    /// that begins anew lets output out meanwhile. A failed replica may be filled again.
     pub fn adopt(&mut self, view: &View) {
         if view.generation <= self.generation {
             return;
         }
         self.generation = view.generation;
-        self.chain = view.chain.iter().map(|m| m.host.clone()).collect();
+        self.place(view);
         self.open = None;
-        self.frozen = false;
-        self.suspected = false;
-        self.heard = false;
-        self.silent_ticks = 0;
-        // A new chain's first checkpoint is full and is acknowledged on its own.
-        self.sent.clear();
         self.acked = None;
+        self.frozen = false;
+        self.silence = Silence::default();
+        if self.failure.take().is_some_and(|f| f.damaged) {
+            self.hist = None;
+        }
     }
 
-    /// Nothing more is accepted, forwarded or acknowledged: what this replica has is what it will resume from.
-    pub fn freeze(&mut self) -> Option<Epoch> {
+    /// Before a takeover: from here on nothing is taken, forwarded or acknowledged. What this replica has then includes
+    /// everything the tail has acknowledged or ever will in this generation (invariants I2 and I5).
+    ///
+    /// A replica that failed because of what it *received* still has what it had, and nothing newer went past it.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; nothing has changed then.
+    pub fn freeze(&mut self) -> Result<Mark, FreezeError> {
+        if let Some(failure) = self.failure.as_ref().filter(|f| f.damaged) {
+            return Err(FreezeError::Failed(failure.why.clone()));
+        }
+        let held = self.hist.ok_or(FreezeError::Empty)?;
+        if held.generation != self.generation {
+            return Err(FreezeError::Outdated {
+                held,
+                now: self.generation,
+            });
+        }
         self.frozen = true;
         self.open = None;
-        self.hist
+        Ok(held)
     }
 
     /// The takeover was refused and the configuration has not changed: go on as before. What arrived meanwhile is
     /// lost, so the next checkpoint shows a hole and the replica then declares itself failed; it never guesses.
     pub fn unfreeze(&mut self) {
         self.frozen = false;
-        self.suspected = false;
-        self.silent_ticks = 0;
+        self.silence.suspected = false;
+        self.silence.ticks = 0;
     }
 
-    /// Declares the replica failed.
-    pub fn fail(&mut self, why: impl Into<String>) {
-        if self.failed.is_none() {
-            self.failed = Some(why.into());
+    /// Takes one event; what is to be done is added to `actions`.
+    pub fn step(&mut self, event: Event, actions: &mut VecDeque<Action>) {
+        match event {
+            Event::Begin {
+                generation,
+                epoch,
+                base,
+            } => {
+                if self.accepts(generation, actions) {
+                    self.begin(epoch, base, actions);
+                }
+            }
+            Event::Data { generation, epoch } => {
+                if self.accepts(generation, actions) && self.is_open(epoch, false) {
+                    actions.extend([Action::Forward, Action::Stage]);
+                }
+            }
+            Event::End { generation, epoch } => {
+                if self.accepts(generation, actions) {
+                    self.end(epoch, actions);
+                }
+            }
+            Event::Heartbeat { generation } => {
+                self.accepts(generation, actions);
+            }
+            Event::Prepared { digest } => self.prepared(digest, actions),
+            Event::StoreFailed { why, damaged } => self.fail(why, damaged, actions),
+            Event::SuccessorAck { generation, epoch } => {
+                self.successor_ack(generation, epoch, actions);
+            }
+            Event::Heard { now_ms } => {
+                self.silence.heard = true;
+                self.silence.ticks = 0;
+                self.silence.last_ms = now_ms;
+            }
+            Event::Tick { now_ms } => self.tick(now_ms, actions),
         }
-        self.open = None;
     }
 
-    fn check(&self, generation: Generation) -> Option<Verdict> {
+    fn fail(&mut self, why: String, damaged: bool, actions: &mut VecDeque<Action>) {
+        self.open = None;
+        match &mut self.failure {
+            Some(failure) => failure.damaged |= damaged,
+            None => {
+                self.failure = Some(Failure {
+                    why: why.clone(),
+                    damaged,
+                });
+                actions.push_back(Action::Failed(why));
+            }
+        }
+    }
+
+    fn accepts(&self, generation: Generation, actions: &mut VecDeque<Action>) -> bool {
         if generation < self.generation {
-            return Some(Verdict::Refuse(self.generation));
+            actions.push_back(Action::Refuse(self.generation));
         }
         // A newer generation than the master has told this replica: it will be told; until then it takes nothing.
-        if generation > self.generation || self.frozen || self.failed.is_some() {
-            return Some(Verdict::Drop);
+        generation == self.generation && !self.frozen && self.failure.is_none()
+    }
+
+    fn is_open(&self, epoch: Epoch, duplicate: bool) -> bool {
+        self.open == Some(Open { epoch, duplicate })
+    }
+
+    fn begin(&mut self, epoch: Epoch, base: Option<Mark>, actions: &mut VecDeque<Action>) {
+        // Within a generation epochs only grow, so this one has been processed before: its acknowledgement was lost.
+        let duplicate = self.current().is_some_and(|hist| epoch <= hist.epoch);
+        if !duplicate
+            && let Some(base) = base
+            && let Some(why) = self.misfit(epoch, base)
+        {
+            return self.fail(why, false, actions);
+        }
+        self.open = Some(Open { epoch, duplicate });
+        if duplicate {
+            return;
+        }
+        if base.is_none() {
+            // The image is being replaced: from here until it is processed there is nothing to resume from.
+            self.hist = None;
+            self.acked = None;
+        }
+        let full = base.is_none();
+        actions.extend([Action::Forward, Action::Open { epoch, full }]);
+    }
+
+    fn end(&mut self, epoch: Epoch, actions: &mut VecDeque<Action>) {
+        if self.is_open(epoch, false) {
+            actions.push_back(Action::Prepare);
+        } else if self.is_open(epoch, true) {
+            self.open = None;
+            // The acknowledgement was lost: once more what is known to be safe.
+            if let Some(acked) = self.acked {
+                self.acknowledge(acked, actions);
+            }
+        }
+    }
+
+    /// Why checkpoint `epoch` on top of `base` does not fit what this replica holds.
+    fn misfit(&self, epoch: Epoch, base: Mark) -> Option<String> {
+        let Some(hist) = self.hist else {
+            return Some(format!(
+                "checkpoint {epoch} came, but this replica has no full checkpoint to apply it to"
+            ));
+        };
+        if epoch > hist.epoch.next() {
+            return Some(format!(
+                "checkpoint {epoch} came after {}: those between are missing",
+                hist.epoch
+            ));
+        }
+        if base != hist || epoch != base.epoch.next() {
+            return Some(format!(
+                "checkpoint {epoch} belongs on top of checkpoint {base}, but this replica holds checkpoint {hist}"
+            ));
         }
         None
     }
 
-    /// A checkpoint begins.
-    pub fn begin(&mut self, generation: Generation, epoch: Epoch, full: bool) -> Verdict {
-        if let Some(verdict) = self.check(generation) {
-            return verdict;
-        }
-        if full {
-            // The image is being replaced: from here until it is processed there is nothing to resume from.
-            self.hist = None;
-            self.sent.clear();
-            self.acked = None;
-            self.open = Some(Open {
-                epoch,
-                duplicate: false,
-            });
-            return Verdict::Take;
-        }
-        match self.hist {
-            Some(hist) if epoch <= hist => {
-                self.open = Some(Open {
-                    epoch,
-                    duplicate: true,
-                });
-                Verdict::Duplicate
-            }
-            Some(hist) if epoch == hist.next() => {
-                self.open = Some(Open {
-                    epoch,
-                    duplicate: false,
-                });
-                Verdict::Take
-            }
-            Some(hist) => {
-                self.fail(format!(
-                    "checkpoint {epoch} came after {hist}: those between are missing"
-                ));
-                Verdict::Fail
-            }
-            None => {
-                self.fail(format!("checkpoint {epoch} came, but this replica has no full checkpoint to apply it to"));
-                Verdict::Fail
-            }
-        }
-    }
-
-    /// Part of a checkpoint, or its end.
-    #[must_use]
-    pub fn data(&self, generation: Generation, epoch: Epoch) -> Verdict {
-        if let Some(verdict) = self.check(generation) {
-            return verdict;
-        }
-        match self.open {
-            Some(open) if open.epoch == epoch && open.duplicate => Verdict::Duplicate,
-            Some(open) if open.epoch == epoch => Verdict::Take,
-            _ => Verdict::Drop,
-        }
-    }
-
-    /// A repeated checkpoint's end has come: acknowledge again what is known to be safe.
-    pub fn duplicate_end(&mut self) -> Vec<Action> {
-        self.open = None;
-        let safe = if self.is_tail() {
-            self.hist
-        } else {
-            self.acked
+    fn prepared(&mut self, digest: u32, actions: &mut VecDeque<Action>) {
+        let Some(Open {
+            epoch,
+            duplicate: false,
+        }) = self.open.take()
+        else {
+            return;
         };
-        safe.map(|e| self.acks(e)).unwrap_or_default()
-    }
-
-    fn acks(&self, epoch: Epoch) -> Vec<Action> {
-        if self.is_tail() {
-            vec![Action::AckOwner(epoch), Action::AckUp(epoch)]
-        } else {
-            vec![Action::AckUp(epoch)]
+        let first = self.current().is_none();
+        let mark = Mark {
+            generation: self.generation,
+            epoch,
+            digest,
+        };
+        self.hist = Some(mark);
+        if first {
+            self.sent_from = epoch;
         }
-    }
-
-    /// The store has processed the open checkpoint whole.
-    pub fn processed(&mut self, epoch: Epoch) -> Vec<Action> {
-        if self.frozen
-            || self.open
-                != Some(Open {
-                    epoch,
-                    duplicate: false,
-                })
-        {
-            return Vec::new();
-        }
-        self.open = None;
-        self.hist = Some(epoch);
         if self.is_tail() {
             self.acked = Some(epoch);
-            self.acks(epoch)
+            actions.push_back(Action::Commit(mark));
+            self.acknowledge(epoch, actions);
         } else {
-            self.sent.push_back(epoch);
-            Vec::new()
+            actions.extend([Action::Forward, Action::Commit(mark)]);
         }
     }
 
-    /// The successor says that the tail has everything up to `epoch`.
-    pub fn ack(&mut self, generation: Generation, epoch: Epoch) -> Vec<Action> {
+    fn acknowledge(&self, epoch: Epoch, actions: &mut VecDeque<Action>) {
+        if self.is_tail() {
+            actions.push_back(Action::AckOwner(epoch));
+        }
+        actions.push_back(Action::AckUp(epoch));
+    }
+
+    fn successor_ack(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+        actions: &mut VecDeque<Action>,
+    ) {
         // An ack of what this replica has not processed is from a broken peer: believing it would let output out.
-        if self.check(generation).is_some() || self.is_tail() || self.hist.is_none_or(|h| epoch > h)
+        let processed = self.current().is_some_and(|hist| epoch <= hist.epoch);
+        if generation != self.generation
+            || self.frozen
+            || self.failure.is_some()
+            || self.is_tail()
+            || !processed
+            || epoch < self.sent_from
         {
-            return Vec::new();
+            return;
         }
-        while self.sent.front().is_some_and(|e| *e <= epoch) {
-            self.sent.pop_front();
-        }
-        self.acked = self.acked.max(Some(epoch));
-        self.acks(epoch)
-    }
-
-    /// A heartbeat from the predecessor: only its generation matters.
-    #[must_use]
-    pub fn heartbeat(&self, generation: Generation) -> Verdict {
-        self.check(generation).unwrap_or(Verdict::Take)
-    }
-
-    /// Something came from the predecessor in this generation.
-    pub fn heard(&mut self, now_ms: u64) {
-        self.heard = true;
-        self.silent_ticks = 0;
-        self.last_heard_ms = now_ms;
+        self.sent_from = epoch.next();
+        self.acked = Some(epoch);
+        self.acknowledge(epoch, actions);
     }
 
     /// Silent ticks until suspicion. Only the head hears the owner itself; further down the silence may be a replica's
     /// death, which the owner repairs without a failover if it is given the time.
     fn patience(&self) -> u32 {
-        let position = self.chain.iter().position(|h| *h == self.host).unwrap_or(0) as u32;
-        self.missed.saturating_mul(1 + 4 * position)
+        let hops = u32::try_from(self.position).unwrap_or(u32::MAX);
+        self.missed
+            .saturating_mul(hops.saturating_mul(4).saturating_add(1))
     }
 
-    /// One heartbeat's time has passed. Silence is counted in ticks this replica itself lived through, so that its own
-    /// host standing still is not taken for the predecessor's death.
-    pub fn tick(&mut self, now_ms: u64) -> Option<Action> {
-        if !self.heard
-            || self.frozen
-            || self.failed.is_some()
-            || self.hist.is_none()
-            || self.suspected
-        {
-            return None;
+    fn tick(&mut self, now_ms: u64, actions: &mut VecDeque<Action>) {
+        if !self.silence.heard || self.silence.suspected || self.state() != State::Serving {
+            return;
         }
-        self.silent_ticks += 1;
-        if self.silent_ticks <= self.patience() {
-            return None;
+        self.silence.ticks += 1;
+        if self.silence.ticks > self.patience() {
+            self.silence.suspected = true;
+            let silent = now_ms.saturating_sub(self.silence.last_ms);
+            actions.push_back(Action::Suspect(silent));
         }
-        self.suspected = true;
-        Some(Action::Suspect(now_ms.saturating_sub(self.last_heard_ms)))
     }
 }

@@ -2,13 +2,15 @@
 
 mod connection;
 mod slot;
+mod state;
+mod successor;
 
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,10 +18,11 @@ use std::time::{Duration, Instant};
 use checkpoint::{Epoch, Generation, HostId, VmId};
 use diskbuf::Durability;
 
-use crate::store::{Handover, StoreError, VmStore};
+use crate::replica::State;
+use crate::store::{Handover, ReplicaStore, StoreError, VmStore};
 use crate::view::{View, VmShape};
 use slot::Slot;
-pub(crate) use slot::{GreetError, greet_peer};
+pub(crate) use successor::{GreetError, greet};
 
 /// Settings of a chain server.
 #[derive(Clone, Debug)]
@@ -75,6 +78,12 @@ pub enum ServerError {
     /// The replica has declared itself failed.
     #[error("this host's replica has failed: {0}")]
     Failed(String),
+    /// What the replica holds is of an earlier configuration.
+    #[error("{0}")]
+    Outdated(String),
+    /// A name that cannot be a directory's.
+    #[error("a VM cannot be named {0:?}: its disks' directory bears that name")]
+    Name(String),
     /// Its store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -85,8 +94,12 @@ pub enum ServerError {
 pub struct ReplicaStatus {
     /// The configuration followed.
     pub view: View,
+    /// Where it stands.
+    pub state: State,
     /// Newest processed checkpoint; none while synchronising.
     pub epoch: Option<Epoch>,
+    /// Newest checkpoint that the tail is known to have.
+    pub acked: Option<Epoch>,
     /// Why it failed, if it has.
     pub failed: Option<String>,
 }
@@ -98,13 +111,24 @@ struct Shared {
     gone: Mutex<HashMap<VmId, Generation>>,
     events: Sender<ServerEvent>,
     started: Instant,
+    connections: AtomicUsize,
     stop: AtomicBool,
 }
+
+/// Connections served at a time, each with a thread and a frame's buffer.
+const CONNECTIONS_MAX: usize = 512;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// The server. Dropping it stops accepting; the process's end closes what is open.
 pub struct ReplicaServer {
     shared: Arc<Shared>,
     addr: SocketAddr,
+}
+
+impl Shared {
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -132,6 +156,7 @@ impl ReplicaServer {
             gone: Mutex::default(),
             events,
             started: Instant::now(),
+            connections: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         });
         let accepting = shared.clone();
@@ -140,9 +165,30 @@ impl ReplicaServer {
                 if accepting.stop.load(Ordering::Relaxed) {
                     return;
                 }
-                let Ok(stream) = stream else { continue };
+                let stream = match stream {
+                    Ok(stream) => stream,
+                    Err(e) => {
+                        // Out of descriptors, most likely: trying again at once would only burn the processor.
+                        tracing::warn!("chain server: accepting a connection: {e}");
+                        std::thread::sleep(ACCEPT_PAUSE);
+                        continue;
+                    }
+                };
+                if accepting.connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+                    tracing::warn!(
+                        "chain server: {CONNECTIONS_MAX} connections are open; refused one more"
+                    );
+                    continue;
+                }
+                accepting.connections.fetch_add(1, Ordering::Relaxed);
                 let shared = accepting.clone();
-                let _ = spawn("chain-conn", move || connection::serve(&shared, &stream));
+                let served = spawn("chain-conn", move || {
+                    connection::serve(&shared, &stream);
+                    shared.connections.fetch_sub(1, Ordering::Relaxed);
+                });
+                if served.is_err() {
+                    accepting.connections.fetch_sub(1, Ordering::Relaxed);
+                }
             }
         })?;
         let ticking = shared.clone();
@@ -168,26 +214,46 @@ impl ReplicaServer {
     /// Makes an empty replica for `view`, of which this host is a member; returns its RAM files for the standby.
     ///
     /// # Errors
-    /// [`ServerError::Store`] when image or mirrors cannot be made.
+    /// [`ServerError::Store`] when image or mirrors cannot be made, [`ServerError::Name`].
     pub fn create(
         &self,
         view: View,
         shape: VmShape,
         durability: Durability,
     ) -> Result<Vec<OwnedFd>, ServerError> {
-        let vm = view.vm;
+        let mut parts = Path::new(&view.name).components();
+        if !matches!(
+            (parts.next(), parts.next()),
+            (Some(Component::Normal(_)), None)
+        ) {
+            return Err(ServerError::Name(view.name));
+        }
+        // A replica that is replaced gives up its lock on the directory first.
+        let old = lock(&self.shared.slots).remove(&view.vm);
+        if let Some(old) = old {
+            old.close();
+        }
         let dir = self.shared.options.data_dir.join(&view.name);
-        let store = VmStore::new(&dir, vm, shape, durability)?;
+        let store = VmStore::new(&dir, view.vm, shape, durability)?;
         let fds = store
             .ram_fds()
             .into_iter()
             .map(|fd| fd.try_clone_to_owned())
             .collect::<io::Result<Vec<_>>>()
             .map_err(StoreError::from)?;
-        let slot = Slot::new(&self.shared.options, view, store);
-        lock(&self.shared.slots).insert(vm, slot.clone());
-        slot.connect_successor(&self.shared);
+        self.create_with(view, Box::new(store));
         Ok(fds)
+    }
+
+    /// As [`ReplicaServer::create`], with a store of the caller's, which is empty.
+    pub fn create_with(&self, view: View, store: Box<dyn ReplicaStore>) {
+        let vm = view.vm;
+        let slot = Slot::new(&self.shared.options, view, store);
+        let old = lock(&self.shared.slots).insert(vm, slot.clone());
+        if let Some(old) = old {
+            old.close();
+        }
+        successor::connect(&slot, &self.shared);
     }
 
     fn slot(&self, vm: VmId) -> Result<Arc<Slot>, ServerError> {
@@ -204,7 +270,7 @@ impl ReplicaServer {
     pub fn adopt(&self, view: View) -> Result<(), ServerError> {
         let slot = self.slot(view.vm)?;
         slot.adopt(view);
-        slot.connect_successor(&self.shared);
+        successor::connect(&slot, &self.shared);
         Ok(())
     }
 
@@ -220,7 +286,8 @@ impl ReplicaServer {
     /// what the tail ever acks is contained in what this replica has (invariants I2 and I5).
     ///
     /// # Errors
-    /// [`ServerError::Unknown`], [`ServerError::Failed`], or [`StoreError::Empty`] if there is nothing to resume from.
+    /// [`ServerError::Unknown`]; [`ServerError::Failed`], [`ServerError::Outdated`] or [`StoreError::Empty`] if there is
+    /// nothing to resume from.
     pub fn freeze(&self, vm: VmId) -> Result<Epoch, ServerError> {
         self.slot(vm)?.freeze()
     }

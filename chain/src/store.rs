@@ -1,15 +1,15 @@
-//! What a replica keeps of a VM: image, mirrors, machine state; and how a checkpoint gets into it.
+//! What a replica keeps of a VM, as the server sees it; [`VmStore`] is the one that VMs are resumed from.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+mod vm;
 
-use checkpoint::{
-    CheckpointEnd, Epoch, Generation, Stage, StageError, StageLimits, VmId, disk_records,
-};
-use diskbuf::{Durability, ReplicaDisks};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
-use crate::image::{Image, ImageError};
-use crate::view::VmShape;
+use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
+
+use crate::image::ImageError;
+use crate::mark::Mark;
+pub use vm::VmStore;
 
 /// Why a replica cannot go on with a VM.
 #[derive(Debug, thiserror::Error)]
@@ -55,14 +55,21 @@ pub enum StoreError {
     NotOpen,
 }
 
-/// Image, mirrors and machine state of one VM at one replica.
-#[derive(Debug)]
-pub struct VmStore {
-    shape: VmShape,
-    image: Image,
-    disks: ReplicaDisks,
-    machine: Option<(Epoch, Vec<u8>)>,
-    open: Option<(Stage, bool)>,
+impl StoreError {
+    /// Whether the last complete checkpoint is lost with it. Otherwise only what was being received is of no use.
+    #[must_use]
+    pub fn damages(&self) -> bool {
+        match self {
+            // A page that cannot be given back leaves an image that is neither old nor new.
+            Self::Image(error) => matches!(error, ImageError::Memory { .. }),
+            Self::Disks(_) | Self::Empty | Self::Descriptor(_) => true,
+            Self::Stage(_)
+            | Self::DiskRange { .. }
+            | Self::Machine { .. }
+            | Self::End(_)
+            | Self::NotOpen => false,
+        }
+    }
 }
 
 /// A VM's state, handed over to the process that will run it.
@@ -70,6 +77,8 @@ pub struct VmStore {
 pub struct Handover {
     /// The checkpoint.
     pub epoch: Epoch,
+    /// Exactly which one: a chain whose replicas hold the same can go on from it.
+    pub mark: Mark,
     /// Encoded machine state.
     pub machine: Vec<u8>,
     /// The mirrors' files.
@@ -78,174 +87,50 @@ pub struct Handover {
     pub ram: Vec<OwnedFd>,
 }
 
-/// Disk writes of one epoch that a replica takes, in bytes: what a journal entry holds. An owner's limit is lower.
-const DISK_LIMIT: u64 = 1 << 30;
-
-impl VmStore {
-    /// An empty store for a VM of `shape`, its mirrors in `dir`.
+/// A replica's store. Calls come in the order of a checkpoint's frames: `begin`, any number of `pages`, `disk` and
+/// `machine`, then `prepare` and `commit`. A `begin` in between drops what was half received.
+///
+/// Until `prepare` returns `Ok` the store is at the previous checkpoint; for a full one, at none from `begin` on. Any
+/// error means that the replica has failed; [`StoreError::damages`] tells whether the previous checkpoint is lost too.
+pub trait ReplicaStore: Send {
+    /// Begins a checkpoint; `full`: it replaces everything.
     ///
     /// # Errors
-    /// [`StoreError`] naming image or mirrors.
-    pub fn new(
-        dir: &Path,
-        vm: VmId,
-        shape: VmShape,
-        durability: Durability,
-    ) -> Result<Self, StoreError> {
-        let image = Image::new(&shape.ram)?;
-        let disks = ReplicaDisks::open(dir, vm, &shape.disks, durability)
-            .map_err(|e| StoreError::Disks(e.to_string()))?;
-        Ok(Self {
-            shape,
-            image,
-            disks,
-            machine: None,
-            open: None,
-        })
-    }
-
-    /// The RAM files for a standby.
-    #[must_use]
-    pub fn ram_fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.image.fds()
-    }
-
-    /// Begins a checkpoint; a half received one is dropped.
-    ///
-    /// # Errors
-    /// [`StoreError`]; the replica has failed then.
-    pub fn begin(
-        &mut self,
-        generation: Generation,
-        epoch: Epoch,
-        full: bool,
-    ) -> Result<(), StoreError> {
-        self.image.discard();
-        if full {
-            self.machine = None;
-            self.image.reset()?;
-            self.disks
-                .begin_full(generation)
-                .map_err(|e| StoreError::Disks(e.to_string()))?;
-        }
-        let ram: u64 = self.shape.ram.iter().map(|r| r.len).sum();
-        let limits = StageLimits {
-            pages: ram + ram / 128 + (1 << 20),
-            disk: DISK_LIMIT,
-        };
-        self.open = Some((Stage::new(epoch, limits), full));
-        Ok(())
-    }
+    /// [`StoreError`].
+    fn begin(&mut self, generation: Generation, epoch: Epoch, full: bool)
+    -> Result<(), StoreError>;
 
     /// Takes page records.
     ///
     /// # Errors
-    /// As [`VmStore::begin`].
-    pub fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {
-        let (stage, full) = self.open.as_mut().ok_or(StoreError::NotOpen)?;
-        stage.count_pages(payload)?;
-        if *full {
-            self.image.write(payload)?
-        } else {
-            self.image.stage(payload)?
-        }
-        Ok(())
-    }
+    /// [`StoreError`].
+    fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError>;
 
-    /// Takes disk records: held until the checkpoint is whole.
+    /// Takes disk records.
     ///
     /// # Errors
-    /// As [`VmStore::begin`].
-    pub fn disk(&mut self, payload: &[u8]) -> Result<(), StoreError> {
-        let (stage, full) = self.open.as_mut().ok_or(StoreError::NotOpen)?;
-        for record in disk_records(payload) {
-            let record = record.map_err(StageError::from)?;
-            let size = self
-                .shape
-                .disks
-                .get(usize::from(record.disk))
-                .copied()
-                .unwrap_or(0);
-            if record.offset + u64::from(record.len) > size {
-                return Err(StoreError::DiskRange {
-                    disk: record.disk,
-                    offset: record.offset,
-                    len: record.len,
-                });
-            }
-            if *full {
-                self.disks
-                    .write_full(&record)
-                    .map_err(|e| StoreError::Disks(e.to_string()))?;
-            }
-        }
-        if *full {
-            stage.count_disk(payload)?
-        } else {
-            stage.add_disk(payload.to_vec())?
-        }
-        Ok(())
-    }
+    /// [`StoreError`].
+    fn disk(&mut self, payload: &[u8]) -> Result<(), StoreError>;
 
     /// Takes a piece of the machine state.
     ///
     /// # Errors
-    /// As [`VmStore::begin`].
-    pub fn machine(&mut self, payload: &[u8]) -> Result<(), StoreError> {
-        Ok(self
-            .open
-            .as_mut()
-            .ok_or(StoreError::NotOpen)?
-            .0
-            .add_machine(payload)?)
-    }
+    /// [`StoreError`].
+    fn machine(&mut self, payload: &[u8]) -> Result<(), StoreError>;
 
-    /// The checkpoint is complete: verify that it is whole and process it. Before this returns `Ok` the store is at the
-    /// previous checkpoint (or, for a full one, at none); afterwards at this one.
+    /// The checkpoint is complete, says the sender: verifies that it is whole and makes it durable to the degree
+    /// configured. Afterwards [`ReplicaStore::commit`] cannot fail.
     ///
     /// # Errors
-    /// As [`VmStore::begin`].
-    pub fn process(
-        &mut self,
-        generation: Generation,
-        end: &CheckpointEnd,
-    ) -> Result<Epoch, StoreError> {
-        let (stage, _) = self.open.take().ok_or(StoreError::NotOpen)?;
-        let whole = stage.finish(end)?;
-        checkpoint::MachineState::decode(&whole.machine).map_err(|source| StoreError::Machine {
-            epoch: whole.epoch,
-            source,
-        })?;
-        self.disks
-            .process(whole.epoch, generation, &whole.disk)
-            .map_err(|e| StoreError::Disks(e.to_string()))?;
-        self.image.apply();
-        self.machine = Some((whole.epoch, whole.machine));
-        Ok(whole.epoch)
-    }
+    /// [`StoreError`].
+    fn prepare(&mut self, generation: Generation, end: &CheckpointEnd) -> Result<(), StoreError>;
 
-    /// Makes memory and mirrors ready to be run from, as the owner's of `generation`.
+    /// Puts the prepared checkpoint into the image; the store is at `mark` then.
+    fn commit(&mut self, mark: Mark);
+
+    /// Makes everything ready to be run from, as the owner's of `generation`.
     ///
     /// # Errors
-    /// [`StoreError::Empty`] without a complete checkpoint; otherwise as [`VmStore::begin`].
-    pub fn hand_over(mut self, generation: Generation) -> Result<Handover, StoreError> {
-        self.image.discard();
-        let (epoch, machine) = self.machine.take().ok_or(StoreError::Empty)?;
-        let disks = self
-            .disks
-            .activate(generation, epoch)
-            .map_err(|e| StoreError::Disks(e.to_string()))?;
-        let ram = self
-            .image
-            .fds()
-            .into_iter()
-            .map(|fd| fd.try_clone_to_owned())
-            .collect::<Result<_, _>>()?;
-        Ok(Handover {
-            epoch,
-            machine,
-            disks,
-            ram,
-        })
-    }
+    /// [`StoreError::Empty`] without a complete checkpoint.
+    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError>;
 }

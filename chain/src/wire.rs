@@ -1,14 +1,14 @@
 //! Frames between an owner and its chain, and along the chain.
 //!
 //! ```text
-//!  0            4            6          8        16               24          32
-//! | magic u32  | version u16 | kind u16 | vm u64 | generation u64 | epoch u64 |
-//!  32               36               40          44                60
+//!  0            4             8        16               24          32
+//! | magic u32  | version u16 | kind u16 | vm u64       | generation u64 | epoch u64 |
+//!  32               36               40          44                60               64
 //! | payload_len u32 | payload CRC u32 | flags u32 | reserved [16]=0 | header CRC u32 | payload
 //! ```
 //!
 //! All little endian; both checksums are CRC32C. Every frame bears the generation it was sent in: a receiver refuses
-//! any other (invariant I4).
+//! any other (invariant I4). Payloads are described in docs/wire-format.md.
 
 use std::io::{self, IoSlice, Read, Write};
 
@@ -19,20 +19,22 @@ pub const HEADER: usize = 64;
 /// Longest payload in bytes.
 pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
 const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// First on every connection: bincode [`crate::server::Hello`].
+    /// First on every connection: who greets, and what for.
     Hello = 1,
-    /// Answer: the connection stands.
+    /// Answer: the connection stands. The payload is the checkpoint that this replica and all after it hold, as a
+    /// [`crate::Mark`]; empty if they hold none, or different ones.
     HelloOk = 2,
     /// Answer: not yet (the payload says why, UTF-8); try again.
     NotReady = 3,
     /// Answer, to anything: the sender's generation is over; `generation` is the newer one.
     Refused = 4,
-    /// A checkpoint begins; flag [`FLAG_FULL`] if it replaces the whole image.
+    /// A checkpoint begins. Flag [`FLAG_FULL`]: it replaces the whole image; otherwise the payload is the
+    /// [`crate::Mark`] of the checkpoint it is applied to.
     Begin = 5,
     /// Page records.
     Pages = 6,
@@ -112,11 +114,19 @@ pub enum WireError {
     /// Damaged on the way.
     #[error("{0} checksum is wrong")]
     Checksum(&'static str),
+    /// A flag that this version does not know, or not on this kind of frame, or a reserved byte that is not zero.
+    #[error("a {0:?} frame has flags or reserved bytes that this version does not know")]
+    Reserved(Kind),
+    /// A payload that is not what this kind of frame carries.
+    #[error("a {0:?} frame's payload is malformed")]
+    Payload(Kind),
+    /// A frame that the peer may not send here.
+    #[error("a {0:?} frame is out of place: {1}")]
+    OutOfPlace(Kind, &'static str),
 }
 
-/// A frame's header as bytes.
-#[must_use]
-pub fn header(frame: &Frame, payload: &[u8]) -> [u8; HEADER] {
+/// A frame's header as bytes, for a payload of that length and checksum.
+fn header(frame: &Frame, length: usize, crc: u32) -> [u8; HEADER] {
     let mut h = [0u8; HEADER];
     h[0..4].copy_from_slice(&MAGIC.to_le_bytes());
     h[4..6].copy_from_slice(&VERSION.to_le_bytes());
@@ -124,12 +134,27 @@ pub fn header(frame: &Frame, payload: &[u8]) -> [u8; HEADER] {
     h[8..16].copy_from_slice(&frame.vm.0.to_le_bytes());
     h[16..24].copy_from_slice(&frame.generation.0.to_le_bytes());
     h[24..32].copy_from_slice(&frame.epoch.0.to_le_bytes());
-    h[32..36].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-    h[36..40].copy_from_slice(&crc32c::crc32c(payload).to_le_bytes());
+    h[32..36].copy_from_slice(&(length as u32).to_le_bytes());
+    h[36..40].copy_from_slice(&crc.to_le_bytes());
     h[40..44].copy_from_slice(&frame.flags.to_le_bytes());
     let crc = crc32c::crc32c(&h[..60]);
     h[60..64].copy_from_slice(&crc.to_le_bytes());
     h
+}
+
+/// A payload as received, with the checksum that it bears and that has been verified. Reused from frame to frame.
+#[derive(Debug, Default)]
+pub struct Payload {
+    bytes: Vec<u8>,
+    crc: u32,
+}
+
+impl std::ops::Deref for Payload {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// Writes one frame.
@@ -137,13 +162,26 @@ pub fn header(frame: &Frame, payload: &[u8]) -> [u8; HEADER] {
 /// # Errors
 /// The connection's; [`io::ErrorKind::InvalidInput`] for a payload over [`PAYLOAD_MAX`].
 pub fn write(to: &mut impl Write, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+    write_parts(to, frame, payload, crc32c::crc32c(payload))
+}
+
+/// Writes a frame on as it was read: its payload keeps the checksum it came with, so that damage in this host's
+/// memory shows at the next one.
+///
+/// # Errors
+/// As [`write`].
+pub fn forward(to: &mut impl Write, frame: &Frame, payload: &Payload) -> io::Result<()> {
+    write_parts(to, frame, payload, payload.crc)
+}
+
+fn write_parts(to: &mut impl Write, frame: &Frame, payload: &[u8], crc: u32) -> io::Result<()> {
     if payload.len() > PAYLOAD_MAX {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             WireError::TooLong(payload.len()),
         ));
     }
-    let header = header(frame, payload);
+    let header = header(frame, payload.len(), crc);
     let total = HEADER + payload.len();
     let mut done = 0;
     while done < total {
@@ -166,7 +204,7 @@ pub fn write(to: &mut impl Write, frame: &Frame, payload: &[u8]) -> io::Result<(
 ///
 /// # Errors
 /// [`WireError`]; afterwards the connection is of no use. Never panics, never allocates over [`PAYLOAD_MAX`].
-pub fn read(from: &mut impl Read, payload: &mut Vec<u8>) -> Result<Frame, WireError> {
+pub fn read(from: &mut impl Read, payload: &mut Payload) -> Result<Frame, WireError> {
     let mut h = [0u8; HEADER];
     let mut got = 0;
     while got < HEADER {
@@ -179,15 +217,16 @@ pub fn read(from: &mut impl Read, payload: &mut Vec<u8>) -> Result<Frame, WireEr
         }
     }
     let (frame, length, crc) = parse(&h)?;
-    payload.clear();
-    payload.reserve(length);
-    let read = from.take(length as u64).read_to_end(payload)?;
+    payload.bytes.clear();
+    payload.bytes.reserve(length);
+    let read = from.take(length as u64).read_to_end(&mut payload.bytes)?;
     if read != length {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     if crc32c::crc32c(payload) != crc {
         return Err(WireError::Checksum("a frame's payload"));
     }
+    payload.crc = crc;
     Ok(frame)
 }
 
@@ -209,12 +248,17 @@ fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
     if length > PAYLOAD_MAX {
         return Err(WireError::TooLong(length));
     }
+    let flags = word(40);
+    let known = if kind == Kind::Begin { FLAG_FULL } else { 0 };
+    if flags & !known != 0 || h[44..60] != [0; 16] {
+        return Err(WireError::Reserved(kind));
+    }
     let frame = Frame {
         kind,
         vm: VmId(long(8)),
         generation: Generation(long(16)),
         epoch: Epoch(long(24)),
-        flags: word(40),
+        flags,
     };
     Ok((frame, length, word(36)))
 }
@@ -226,7 +270,7 @@ mod tests {
 
     fn sample() -> Frame {
         Frame {
-            kind: Kind::Pages,
+            kind: Kind::Begin,
             vm: VmId(7),
             generation: Generation(3),
             epoch: Epoch(99),
@@ -242,17 +286,17 @@ mod tests {
 
     #[test]
     fn a_frame_comes_back() {
-        let mut payload = vec![1, 2, 3];
+        let mut payload = Payload::default();
         assert_eq!(
             read(&mut &bytes(b"hello")[..], &mut payload).unwrap(),
             sample()
         );
-        assert_eq!(payload, b"hello");
+        assert_eq!(&payload[..], b"hello");
     }
 
     #[test]
     fn an_end_between_frames_is_not_one_inside() {
-        let mut payload = Vec::new();
+        let mut payload = Payload::default();
         assert!(matches!(
             read(&mut &[][..], &mut payload),
             Err(WireError::Closed)
@@ -269,12 +313,60 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_a_later_version_might_mean_is_refused() {
+        let mut flags = sample();
+        flags.kind = Kind::Pages;
+        let mut out = Vec::new();
+        write(&mut out, &flags, b"").unwrap();
+        assert!(matches!(
+            read(&mut &out[..], &mut Payload::default()),
+            Err(WireError::Reserved(Kind::Pages))
+        ));
+        let mut reserved = bytes(b"");
+        reserved[50] = 1;
+        let crc = crc32c::crc32c(&reserved[..60]);
+        reserved[60..64].copy_from_slice(&crc.to_le_bytes());
+        assert!(matches!(
+            read(&mut &reserved[..], &mut Payload::default()),
+            Err(WireError::Reserved(_))
+        ));
+    }
+
+    #[test]
+    fn damage_between_reading_and_forwarding_shows_at_the_next_host() {
+        let mut payload = Payload::default();
+        let frame = read(&mut &bytes(b"hello")[..], &mut payload).unwrap();
+        let mut out = Vec::new();
+        forward(&mut out, &frame, &payload).unwrap();
+        assert_eq!(out, bytes(b"hello"));
+        payload.bytes[2] ^= 1;
+        out.clear();
+        forward(&mut out, &frame, &payload).unwrap();
+        assert!(matches!(
+            read(&mut &out[..], &mut Payload::default()),
+            Err(WireError::Checksum(_))
+        ));
+    }
+
+    #[test]
+    fn a_payload_over_the_limit_is_neither_sent_nor_taken() {
+        let long = vec![0; PAYLOAD_MAX + 1];
+        assert!(write(&mut Vec::new(), &sample(), &long).is_err());
+        let mut lie = header(&sample(), PAYLOAD_MAX + 1, 0).to_vec();
+        lie.extend_from_slice(&long);
+        assert!(matches!(
+            read(&mut &lie[..], &mut Payload::default()),
+            Err(WireError::TooLong(_))
+        ));
+    }
+
     proptest! {
         #[test]
         fn every_flipped_bit_is_found(bit in 0usize..(HEADER + 100) * 8) {
             let mut bytes = bytes(&[5; 100]);
             bytes[bit / 8] ^= 1 << (bit % 8);
-            prop_assert!(read(&mut &bytes[..], &mut Vec::new()).is_err());
+            prop_assert!(read(&mut &bytes[..], &mut Payload::default()).is_err());
         }
 
         #[test]
@@ -285,9 +377,9 @@ mod tests {
                 let crc = crc32c::crc32c(&bytes[..60]);
                 bytes[60..64].copy_from_slice(&crc.to_le_bytes());
             }
-            let mut payload = Vec::new();
+            let mut payload = Payload::default();
             let _ = read(&mut &bytes[..], &mut payload);
-            prop_assert!(payload.capacity() <= PAYLOAD_MAX + 64);
+            prop_assert!(payload.bytes.capacity() <= PAYLOAD_MAX + 64);
         }
     }
 }

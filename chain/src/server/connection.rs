@@ -2,13 +2,17 @@
 
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use checkpoint::{Epoch, codec};
 
 use super::slot::Slot;
 use super::{Shared, lock};
 use crate::link::{HELLO_LIMIT, Hello, Link, Role};
-use crate::wire::{self, Frame, Kind, WireError};
+use crate::wire::{self, Frame, Kind, Payload, WireError};
+
+/// A peer that does not greet keeps a thread for this long.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Serves one connection to its end. A malformed or hostile peer is logged and cut off; nothing of what it sent before
 /// a complete checkpoint has any effect.
@@ -24,72 +28,63 @@ pub(super) fn serve(shared: &Shared, stream: &TcpStream) {
 
 fn run(shared: &Shared, mut stream: &TcpStream) -> Result<(), WireError> {
     let link = Arc::new(Link::new(stream)?);
-    let mut payload = Vec::new();
-    loop {
+    let mut payload = Payload::default();
+    stream.set_read_timeout(Some(GREETING_PATIENCE))?;
+    let (slot, role) = loop {
         let frame = wire::read(&mut stream, &mut payload)?;
         if frame.kind != Kind::Hello {
-            return Err(WireError::Kind(frame.kind as u16));
+            return Err(WireError::OutOfPlace(frame.kind, "a greeting comes first"));
         }
-        let Ok(hello) = codec::from_bytes::<Hello>(&payload, HELLO_LIMIT) else {
-            return Err(WireError::Checksum("the greeting's"));
-        };
-        let answer = |kind: Kind, generation| Frame {
-            kind,
-            vm: frame.vm,
-            generation,
-            epoch: Epoch::ZERO,
-            flags: 0,
-        };
+        let hello: Hello = codec::from_bytes(&payload, HELLO_LIMIT)
+            .map_err(|_| WireError::Payload(Kind::Hello))?;
         let slot = lock(&shared.slots).get(&frame.vm).cloned();
-        let Some(slot) = slot else {
-            match lock(&shared.gone).get(&frame.vm) {
-                Some(newer) if *newer > frame.generation => {
-                    link.send(&answer(Kind::Refused, *newer), &[])?
-                }
-                _ => link.send(
-                    &answer(Kind::NotReady, frame.generation),
-                    format!(
-                        "{} holds no replica of VM {} yet",
-                        shared.options.host, frame.vm
-                    )
-                    .as_bytes(),
-                )?,
-            }
-            continue;
-        };
-        match slot.greet(&frame, &hello, &link) {
-            Greeting::Welcome => link.send(&answer(Kind::HelloOk, frame.generation), &[])?,
-            Greeting::Later(why) => {
-                link.send(&answer(Kind::NotReady, frame.generation), why.as_bytes())?;
-                continue;
-            }
-            Greeting::Refused(newer) => {
-                link.send(&answer(Kind::Refused, newer), &[])?;
-                continue;
-            }
+        match slot {
+            Some(slot) if slot.greet(shared, &frame, &hello, &link)? => break (slot, hello.role),
+            Some(_) => {}
+            None => absent(shared, &frame, &link)?,
         }
-        let result = frames(shared, &slot, stream, &link, &mut payload);
-        slot.disconnected(&link, hello.role == Role::Update);
-        return result;
-    }
+    };
+    stream.set_read_timeout(None)?;
+    let result = frames(shared, &slot, role, stream, &link, &mut payload);
+    slot.disconnected(&link);
+    result
 }
 
-/// Answer to a greeting.
-pub(super) enum Greeting {
-    Welcome,
-    Later(String),
-    Refused(checkpoint::Generation),
+/// No replica of that VM is here, any more or yet.
+fn absent(shared: &Shared, frame: &Frame, link: &Link) -> Result<(), WireError> {
+    let answer = |kind, generation| Frame {
+        kind,
+        vm: frame.vm,
+        generation,
+        epoch: Epoch::ZERO,
+        flags: 0,
+    };
+    let gone = lock(&shared.gone).get(&frame.vm).copied();
+    if let Some(newer) = gone.filter(|newer| *newer > frame.generation) {
+        return Ok(link.send(&answer(Kind::Refused, newer), &[])?);
+    }
+    let host = shared.options.host.clone();
+    let trouble = (host, format!("holds no replica of VM {} yet", frame.vm));
+    let payload = codec::to_bytes(&trouble, HELLO_LIMIT).unwrap_or_default();
+    Ok(link.send(&answer(Kind::NotReady, frame.generation), &payload)?)
 }
 
 fn frames(
     shared: &Shared,
     slot: &Slot,
+    role: Role,
     mut stream: &TcpStream,
     link: &Arc<Link>,
-    payload: &mut Vec<u8>,
+    payload: &mut Payload,
 ) -> Result<(), WireError> {
     loop {
         let frame = wire::read(&mut stream, payload)?;
+        if role == Role::Acks {
+            return Err(WireError::OutOfPlace(
+                frame.kind,
+                "this connection is for acks only",
+            ));
+        }
         slot.frame(shared, &frame, payload, link)?;
     }
 }

@@ -1,57 +1,40 @@
-//! One VM's replica at this host: state machine, store and links, under one lock.
+//! One VM's replica at this host, as the rest of the server sees it: each operation takes the replica's lock once.
 
-use std::io;
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
-use checkpoint::{CheckpointEnd, Epoch, Generation, HostId, VmId, codec};
+use checkpoint::{Epoch, Generation, VmId, codec};
 
-use super::connection::Greeting;
-use super::{ReplicaStatus, ServerError, ServerEvent, ServerOptions, Shared, lock};
-use crate::link::{HELLO_LIMIT, Hello, Link, Role};
-use crate::replica::{Action, Replica, Verdict};
-use crate::store::{Handover, StoreError, VmStore};
+use super::state::{Beat, InHand, State};
+use super::{ReplicaStatus, ServerError, ServerOptions, Shared, lock};
+use crate::link::{HELLO_LIMIT, Hello, Link, Role, Trouble};
+use crate::replica::{Event, FreezeError, Replica};
+use crate::store::{Handover, ReplicaStore, StoreError};
 use crate::view::View;
-use crate::wire::{self, FLAG_FULL, Frame, Kind, WireError};
-
-/// How long a successor may take to come up before its predecessor gives up trying.
-const SUCCESSOR_PATIENCE: Duration = Duration::from_secs(30);
+use crate::wire::{Frame, Kind, Payload, WireError};
 
 pub(super) struct Slot {
     vm: VmId,
     /// A frame is being handled: the stream is not silent, however long that takes.
     busy: AtomicBool,
-    /// Where heartbeats go and what they say; apart from `state`, so that a checkpoint being processed delays none.
-    beat: Mutex<Option<(Arc<Link>, Frame)>>,
-    state: Mutex<State>,
-}
-
-struct State {
-    view: View,
-    replica: Replica,
-    store: Option<VmStore>,
-    up: Option<Arc<Link>>,
-    down: Option<Arc<Link>>,
-    owners: Vec<Arc<Link>>,
+    pub(super) beat: Beat,
+    pub(super) state: Mutex<State>,
 }
 
 impl Slot {
-    pub(super) fn new(options: &ServerOptions, view: View, store: VmStore) -> Arc<Self> {
+    pub(super) fn new(
+        options: &ServerOptions,
+        view: View,
+        store: Box<dyn ReplicaStore>,
+    ) -> Arc<Self> {
         let replica = Replica::new(options.host.clone(), &view, options.missed);
+        let vm = view.vm;
+        let state = State::new(view, replica, store);
         Arc::new(Self {
-            vm: view.vm,
+            vm,
             busy: AtomicBool::new(false),
-            beat: Mutex::default(),
-            state: Mutex::new(State {
-                view,
-                replica,
-                store: Some(store),
-                up: None,
-                down: None,
-                owners: Vec::new(),
-            }),
+            beat: state.beat.clone(),
+            state: Mutex::new(state),
         })
     }
 
@@ -59,7 +42,9 @@ impl Slot {
         let state = lock(&self.state);
         ReplicaStatus {
             view: state.view.clone(),
-            epoch: state.replica.hist(),
+            state: state.replica.state(),
+            epoch: state.replica.hist().map(|mark| mark.epoch),
+            acked: state.replica.acked(),
             failed: state.replica.failed().map(str::to_string),
         }
     }
@@ -71,9 +56,7 @@ impl Slot {
         }
         state.replica.adopt(&view);
         state.view = view;
-        if let Some(down) = state.down.take() {
-            down.close();
-        }
+        state.hang_up();
         // Predecessor and owner stay connected until they have been told that their generation is over.
         state.owners.clear();
     }
@@ -93,30 +76,27 @@ impl Slot {
             ..state.view.clone()
         };
         state.replica.adopt(&view);
-        state.replica.freeze();
         state.store = None;
-        if let Some(down) = state.down.take() {
-            down.close();
-        }
+        state.hang_up();
     }
 
     pub(super) fn close(&self) {
         let mut state = lock(&self.state);
-        let links = [state.up.take(), state.down.take()];
-        for link in links.into_iter().flatten().chain(state.owners.drain(..)) {
+        state.hang_up();
+        state.store = None;
+        let up = state.up.take();
+        for link in up.into_iter().chain(state.owners.drain(..)) {
             link.close();
         }
     }
 
     pub(super) fn freeze(&self) -> Result<Epoch, ServerError> {
-        let mut state = lock(&self.state);
-        if let Some(why) = state.replica.failed() {
-            return Err(ServerError::Failed(why.into()));
-        }
-        if state.replica.hist().is_none() {
-            return Err(StoreError::Empty.into());
-        }
-        Ok(state.replica.freeze().ok_or(StoreError::Empty)?)
+        let held = lock(&self.state).replica.freeze();
+        held.map(|mark| mark.epoch).map_err(|e| match e {
+            FreezeError::Failed(why) => ServerError::Failed(why),
+            FreezeError::Empty => StoreError::Empty.into(),
+            outdated @ FreezeError::Outdated { .. } => ServerError::Outdated(outdated.to_string()),
+        })
     }
 
     pub(super) fn unfreeze(&self) {
@@ -128,60 +108,58 @@ impl Slot {
             let mut state = lock(&self.state);
             // From here on the old owner's frames are answered with a refusal.
             state.replica.adopt(view);
-            state.replica.freeze();
             state.view = view.clone();
-            if let Some(down) = state.down.take() {
-                down.close();
-            }
+            state.hang_up();
             state.store.take().ok_or(StoreError::Empty)?
         };
         Ok(store.hand_over(view.generation)?)
     }
 
-    pub(super) fn greet(&self, frame: &Frame, hello: &Hello, link: &Arc<Link>) -> Greeting {
+    /// Answers a greeting; true if the connection stands. Answered under the lock, so that nothing else goes first.
+    pub(super) fn greet(
+        &self,
+        shared: &Shared,
+        frame: &Frame,
+        hello: &Hello,
+        link: &Arc<Link>,
+    ) -> Result<bool, WireError> {
         let mut state = lock(&self.state);
         let mine = state.replica.generation();
         if frame.generation < mine {
-            return Greeting::Refused(mine);
+            let refusal = Frame {
+                generation: mine,
+                ..state.own_frame(Kind::Refused, Epoch::ZERO)
+            };
+            link.send(&refusal, &[])?;
+            return Ok(false);
         }
-        if frame.generation > mine {
-            return Greeting::Later(format!(
-                "has not been told of generation {} yet",
-                frame.generation
-            ));
+        if let Some(trouble) = obstacle(&state, shared, frame.generation, hello) {
+            let payload = codec::to_bytes(&trouble, HELLO_LIMIT).unwrap_or_default();
+            link.send(&state.own_frame(Kind::NotReady, Epoch::ZERO), &payload)?;
+            return Ok(false);
         }
-        if let Some(why) = state.replica.failed() {
-            return Greeting::Later(format!("this replica has failed: {why}"));
-        }
+        let holds = state.holds().map(|mark| mark.to_bytes());
+        let payload = holds.as_ref().map_or(&[][..], |bytes| &bytes[..]);
+        link.send(&state.own_frame(Kind::HelloOk, Epoch::ZERO), payload)?;
         match hello.role {
-            Role::Update if state.replica.successor().is_some() && state.down.is_none() => {
-                Greeting::Later("is not connected to the next replica yet".into())
-            }
-            Role::Update => {
-                state.up = Some(link.clone());
-                Greeting::Welcome
-            }
-            Role::Acks if !state.replica.is_tail() => Greeting::Later("is not the tail".into()),
-            Role::Acks if hello.from != state.view.owner => Greeting::Later(format!(
-                "{} is not the owner, {} is",
-                hello.from, state.view.owner
-            )),
+            Role::Update => state.up = Some(link.clone()),
             Role::Acks => {
+                // What was acknowledged while nobody listened must not be lost with the old connection.
+                if let Some(acked) = state.replica.acked() {
+                    link.send(&state.own_frame(Kind::Ack, acked), &[])?;
+                }
                 state.owners.push(link.clone());
-                Greeting::Welcome
             }
         }
+        Ok(true)
     }
 
-    pub(super) fn disconnected(&self, link: &Arc<Link>, update: bool) {
+    pub(super) fn disconnected(&self, link: &Arc<Link>) {
         let mut state = lock(&self.state);
-        if update {
-            if state.up.as_ref().is_some_and(|up| Arc::ptr_eq(up, link)) {
-                state.up = None;
-            }
-        } else {
-            state.owners.retain(|l| !Arc::ptr_eq(l, link));
+        if state.is_up(link) {
+            state.up = None;
         }
+        state.owners.retain(|l| !Arc::ptr_eq(l, link));
     }
 
     /// Handles one frame from the predecessor.
@@ -189,14 +167,16 @@ impl Slot {
         &self,
         shared: &Shared,
         frame: &Frame,
-        payload: &[u8],
+        payload: &Payload,
         link: &Arc<Link>,
     ) -> Result<(), WireError> {
         self.busy.store(true, Ordering::Release);
-        let mut state = lock(&self.state);
-        let result = state.frame(shared, self.vm, frame, payload, link);
-        state.replica_heard(shared, frame);
-        drop(state);
+        let hand = InHand {
+            frame,
+            payload,
+            link,
+        };
+        let result = lock(&self.state).frame(shared, hand);
         self.busy.store(false, Ordering::Release);
         result
     }
@@ -213,303 +193,55 @@ impl Slot {
         if self.busy.load(Ordering::Acquire) {
             return;
         }
-        let now = shared.started.elapsed().as_millis() as u64;
+        let now_ms = shared.now_ms();
         if state.up.as_ref().is_some_and(|up| up.has_unread()) {
             // Not silence: this host is late with reading.
-            state.replica.heard(now);
+            let _ = state.run(shared, Event::Heard { now_ms }, None);
         }
-        if let Some(Action::Suspect(silence_ms)) = state.replica.tick(now) {
-            let _ = shared.events.send(ServerEvent::Suspect {
-                vm: self.vm,
-                silence_ms,
-            });
-        }
-    }
-
-    /// Connects to the successor in the background, patiently: it may still be creating its image.
-    pub(super) fn connect_successor(self: &Arc<Self>, shared: &Arc<Shared>) {
-        let (view, next) = {
-            let state = lock(&self.state);
-            (state.view.clone(), state.replica.successor())
-        };
-        let Some(member) = next.and_then(|i| view.chain.get(i).cloned()) else {
-            return;
-        };
-        let (slot, host) = (self.clone(), shared.options.host.clone());
-        let _ = super::spawn("chain-down", move || {
-            let deadline = Instant::now() + SUCCESSOR_PATIENCE;
-            while Instant::now() < deadline && slot.follows(view.generation) {
-                match greet_peer(member.addr, &view, Role::Update, &host) {
-                    Ok((link, stream)) => return slot.successor_up(&view, Arc::new(link), &stream),
-                    Err(e) => tracing::debug!("successor {}: {e}", member.host),
-                }
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        });
-    }
-
-    fn follows(&self, generation: Generation) -> bool {
-        let state = lock(&self.state);
-        state.replica.generation() == generation && state.store.is_some()
-    }
-
-    /// Reads the successor's acks until the connection ends.
-    fn successor_up(&self, view: &View, link: Arc<Link>, mut stream: &TcpStream) {
-        {
-            let mut state = lock(&self.state);
-            if state.replica.generation() != view.generation {
-                return;
-            }
-            state.down = Some(link.clone());
-            let frame = state.own_frame(Kind::Heartbeat, Epoch::ZERO);
-            *lock(&self.beat) = Some((link.clone(), frame));
-        }
-        let mut payload = Vec::new();
-        let why = loop {
-            match wire::read(&mut stream, &mut payload) {
-                Ok(frame) => {
-                    let mut state = lock(&self.state);
-                    match frame.kind {
-                        Kind::Ack => {
-                            let actions = state.replica.ack(frame.generation, frame.epoch);
-                            state.carry_out(actions);
-                        }
-                        Kind::Broken => state.tell_up(Kind::Broken, frame.epoch, &payload),
-                        Kind::Refused => {
-                            let newer = Frame {
-                                generation: frame.generation,
-                                ..state.own_frame(Kind::Refused, Epoch::ZERO)
-                            };
-                            if let Some(up) = &state.up {
-                                let _ = up.send(&newer, &[]);
-                            }
-                        }
-                        _ => break format!("it sent an unexpected frame ({:?})", frame.kind),
-                    }
-                }
-                Err(e) => break e.to_string(),
-            }
-        };
-        let mut state = lock(&self.state);
-        if state
-            .down
-            .as_ref()
-            .is_some_and(|down| Arc::ptr_eq(down, &link))
-        {
-            state.lost_successor(&why);
+        if let Err(e) = state.run(shared, Event::Tick { now_ms }, None) {
+            tracing::warn!("VM {}: {e}", self.vm);
         }
     }
 }
 
-/// Connects and greets; succeeds only if the peer is ready in this generation.
-pub(crate) fn greet_peer(
-    addr: std::net::SocketAddr,
-    view: &View,
-    role: Role,
-    from: &HostId,
-) -> Result<(Link, TcpStream), GreetError> {
-    let (link, stream) = Link::connect(addr, Duration::from_secs(2))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let hello = Hello {
-        role,
-        from: from.clone(),
-    };
-    let frame = Frame {
-        kind: Kind::Hello,
-        vm: view.vm,
-        generation: view.generation,
-        epoch: Epoch::ZERO,
-        flags: 0,
-    };
-    let payload = codec::to_bytes(&hello, HELLO_LIMIT).map_err(io::Error::other)?;
-    link.send(&frame, &payload)?;
-    let mut answer = Vec::new();
-    let frame = wire::read(&mut &stream, &mut answer)?;
-    stream.set_read_timeout(None)?;
-    match frame.kind {
-        Kind::HelloOk => Ok((link, stream)),
-        Kind::Refused => Err(GreetError::Refused(frame.generation)),
-        Kind::NotReady => Err(GreetError::NotReady(
-            String::from_utf8_lossy(&answer).into_owned(),
-        )),
-        other => Err(GreetError::Wire(WireError::Kind(other as u16))),
+/// What keeps a greeting from being accepted, and whose fault it is.
+fn obstacle(
+    state: &State,
+    shared: &Shared,
+    generation: Generation,
+    hello: &Hello,
+) -> Option<Trouble> {
+    let here = |why: String| Some((shared.options.host.clone(), why));
+    if generation > state.replica.generation() {
+        return here(format!("has not been told of generation {generation} yet"));
     }
-}
-
-/// Why a peer does not take a connection.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum GreetError {
-    #[error("cannot connect: {0}")]
-    Io(#[from] io::Error),
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    #[error("not ready: {0}")]
-    NotReady(String),
-    #[error("follows the newer generation {0}")]
-    Refused(Generation),
-}
-
-impl State {
-    fn own_frame(&self, kind: Kind, epoch: Epoch) -> Frame {
-        Frame {
-            kind,
-            vm: self.view.vm,
-            generation: self.replica.generation(),
-            epoch,
-            flags: 0,
-        }
+    if let Some(why) = state.replica.failed() {
+        return here(format!("this replica has failed: {why}"));
     }
-
-    fn tell_up(&mut self, kind: Kind, epoch: Epoch, payload: &[u8]) {
-        let frame = self.own_frame(kind, epoch);
-        if let Some(up) = &self.up
-            && up.send(&frame, payload).is_err()
-        {
-            self.up = None;
-        }
-    }
-
-    fn lost_successor(&mut self, why: &str) {
-        let Some(down) = self.down.take() else { return };
-        down.close();
-        let Some(host) = self
-            .replica
-            .successor()
-            .and_then(|i| self.view.chain.get(i))
-            .map(|m| m.host.clone())
-        else {
-            return;
-        };
-        tracing::warn!("{}: lost the next replica, {host}: {why}", self.view.name);
-        if let Ok(payload) = codec::to_bytes(&(host, why.to_string()), HELLO_LIMIT) {
-            self.tell_up(Kind::Broken, Epoch::ZERO, &payload);
-        }
-    }
-
-    fn carry_out(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            match action {
-                Action::AckOwner(epoch) => {
-                    let frame = self.own_frame(Kind::Ack, epoch);
-                    self.owners.retain(|owner| owner.send(&frame, &[]).is_ok());
-                }
-                Action::AckUp(epoch) => self.tell_up(Kind::Ack, epoch, &[]),
-                // The ticker and `fail` report these themselves.
-                Action::Suspect(_) | Action::Fail(_) => {}
+    let position = state.view.position(&shared.options.host)?;
+    match hello.role {
+        Role::Update => {
+            let predecessor = match position.checked_sub(1) {
+                None => &state.view.owner,
+                Some(before) => &state.view.chain[before].host,
+            };
+            if hello.from != *predecessor {
+                let from = &hello.from;
+                return here(format!("its predecessor is {predecessor}, not {from}"));
+            }
+            if state.replica.successor().is_none() || state.down.is_some() {
+                return None;
+            }
+            match &state.down_trouble {
+                Some(trouble) => Some(trouble.clone()),
+                None => here("is not connected to the next replica yet".into()),
             }
         }
-    }
-
-    fn replica_heard(&mut self, shared: &Shared, frame: &Frame) {
-        if frame.generation == self.replica.generation() {
-            self.replica
-                .heard(shared.started.elapsed().as_millis() as u64);
+        Role::Acks if !state.replica.is_tail() => here("is not the tail".into()),
+        Role::Acks if hello.from != state.view.owner => {
+            let owner = &state.view.owner;
+            here(format!("{} is not the owner, {owner} is", hello.from))
         }
-    }
-
-    fn fail(&mut self, shared: &Shared, vm: VmId, why: &str) -> io::Error {
-        self.replica.fail(why);
-        tracing::error!("{}: this host's replica has failed: {why}", self.view.name);
-        let _ = shared.events.send(ServerEvent::Failed {
-            vm,
-            why: why.into(),
-        });
-        if let Ok(payload) =
-            codec::to_bytes(&(shared.options.host.clone(), why.to_string()), HELLO_LIMIT)
-        {
-            self.tell_up(Kind::Broken, Epoch::ZERO, &payload);
-        }
-        io::Error::other(why.to_string())
-    }
-
-    fn frame(
-        &mut self,
-        shared: &Shared,
-        vm: VmId,
-        frame: &Frame,
-        payload: &[u8],
-        link: &Arc<Link>,
-    ) -> Result<(), WireError> {
-        if frame.vm != vm {
-            return Err(io::Error::other(format!(
-                "a frame for VM {} on VM {vm}'s connection",
-                frame.vm
-            ))
-            .into());
-        }
-        let full = frame.flags & FLAG_FULL != 0;
-        let verdict = match frame.kind {
-            Kind::Begin => self.replica.begin(frame.generation, frame.epoch, full),
-            Kind::Pages | Kind::Disk | Kind::Machine | Kind::End => {
-                self.replica.data(frame.generation, frame.epoch)
-            }
-            Kind::Heartbeat => self.replica.heartbeat(frame.generation),
-            other => return Err(WireError::Kind(other as u16)),
-        };
-        match verdict {
-            Verdict::Take if frame.kind == Kind::Heartbeat => Ok(()),
-            Verdict::Take => {
-                // Cut-through: the next replica gets the frame before this one works on it.
-                if let Some(down) = self.down.clone()
-                    && let Err(e) = down.send(frame, payload)
-                {
-                    self.lost_successor(&e.to_string());
-                }
-                match self.take(frame, payload, full) {
-                    Ok(None) => Ok(()),
-                    Ok(Some(epoch)) => {
-                        let actions = self.replica.processed(epoch);
-                        self.carry_out(actions);
-                        Ok(())
-                    }
-                    Err(e) => Err(self.fail(shared, vm, &e.to_string()).into()),
-                }
-            }
-            Verdict::Duplicate => {
-                if frame.kind == Kind::End {
-                    let actions = self.replica.duplicate_end();
-                    self.carry_out(actions);
-                }
-                Ok(())
-            }
-            Verdict::Refuse(newer) => {
-                let refusal = Frame {
-                    generation: newer,
-                    ..self.own_frame(Kind::Refused, Epoch::ZERO)
-                };
-                link.send(&refusal, &[])?;
-                Ok(())
-            }
-            Verdict::Fail => {
-                let why = self
-                    .replica
-                    .failed()
-                    .unwrap_or("no reason recorded")
-                    .to_string();
-                Err(self.fail(shared, vm, &why).into())
-            }
-            Verdict::Drop => Ok(()),
-        }
-    }
-
-    fn take(
-        &mut self,
-        frame: &Frame,
-        payload: &[u8],
-        full: bool,
-    ) -> Result<Option<Epoch>, StoreError> {
-        let store = self.store.as_mut().ok_or(StoreError::Empty)?;
-        match frame.kind {
-            Kind::Begin => store.begin(frame.generation, frame.epoch, full)?,
-            Kind::Pages => store.pages(payload)?,
-            Kind::Disk => store.disk(payload)?,
-            Kind::Machine => store.machine(payload)?,
-            _ => {
-                let end: CheckpointEnd =
-                    codec::from_bytes(payload, HELLO_LIMIT).map_err(StoreError::End)?;
-                return store.process(frame.generation, &end).map(Some);
-            }
-        }
-        Ok(None)
+        Role::Acks => None,
     }
 }

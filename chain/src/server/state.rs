@@ -1,0 +1,312 @@
+//! What a replica's lock protects: the state machine, its store and its links; carries out the machine's actions.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use checkpoint::{CheckpointEnd, Epoch, codec};
+
+use super::{ServerEvent, Shared, lock};
+use crate::link::{HELLO_LIMIT, Link, Trouble};
+use crate::mark::Mark;
+use crate::replica::{Action, Event, Replica};
+use crate::store::{ReplicaStore, StoreError};
+use crate::view::View;
+use crate::wire::{FLAG_FULL, Frame, Kind, Payload, WireError};
+
+/// Where heartbeats go and what they say.
+pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
+
+pub(super) struct State {
+    pub(super) view: View,
+    pub(super) replica: Replica,
+    /// None once the replica has been taken apart.
+    pub(super) store: Option<Box<dyn ReplicaStore>>,
+    /// The predecessor.
+    pub(super) up: Option<Arc<Link>>,
+    /// The successor.
+    pub(super) down: Option<Arc<Link>>,
+    /// What the successor and all after it hold.
+    pub(super) down_holds: Option<Mark>,
+    /// Why there is no successor yet.
+    pub(super) down_trouble: Option<Trouble>,
+    /// Owners who want the tail's acks.
+    pub(super) owners: Vec<Arc<Link>>,
+    /// Apart from the rest, so that a checkpoint being processed delays no heartbeat.
+    pub(super) beat: Beat,
+    actions: VecDeque<Action>,
+}
+
+/// The frame that an event is about.
+#[derive(Clone, Copy)]
+pub(super) struct InHand<'a> {
+    pub(super) frame: &'a Frame,
+    pub(super) payload: &'a Payload,
+    pub(super) link: &'a Arc<Link>,
+}
+
+/// The event that a predecessor's frame is.
+///
+/// # Errors
+/// [`WireError`] for a frame that no predecessor sends.
+fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
+    let (generation, epoch) = (frame.generation, frame.epoch);
+    Ok(match frame.kind {
+        Kind::Begin if frame.flags & FLAG_FULL != 0 => Event::Begin {
+            generation,
+            epoch,
+            base: None,
+        },
+        Kind::Begin => Event::Begin {
+            generation,
+            epoch,
+            base: Some(Mark::from_bytes(payload).ok_or(WireError::Payload(Kind::Begin))?),
+        },
+        Kind::Pages | Kind::Disk | Kind::Machine => Event::Data { generation, epoch },
+        Kind::End => Event::End { generation, epoch },
+        Kind::Heartbeat => Event::Heartbeat { generation },
+        other => {
+            return Err(WireError::OutOfPlace(
+                other,
+                "a predecessor does not send it",
+            ));
+        }
+    })
+}
+
+impl State {
+    pub(super) fn new(view: View, replica: Replica, store: Box<dyn ReplicaStore>) -> Self {
+        Self {
+            view,
+            replica,
+            store: Some(store),
+            up: None,
+            down: None,
+            down_holds: None,
+            down_trouble: None,
+            owners: Vec::new(),
+            beat: Beat::default(),
+            actions: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn is_up(&self, link: &Arc<Link>) -> bool {
+        self.up.as_ref().is_some_and(|up| Arc::ptr_eq(up, link))
+    }
+
+    pub(super) fn is_down(&self, link: &Arc<Link>) -> bool {
+        self.down
+            .as_ref()
+            .is_some_and(|down| Arc::ptr_eq(down, link))
+    }
+
+    /// The checkpoint that this replica and all after it hold.
+    pub(super) fn holds(&self) -> Option<Mark> {
+        let mine = self.replica.hist();
+        if self.replica.successor().is_some() && self.down_holds != mine {
+            return None;
+        }
+        mine
+    }
+
+    /// Ends the connection to the successor, if there is one.
+    pub(super) fn hang_up(&mut self) {
+        *lock(&self.beat) = None;
+        self.down_holds = None;
+        self.down_trouble = None;
+        if let Some(down) = self.down.take() {
+            down.close();
+        }
+    }
+
+    pub(super) fn own_frame(&self, kind: Kind, epoch: Epoch) -> Frame {
+        Frame {
+            kind,
+            vm: self.view.vm,
+            generation: self.replica.generation(),
+            epoch,
+            flags: 0,
+        }
+    }
+
+    pub(super) fn tell_up(&mut self, kind: Kind, epoch: Epoch, payload: &[u8]) {
+        let frame = self.own_frame(kind, epoch);
+        if let Some(up) = &self.up
+            && up.send(&frame, payload).is_err()
+        {
+            self.up = None;
+        }
+    }
+
+    fn tell_trouble(&mut self, trouble: &Trouble) {
+        if let Ok(payload) = codec::to_bytes(trouble, HELLO_LIMIT) {
+            self.tell_up(Kind::Broken, Epoch::ZERO, &payload);
+        }
+    }
+
+    /// The connection to the successor has ended.
+    pub(super) fn lost_successor(&mut self, why: &str) {
+        let member = self
+            .replica
+            .successor()
+            .and_then(|i| self.view.chain.get(i))
+            .filter(|_| self.down.is_some());
+        let Some(host) = member.map(|m| m.host.clone()) else {
+            return;
+        };
+        self.hang_up();
+        tracing::warn!("{}: lost the next replica, {host}: {why}", self.view.name);
+        let trouble = (host, why.to_string());
+        self.tell_trouble(&trouble);
+        self.down_trouble = Some(trouble);
+    }
+
+    /// Handles one frame from a predecessor.
+    pub(super) fn frame(&mut self, shared: &Shared, hand: InHand<'_>) -> Result<(), WireError> {
+        let frame = hand.frame;
+        if frame.vm != self.view.vm {
+            return Err(WireError::OutOfPlace(
+                frame.kind,
+                "this connection is another VM's",
+            ));
+        }
+        let event = event_of(frame, hand.payload)?;
+        // One whose generation is over is still told so, whichever connection it uses.
+        let mine = self.replica.generation();
+        if frame.generation >= mine && !self.is_up(hand.link) {
+            return Err(WireError::OutOfPlace(
+                frame.kind,
+                "another connection has taken this one's place",
+            ));
+        }
+        self.run(shared, event, Some(hand))?;
+        if frame.generation == mine {
+            let now_ms = shared.now_ms();
+            self.run(shared, Event::Heard { now_ms }, None)?;
+        }
+        Ok(())
+    }
+
+    /// Feeds one event to the machine and does what it answers, and what follows from that.
+    pub(super) fn run(
+        &mut self,
+        shared: &Shared,
+        event: Event,
+        hand: Option<InHand<'_>>,
+    ) -> Result<(), WireError> {
+        let mut actions = std::mem::take(&mut self.actions);
+        self.replica.step(event, &mut actions);
+        let mut result = Ok(());
+        while let Some(action) = actions.pop_front() {
+            match self.carry_out(shared, action, hand) {
+                Ok(Some(follows)) => self.replica.step(follows, &mut actions),
+                Ok(None) => {}
+                Err(e) => result = Err(e),
+            }
+        }
+        self.actions = actions;
+        result
+    }
+
+    fn carry_out(
+        &mut self,
+        shared: &Shared,
+        action: Action,
+        hand: Option<InHand<'_>>,
+    ) -> Result<Option<Event>, WireError> {
+        match action {
+            Action::Forward => {
+                if let (Some(down), Some(hand)) = (&self.down, hand)
+                    && let Err(e) = down.forward(hand.frame, hand.payload)
+                {
+                    self.lost_successor(&e.to_string());
+                }
+            }
+            Action::Open { epoch, full } => {
+                let generation = self.replica.generation();
+                return Ok(self.on_store(|store| store.begin(generation, epoch, full)));
+            }
+            Action::Stage => {
+                if let Some(hand) = hand {
+                    return Ok(self.on_store(|store| match hand.frame.kind {
+                        Kind::Pages => store.pages(hand.payload),
+                        Kind::Disk => store.disk(hand.payload),
+                        _ => store.machine(hand.payload),
+                    }));
+                }
+            }
+            Action::Prepare => {
+                if let Some(hand) = hand {
+                    return Ok(Some(self.prepare(hand.payload)));
+                }
+            }
+            Action::Commit(mark) => {
+                if let Some(store) = &mut self.store {
+                    store.commit(mark);
+                }
+            }
+            Action::AckUp(epoch) => self.tell_up(Kind::Ack, epoch, &[]),
+            Action::AckOwner(epoch) => {
+                let frame = self.own_frame(Kind::Ack, epoch);
+                self.owners.retain(|owner| owner.send(&frame, &[]).is_ok());
+            }
+            Action::Refuse(generation) => {
+                if let Some(hand) = hand {
+                    let refusal = Frame {
+                        generation,
+                        ..self.own_frame(Kind::Refused, Epoch::ZERO)
+                    };
+                    hand.link.send(&refusal, &[])?;
+                }
+            }
+            Action::Suspect(silence_ms) => {
+                let vm = self.view.vm;
+                let _ = shared.events.send(ServerEvent::Suspect { vm, silence_ms });
+            }
+            Action::Failed(why) => self.failed(shared, why),
+        }
+        Ok(None)
+    }
+
+    /// Does something to the store; the event that follows if it fails.
+    fn on_store(
+        &mut self,
+        act: impl FnOnce(&mut dyn ReplicaStore) -> Result<(), StoreError>,
+    ) -> Option<Event> {
+        let result = match &mut self.store {
+            Some(store) => act(store.as_mut()),
+            None => Err(StoreError::Empty),
+        };
+        result.err().map(|e| Event::StoreFailed {
+            damaged: e.damages(),
+            why: e.to_string(),
+        })
+    }
+
+    fn prepare(&mut self, payload: &Payload) -> Event {
+        let generation = self.replica.generation();
+        let mut digest = 0;
+        let failed = self.on_store(|store| {
+            let end: CheckpointEnd =
+                codec::from_bytes(payload, HELLO_LIMIT).map_err(StoreError::End)?;
+            digest = end.digest;
+            store.prepare(generation, &end)
+        });
+        failed.unwrap_or(Event::Prepared { digest })
+    }
+
+    /// This replica has declared itself failed. Its connections stay, so that predecessor and owner hear of it, but it
+    /// beats no more: if the owner is gone too, its successor has to notice the silence.
+    fn failed(&mut self, shared: &Shared, why: String) {
+        tracing::error!("{}: this host's replica has failed: {why}", self.view.name);
+        *lock(&self.beat) = None;
+        self.tell_trouble(&(shared.options.host.clone(), why.clone()));
+        let vm = self.view.vm;
+        let _ = shared.events.send(ServerEvent::Failed { vm, why });
+    }
+}
+
+/// Why a frame that should not come ends a connection, as an I/O error.
+pub(super) fn other(why: impl std::fmt::Display) -> io::Error {
+    io::Error::other(why.to_string())
+}

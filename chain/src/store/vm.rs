@@ -1,0 +1,170 @@
+//! Image, mirrors and machine state of one VM, and how a checkpoint gets into them.
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use checkpoint::{CheckpointEnd, Epoch, Generation, Stage, StageError, StageLimits, VmId};
+use checkpoint::{MachineState, disk_records};
+use diskbuf::{Durability, ReplicaDisks};
+
+use super::{Handover, ReplicaStore, StoreError};
+use crate::image::Image;
+use crate::mark::Mark;
+use crate::view::VmShape;
+
+/// Disk writes of one epoch that a replica takes, in bytes: what a journal entry holds. An owner's limit is lower.
+const DISK_LIMIT: u64 = 1 << 30;
+
+/// Image, mirrors and machine state of one VM at one replica.
+#[derive(Debug)]
+pub struct VmStore {
+    shape: VmShape,
+    image: Image,
+    disks: ReplicaDisks,
+    machine: Option<(Mark, Vec<u8>)>,
+    open: Option<(Stage, bool)>,
+    prepared: Option<Vec<u8>>,
+}
+
+impl VmStore {
+    /// An empty store for a VM of `shape`, its mirrors in `dir`.
+    ///
+    /// # Errors
+    /// [`StoreError`] naming image or mirrors.
+    pub fn new(
+        dir: &Path,
+        vm: VmId,
+        shape: VmShape,
+        durability: Durability,
+    ) -> Result<Self, StoreError> {
+        let image = Image::new(&shape.ram)?;
+        let disks = ReplicaDisks::open(dir, vm, &shape.disks, durability)
+            .map_err(|e| StoreError::Disks(e.to_string()))?;
+        Ok(Self {
+            shape,
+            image,
+            disks,
+            machine: None,
+            open: None,
+            prepared: None,
+        })
+    }
+
+    /// The RAM files for a standby.
+    #[must_use]
+    pub fn ram_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.image.fds()
+    }
+}
+
+impl ReplicaStore for VmStore {
+    fn begin(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+        full: bool,
+    ) -> Result<(), StoreError> {
+        self.image.discard();
+        self.prepared = None;
+        if full {
+            self.machine = None;
+            self.image.reset()?;
+            self.disks
+                .begin_full(generation)
+                .map_err(|e| StoreError::Disks(e.to_string()))?;
+        }
+        let ram: u64 = self.shape.ram.iter().map(|r| r.len).sum();
+        let limits = StageLimits {
+            pages: ram + ram / 128 + (1 << 20),
+            disk: DISK_LIMIT,
+        };
+        self.open = Some((Stage::new(epoch, limits), full));
+        Ok(())
+    }
+
+    fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {
+        let (stage, full) = self.open.as_mut().ok_or(StoreError::NotOpen)?;
+        stage.count_pages(payload)?;
+        if *full {
+            self.image.write(payload)?;
+        } else {
+            self.image.stage(payload)?;
+        }
+        Ok(())
+    }
+
+    fn disk(&mut self, payload: &[u8]) -> Result<(), StoreError> {
+        let (stage, full) = self.open.as_mut().ok_or(StoreError::NotOpen)?;
+        for record in disk_records(payload) {
+            let record = record.map_err(StageError::from)?;
+            let size = self.shape.disks.get(usize::from(record.disk));
+            let end = record.offset.checked_add(u64::from(record.len));
+            if end.is_none_or(|end| size.is_none_or(|size| end > *size)) {
+                return Err(StoreError::DiskRange {
+                    disk: record.disk,
+                    offset: record.offset,
+                    len: record.len,
+                });
+            }
+            if *full {
+                self.disks
+                    .write_full(&record)
+                    .map_err(|e| StoreError::Disks(e.to_string()))?;
+            }
+        }
+        if *full {
+            stage.count_disk(payload)?;
+        } else {
+            stage.add_disk(payload.to_vec())?;
+        }
+        Ok(())
+    }
+
+    fn machine(&mut self, payload: &[u8]) -> Result<(), StoreError> {
+        let (stage, _) = self.open.as_mut().ok_or(StoreError::NotOpen)?;
+        Ok(stage.add_machine(payload)?)
+    }
+
+    fn prepare(&mut self, generation: Generation, end: &CheckpointEnd) -> Result<(), StoreError> {
+        let (stage, _) = self.open.take().ok_or(StoreError::NotOpen)?;
+        let whole = stage.finish(end)?;
+        MachineState::decode(&whole.machine).map_err(|source| StoreError::Machine {
+            epoch: whole.epoch,
+            source,
+        })?;
+        self.disks
+            .process(whole.epoch, generation, &whole.disk)
+            .map_err(|e| StoreError::Disks(e.to_string()))?;
+        self.prepared = Some(whole.machine);
+        Ok(())
+    }
+
+    fn commit(&mut self, mark: Mark) {
+        if let Some(machine) = self.prepared.take() {
+            self.image.apply();
+            self.machine = Some((mark, machine));
+        }
+    }
+
+    fn hand_over(mut self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
+        self.image.discard();
+        let (mark, machine) = self.machine.take().ok_or(StoreError::Empty)?;
+        let disks = self
+            .disks
+            .activate(generation, mark.epoch)
+            .map_err(|e| StoreError::Disks(e.to_string()))?;
+        let ram = self
+            .image
+            .fds()
+            .into_iter()
+            .map(|fd| fd.try_clone_to_owned())
+            .collect::<Result<_, _>>()?;
+        Ok(Handover {
+            epoch: mark.epoch,
+            mark,
+            machine,
+            disks,
+            ram,
+        })
+    }
+}
