@@ -35,7 +35,6 @@ fn resumes_only_what_was_told(cluster: &Cluster, host: &str, told: u64) {
 
 /// b takes over from a while c stands still, goes on unprotected, and dies; c still has what a sent it.
 #[test]
-#[ignore = "fails: chain::replica::Replica::adopt keeps the image of the generation before valid"]
 fn what_is_left_of_an_older_generation_is_not_resumed() {
     let mut cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b", "c"]));
     cluster.protect(&VmFile::default(), &["b", "c"]);
