@@ -188,8 +188,9 @@ impl ChainClient {
         self.sending().tally.add(payload, pages, disk);
     }
 
-    /// The checkpoint that every replica of the chain held when this client connected, if they held the same: an owner
-    /// that is exactly there may go on with the next one instead of a full one. What the tail acknowledged is committed.
+    /// The checkpoint that every replica of the chain held when this client connected, if they held the same. An owner
+    /// may go on from it instead of with a full one if it made that very checkpoint, has let nothing out that was said
+    /// after it, and goes on holding; it is committed then.
     #[must_use]
     pub fn held(&self) -> Option<Mark> {
         self.held
