@@ -47,7 +47,7 @@ run_here() {
 # being its package's, where cargo would run it.
 test_programs() {
     cargo test --locked --no-run --message-format=json "$@" |
-        sed -n 's/.*"manifest_path":"\([^"]*\)\/Cargo.toml".*"test":true}.*"executable":"\([^"]*\)".*/\1 \2/p'
+        sed -n 's/.*"manifest_path":"\([^"]*\)\/Cargo.toml".*"profile":{[^}]*"test":true}.*"executable":"\([^"]*\)".*/\1 \2/p'
 }
 
 # run_in_kvm_host: the tests that need KVM, one program after the other in one emulated host.
