@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::server::{Answer, Request, receive, send};
+use super::server::{ANSWER_LIMIT, Answer, REQUEST_LIMIT, Request, receive, send};
 use super::{Command, Master, MasterError, Snapshot};
 use crate::view::VmRecord;
 
@@ -45,7 +45,7 @@ impl RemoteMaster {
         for _ in 0..TRIES {
             match attempt(self.addr, &mut connection, request, wait) {
                 Ok(Answer::Failed(failed)) => {
-                    return Err(MasterError::Unreachable {
+                    return Err(MasterError::Engine {
                         addr: self.addr,
                         why: failed,
                     });
@@ -79,8 +79,8 @@ fn attempt(
         }
     };
     stream.set_read_timeout(Some(wait + ANSWER_TIMEOUT))?;
-    send(stream, request)?;
-    receive(stream)
+    send(stream, request, REQUEST_LIMIT)?;
+    receive(stream, ANSWER_LIMIT)
 }
 
 impl Master for RemoteMaster {

@@ -14,6 +14,8 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use checkpoint::codec;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 
 use super::{Command, Master, MasterError, MasterState, Snapshot};
 use crate::view::VmRecord;
@@ -25,6 +27,8 @@ const LIMIT: usize = 64 << 20;
 /// The engine.
 #[derive(Debug)]
 pub struct LocalMaster {
+    /// Held while this engine lives: two that decide from one record would give a VM to two owners.
+    _lock: Flock<File>,
     path: PathBuf,
     inner: Mutex<Inner>,
     changed: Condvar,
@@ -41,7 +45,7 @@ impl LocalMaster {
     ///
     /// # Errors
     /// [`MasterError::Storage`] if the record is damaged or cannot be read: a master that forgot its decisions could
-    /// give a VM to two owners, so it does not start.
+    /// give a VM to two owners, so it does not start. [`MasterError::InUse`] if another process decides from it.
     pub fn open(dir: &Path) -> Result<Self, MasterError> {
         let path = dir.join("master.record");
         let fail = |why: String| MasterError::Storage {
@@ -49,6 +53,17 @@ impl LocalMaster {
             why,
         };
         fs::create_dir_all(dir).map_err(|e| fail(e.to_string()))?;
+        let lock = File::create(dir.join("master.lock")).map_err(|e| fail(e.to_string()))?;
+        let lock =
+            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+                Errno::EWOULDBLOCK => MasterError::InUse { dir: dir.into() },
+                other => fail(format!("locking it: {other}")),
+            })?;
+        // The directory itself has to survive as well.
+        if let Some(parent) = dir.canonicalize().ok().as_deref().and_then(Path::parent) {
+            let synced = File::open(parent).and_then(|parent| parent.sync_all());
+            synced.map_err(|e| fail(e.to_string()))?;
+        }
         let state = match fs::read(&path) {
             Ok(bytes) => parse(&bytes).map_err(|why| {
                 fail(format!("{why}; restore it from a backup, or remove it only if no VM of this cluster runs"))
@@ -57,6 +72,7 @@ impl LocalMaster {
             Err(e) => return Err(fail(e.to_string())),
         };
         Ok(Self {
+            _lock: lock,
             path,
             inner: Mutex::new(Inner {
                 state,
@@ -196,6 +212,36 @@ mod tests {
             fs::write(&path, &good[..at]).unwrap();
             assert!(LocalMaster::open(dir.path()).is_err(), "cut at {at}");
         }
+    }
+
+    #[test]
+    fn what_a_crash_left_half_written_counts_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let master = LocalMaster::open(dir.path()).unwrap();
+        master.propose(&register("one")).unwrap();
+        let before = master.read().unwrap();
+        drop(master);
+        let good = fs::read(dir.path().join("master.record")).unwrap();
+        for cut in 0..good.len() {
+            fs::write(dir.path().join("master.new"), &good[..cut]).unwrap();
+            let master = LocalMaster::open(dir.path()).unwrap();
+            assert_eq!(master.read().unwrap(), before);
+        }
+        // And the next decision is taken over it.
+        let master = LocalMaster::open(dir.path()).unwrap();
+        master.propose(&register("two")).unwrap();
+        assert_eq!(master.read().unwrap().records.len(), 2);
+    }
+
+    #[test]
+    fn i4_only_one_engine_decides_from_a_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = LocalMaster::open(dir.path()).unwrap();
+        let error = LocalMaster::open(dir.path()).unwrap_err();
+        assert!(matches!(error, MasterError::InUse { .. }), "{error}");
+        assert!(error.to_string().contains("data directory"), "{error}");
+        drop(first);
+        LocalMaster::open(dir.path()).unwrap();
     }
 
     #[test]

@@ -85,6 +85,22 @@ pub enum MasterError {
         /// Why.
         why: String,
     },
+    /// The master answers, but cannot decide.
+    #[error("the master at {addr} cannot decide: {why}")]
+    Engine {
+        /// Where.
+        addr: std::net::SocketAddr,
+        /// Why.
+        why: String,
+    },
+    /// Another process decides from the same record.
+    #[error(
+        "the master's record in {dir} is in use by another process; give each agent a data directory of its own"
+    )]
+    InUse {
+        /// The directory.
+        dir: std::path::PathBuf,
+    },
     /// The master's storage failed: it has stopped deciding.
     #[error("the master's record {path}: {why}")]
     Storage {
@@ -94,7 +110,9 @@ pub enum MasterError {
         why: String,
     },
     /// The master's address cannot be used.
-    #[error("master: cannot listen on {addr}: {why}")]
+    #[error(
+        "master: cannot listen on {addr}: {why} (is another agent running, or is `master.serve` in host.toml not an address of this host?)"
+    )]
     Bind {
         /// The address.
         addr: std::net::SocketAddr,

@@ -7,6 +7,7 @@
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use checkpoint::codec;
@@ -15,7 +16,13 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{Command, Master, MasterError, Rejection, Snapshot};
 use crate::view::VmRecord;
 
-pub(super) const LIMIT: usize = 64 << 20;
+/// Longest request in bytes: a VM's configuration and little else. Every connection may make the master hold one.
+pub(super) const REQUEST_LIMIT: usize = 1 << 20;
+/// Longest answer in bytes: all records.
+pub(super) const ANSWER_LIMIT: usize = 64 << 20;
+/// Connections served at a time; each agent has two.
+const CONNECTIONS_MAX: usize = 512;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// Longest that a watch waits.
 const WATCH_MAX_MS: u64 = 10_000;
 
@@ -54,9 +61,22 @@ impl MasterServer {
         std::thread::Builder::new()
             .name("master".into())
             .spawn(move || {
-                for stream in listener.incoming().flatten() {
-                    let engine = engine.clone();
-                    let _ = std::thread::Builder::new()
+                let open = Arc::new(AtomicUsize::new(0));
+                for stream in listener.incoming() {
+                    let Ok(stream) = stream else {
+                        // Out of descriptors, most likely: trying again at once would only burn the processor.
+                        std::thread::sleep(ACCEPT_PAUSE);
+                        continue;
+                    };
+                    if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+                        tracing::warn!(
+                            "master: {CONNECTIONS_MAX} connections are open; refused one more"
+                        );
+                        continue;
+                    }
+                    open.fetch_add(1, Ordering::Relaxed);
+                    let (engine, counted) = (engine.clone(), open.clone());
+                    let spawned = std::thread::Builder::new()
                         .name("master-conn".into())
                         .spawn(move || {
                             if let Err(e) = serve(&stream, engine.as_ref())
@@ -64,7 +84,11 @@ impl MasterServer {
                             {
                                 tracing::debug!("master connection: {e}");
                             }
+                            counted.fetch_sub(1, Ordering::Relaxed);
                         });
+                    if spawned.is_err() {
+                        open.fetch_sub(1, Ordering::Relaxed);
+                    }
                 }
             })
             .map_err(fail)?;
@@ -82,7 +106,7 @@ fn serve(stream: &TcpStream, engine: &dyn Master) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(Duration::from_secs(10)))?;
     loop {
-        let answer = match receive::<Request>(stream)? {
+        let answer = match receive::<Request>(stream, REQUEST_LIMIT)? {
             Request::Propose(command) => match engine.propose(&command) {
                 Ok(record) => Answer::Record(Box::new(record)),
                 Err(MasterError::Rejected(rejection)) => Answer::Rejected(rejection),
@@ -95,12 +119,16 @@ fn serve(stream: &TcpStream, engine: &dyn Master) -> io::Result<()> {
                 }
             }
         };
-        send(stream, &answer)?;
+        send(stream, &answer, ANSWER_LIMIT)?;
     }
 }
 
-pub(super) fn send<T: Serialize>(mut stream: &TcpStream, value: &T) -> io::Result<()> {
-    let body = codec::to_bytes(value, LIMIT).map_err(io::Error::other)?;
+pub(super) fn send<T: Serialize>(
+    mut stream: &TcpStream,
+    value: &T,
+    limit: usize,
+) -> io::Result<()> {
+    let body = codec::to_bytes(value, limit).map_err(io::Error::other)?;
     let mut out = Vec::with_capacity(8 + body.len());
     out.extend_from_slice(&(body.len() as u32).to_le_bytes());
     out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
@@ -108,16 +136,16 @@ pub(super) fn send<T: Serialize>(mut stream: &TcpStream, value: &T) -> io::Resul
     stream.write_all(&out)
 }
 
-pub(super) fn receive<T: DeserializeOwned>(mut stream: &TcpStream) -> io::Result<T> {
+pub(super) fn receive<T: DeserializeOwned>(mut stream: &TcpStream, limit: usize) -> io::Result<T> {
     let mut header = [0u8; 8];
     stream.read_exact(&mut header)?;
     let word = |at: usize| {
         u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
     };
     let length = word(0) as usize;
-    if length > LIMIT {
+    if length > limit {
         return Err(io::Error::other(format!(
-            "a message of {length} bytes is over the limit of {LIMIT}"
+            "a message of {length} bytes is over the limit of {limit}"
         )));
     }
     // Grows with what really arrives: a length that lies costs nothing.
@@ -129,5 +157,5 @@ pub(super) fn receive<T: DeserializeOwned>(mut stream: &TcpStream) -> io::Result
     if crc32c::crc32c(&body) != word(4) {
         return Err(io::Error::other("a message's checksum is wrong"));
     }
-    codec::from_bytes(&body, LIMIT).map_err(io::Error::other)
+    codec::from_bytes(&body, limit).map_err(io::Error::other)
 }
