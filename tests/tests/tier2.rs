@@ -19,7 +19,7 @@ use nix::unistd::Pid;
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const MASTER: &str = "10.78.0.4:7690";
 /// Liveness bound for what takes seconds under two layers of emulation.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(240);
 /// The hosts' namespaces have fixed names: one test at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -155,7 +155,7 @@ fn vm_toml(vcpus: u8, dir: &Path) -> String {
         "name = \"redis\"\nvcpus = {vcpus}\nmemory_mib = 256\nkernel = \"{}\"\ninitrd = \"{}\"\n\
          cmdline = \"console=ttyS0 quiet us.ip={GUEST}/24 us.aof=1\"\nconsole = \"{}\"\n\
          [[net]]\nmac = \"52:54:00:75:73:02\"\nnetwork = \"lan\"\nip = \"{GUEST}\"\n[[disk]]\npath = \"{}\"\n\
-         [protect]\nbackups = [\"b\", \"c\"]\nepoch_ms = 400\nmin_epoch_ms = 40\n",
+         [protect]\nbackups = [\"b\", \"c\"]\nepoch_ms = 200\nmin_epoch_ms = 20\n",
         given("UNDERSTUDY_STOCK_VMLINUZ").display(),
         given("UNDERSTUDY_STOCK_INITRD").display(),
         dir.join("console.log").display(),
