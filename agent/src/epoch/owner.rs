@@ -1,7 +1,7 @@
 //! The owner's epoch loop: one thread that pauses, captures and resumes the guest, and what it shares with the
 //! threads that ship, receive acks and do the devices' I/O.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -92,7 +92,6 @@ pub struct Owner {
     captured_at: Mutex<std::collections::VecDeque<(Epoch, Instant)>>,
     sync_started: Mutex<Option<(Epoch, Instant)>>,
     on_protected: OnProtected,
-    harvest_ms: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -128,7 +127,6 @@ impl Owner {
             captured_at: Mutex::default(),
             sync_started: Mutex::default(),
             on_protected,
-            harvest_ms: AtomicU64::new(0),
         })
     }
 
@@ -483,7 +481,7 @@ impl Owner {
             pipeline.open()
         };
         // Until the new chain has this checkpoint the VM is not protected, and held output would wait for nothing.
-        self.flow(epoch)?;
+        self.flow();
         *lock(&self.sync_started) = Some((epoch, started));
         lock(&self.captured_at).clear();
         self.queue.activate(epoch);
@@ -518,12 +516,10 @@ impl Owner {
     }
 
     /// Ends holding: what is held goes out in order, and later frames at once.
-    fn flow(&self, open: Epoch) -> Result<(), OwnerError> {
+    fn flow(&self) {
         for gate in &self.gates {
             gate.set_hold(false);
         }
-        let _ = open;
-        Ok(())
     }
 
     fn still_syncing(&self) -> bool {
@@ -564,12 +560,12 @@ impl Owner {
         if action == Action::None {
             return Ok(());
         }
-        let open = pipeline.open();
         drop(pipeline);
         self.queue.deactivate();
         *lock(&self.sync_started) = None;
         self.vm.dirty().stop().map_err(Self::vm_error)?;
-        self.flow(open)
+        self.flow();
+        Ok(())
     }
 
     fn switch_harvest(
@@ -578,8 +574,6 @@ impl Owner {
         old: Duration,
         new: Duration,
     ) -> Result<(), OwnerError> {
-        self.harvest_ms
-            .store(new.as_millis() as u64, Ordering::Relaxed);
         if old.is_zero() && !new.is_zero() {
             self.vm.dirty().start().map_err(Self::vm_error)?;
         } else if !old.is_zero() && new.is_zero() {
