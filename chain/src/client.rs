@@ -2,21 +2,27 @@
 
 use std::io;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use checkpoint::{
     CheckpointEnd, Epoch, Generation, HostId, Tally, VmId, codec, disk_records, records,
 };
 
+use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
 use crate::link::{HELLO_LIMIT, Link, Role, Trouble};
 use crate::mark::Mark;
+use crate::replica::Base;
 use crate::server::{GreetError, greet};
 use crate::view::{Member, View};
-use crate::wire::{self, FLAG_FULL, Frame, Kind, Payload};
+use crate::wire::{self, Frame, Kind, Payload};
 
 /// Machine state is sent in pieces of this size.
 const MACHINE_PIECE: usize = 512 << 10;
+/// A head that does not acknowledge what it lacked for this long is lost.
+const BRIDGE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why the chain does not take something.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +53,26 @@ pub enum ClientError {
     /// The connection to the head failed.
     #[error("sending to {0}: {1}")]
     Send(HostId, io::Error),
+    /// The head cannot be brought up to date from what is kept here.
+    #[error(
+        "backup {host} holds {}, which is too far behind {}: it has to be filled again",
+        said(holds),
+        said(newest)
+    )]
+    Unfit {
+        /// Which.
+        host: HostId,
+        /// What it holds.
+        holds: Option<Mark>,
+        /// The newest checkpoint.
+        newest: Option<Mark>,
+    },
+    /// Content without a beginning.
+    #[error("no checkpoint has been begun")]
+    NotBegun,
+    /// The chain acknowledges nothing, and everything has to be kept.
+    #[error("more than {} MiB are not acknowledged by the chain", crate::KEPT_MAX >> 20)]
+    TooMuch,
     /// An incremental checkpoint that is not the next after what the chain holds.
     #[error("checkpoint {epoch} cannot follow {base:?}, which is what the chain was sent last")]
     Base {
@@ -58,6 +84,10 @@ pub enum ClientError {
     /// A value too large to send.
     #[error(transparent)]
     Codec(#[from] checkpoint::CodecError),
+}
+
+fn said(mark: &Option<Mark>) -> String {
+    mark.map_or_else(|| "nothing".into(), |mark| format!("checkpoint {mark}"))
 }
 
 /// What comes back from a chain.
@@ -75,6 +105,8 @@ pub enum ClientEvent {
         /// That generation.
         generation: Generation,
     },
+    /// The joining replica has everything: it can become the tail.
+    JoinerReady,
     /// A replica is lost.
     Lost {
         /// Which, if known.
@@ -84,40 +116,85 @@ pub enum ClientEvent {
     },
 }
 
-/// What has been sent.
+/// What has been sent, and what of it would have to be sent again.
 #[derive(Debug, Default)]
 struct Sending {
+    /// The newest of the owner's generations that this client has heard of.
+    generation: Generation,
     /// Of the checkpoint under way.
     tally: Tally,
+    open: Option<Open>,
     /// The last whole checkpoint, which the next one is applied to.
     base: Option<Mark>,
+    kept: Kept,
+    connection: Option<Arc<Connection>>,
 }
 
-/// A connection to a chain, for one generation.
+/// The checkpoint being sent.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    epoch: Epoch,
+    /// The generation in which it was begun.
+    origin: Generation,
+    full: bool,
+}
+
+/// An owner's checkpoints on their way into the chain: from one configuration to the next. What the chain has not
+/// acknowledged is kept, and sent again to a new head (the paper's clients do so with their requests).
 #[derive(Debug)]
 pub struct ChainClient {
+    vm: VmId,
+    from: HostId,
+    sending: Mutex<Sending>,
+    /// Newest checkpoint that needs not be kept any more. Apart, so that a slow link delays no acknowledgement.
+    acked: Arc<AtomicU64>,
+    buffers: Buffers,
+}
+
+/// A connection to a chain, in one generation.
+#[derive(Debug)]
+pub struct Connection {
     vm: VmId,
     generation: Generation,
     head: Member,
     up: Link,
     acks: Link,
-    sending: Mutex<Sending>,
-    held: Option<Mark>,
     events: Mutex<Receiver<ClientEvent>>,
+    acked: Arc<AtomicU64>,
 }
 
 impl ChainClient {
-    /// Connects to head and tail of `view`. Succeeds only when the whole chain is connected.
+    /// A client of `vm` for `from`, its owner in `generation`. `base` is the checkpoint the VM was resumed from, which
+    /// its chain goes on from; none if nothing has been sent yet.
+    #[must_use]
+    pub fn new(vm: VmId, from: HostId, generation: Generation, base: Option<Mark>) -> Self {
+        let sending = Sending {
+            generation,
+            base,
+            ..Sending::default()
+        };
+        Self {
+            vm,
+            from,
+            sending: Mutex::new(sending),
+            acked: Arc::default(),
+            buffers: Buffers::default(),
+        }
+    }
+
+    /// Connects to head and tail of `view`, and sends the head what it lacks. Succeeds only when the whole chain is
+    /// connected. If the chain begins anew, so does this client: the next checkpoint has to be a full one.
     ///
     /// # Errors
-    /// [`ClientError`] naming the replica; [`ClientError::Refused`] is final, the others may pass.
-    pub fn connect(from: &HostId, view: &View) -> Result<Self, ClientError> {
+    /// [`ClientError`] naming the replica; [`ClientError::Refused`] is final, [`ClientError::Unfit`] for this
+    /// generation, the others may pass.
+    pub fn connect(&self, view: &View) -> Result<Arc<Connection>, ClientError> {
         let (head, tail) = match (view.chain.first(), view.chain.last()) {
             (Some(head), Some(tail)) => (head.clone(), tail.clone()),
             _ => return Err(ClientError::NoChain),
         };
         let connect = |member: &Member, role| {
-            greet(member.addr, view, role, from).map_err(|e| match e {
+            greet(member.addr, view, role, &self.from).map_err(|e| match e {
                 GreetError::Refused(generation) => ClientError::Refused {
                     host: member.host.clone(),
                     generation,
@@ -136,6 +213,10 @@ impl ChainClient {
         let up = connect(&head, Role::Update)?;
         let acks = connect(&tail, Role::Acks)?;
         let (sender, events) = channel();
+        let mut sending = self.sending();
+        if let Some(old) = sending.connection.take() {
+            old.close();
+        }
         for (name, stream, host, is_acks) in [
             ("chain-head", up.stream, head.host.clone(), false),
             ("chain-acks", acks.stream, tail.host, true),
@@ -146,19 +227,198 @@ impl ChainClient {
                 .spawn(move || listen(&stream, &host, is_acks, &sender))
                 .map_err(|e| ClientError::Send(head.host.clone(), e))?;
         }
-        Ok(Self {
-            vm: view.vm,
+        let connection = Arc::new(Connection {
+            vm: self.vm,
             generation: view.generation,
             head,
-            held: up.holds,
             up: up.link,
             acks: acks.link,
-            sending: Mutex::new(Sending {
-                tally: Tally::default(),
-                base: up.holds,
-            }),
             events: Mutex::new(events),
-        })
+            acked: self.acked.clone(),
+        });
+        if view.in_place() {
+            self.go_on(&mut sending, &connection, up.holds)?;
+        } else {
+            *sending = Sending::default();
+        }
+        sending.generation = view.generation;
+        sending.connection = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// Sends a new head what it lacks of what this client has sent before.
+    fn go_on(
+        &self,
+        sending: &mut Sending,
+        connection: &Connection,
+        holds: Option<Mark>,
+    ) -> Result<(), ClientError> {
+        sending.kept.trim(self.acked(), Some(&self.buffers));
+        let Some(after) = holds.filter(|held| sending.kept.reaches(*held, sending.base)) else {
+            return Err(ClientError::Unfit {
+                host: connection.head.host.clone(),
+                holds,
+                newest: sending.base,
+            });
+        };
+        let generation = connection.generation;
+        let lost = |e| ClientError::Send(connection.head.host.clone(), e);
+        sending
+            .kept
+            .resend(&connection.up, after, generation)
+            .map_err(lost)?;
+        if let Some(base) = sending.base {
+            connection.send(Kind::Complete, base.epoch, 0, &[])?;
+        }
+        Ok(())
+    }
+
+    fn acked(&self) -> Epoch {
+        Epoch(self.acked.load(Ordering::Acquire))
+    }
+
+    fn sending(&self) -> MutexGuard<'_, Sending> {
+        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends one frame and keeps it. A connection that fails is not this call's concern: it says so itself, and what is
+    /// kept is sent over the next one. A full checkpoint is not kept: it fails with its connection.
+    fn put(
+        &self,
+        sending: &mut Sending,
+        kind: Kind,
+        flags: u32,
+        payload: &[u8],
+    ) -> Result<(), ClientError> {
+        let Some(open) = sending.open else {
+            return Err(ClientError::NotBegun);
+        };
+        let sent = match &sending.connection {
+            Some(connection) => connection.send(kind, open.epoch, flags, payload),
+            None => Err(ClientError::NoChain),
+        };
+        if open.full {
+            return sent;
+        }
+        if sent.is_err() {
+            sending.connection = None;
+        }
+        let mut buffer = self.buffers.take();
+        buffer.fill(payload);
+        let frame = Frame {
+            kind,
+            vm: self.vm,
+            generation: open.origin,
+            epoch: open.epoch,
+            flags,
+        };
+        sending
+            .kept
+            .push(frame, buffer)
+            .map_err(|TooMuch| ClientError::TooMuch)
+    }
+
+    /// Announces a checkpoint; `full` if it replaces the replicas' whole image, which only the first after a chain that
+    /// begins anew does. Otherwise it is applied to the last one sent.
+    ///
+    /// # Errors
+    /// [`ClientError::Base`] if a checkpoint in between was never sent; [`ClientError::TooMuch`] if too much is
+    /// unacknowledged. A full checkpoint fails with its connection.
+    pub fn begin(&self, epoch: Epoch, full: bool) -> Result<(), ClientError> {
+        let mut sending = self.sending();
+        sending.kept.trim(self.acked(), Some(&self.buffers));
+        sending.tally = Tally::default();
+        let origin = sending.generation;
+        let base = match sending.base {
+            _ if full => Base::Nothing,
+            Some(base) if base.epoch.next() == epoch => Base::On { base, origin },
+            base => return Err(ClientError::Base { epoch, base }),
+        };
+        sending.open = Some(Open {
+            epoch,
+            origin,
+            full,
+        });
+        let (flags, payload) = begin_payload(base);
+        self.put(&mut sending, Kind::Begin, flags, &payload)
+    }
+
+    fn content(
+        &self,
+        kind: Kind,
+        payload: &[u8],
+        pages: usize,
+        disk: usize,
+    ) -> Result<(), ClientError> {
+        let mut sending = self.sending();
+        sending.tally.add(payload, pages as u64, disk as u64);
+        self.put(&mut sending, kind, 0, payload)
+    }
+
+    /// Sends page records of the checkpoint begun, at most [`wire::PAYLOAD_MAX`] bytes of them.
+    ///
+    /// # Errors
+    /// As [`ChainClient::begin`].
+    pub fn pages(&self, payload: &[u8]) -> Result<(), ClientError> {
+        self.content(Kind::Pages, payload, records(payload).count(), 0)
+    }
+
+    /// Sends disk records of the checkpoint begun.
+    ///
+    /// # Errors
+    /// As [`ChainClient::begin`].
+    pub fn disk(&self, payload: &[u8]) -> Result<(), ClientError> {
+        self.content(Kind::Disk, payload, 0, disk_records(payload).count())
+    }
+
+    /// Sends the encoded machine state of the checkpoint begun.
+    ///
+    /// # Errors
+    /// As [`ChainClient::begin`].
+    pub fn machine(&self, state: &[u8]) -> Result<(), ClientError> {
+        for piece in state.chunks(MACHINE_PIECE) {
+            self.content(Kind::Machine, piece, 0, 0)?;
+        }
+        Ok(())
+    }
+
+    /// The checkpoint is complete.
+    ///
+    /// # Errors
+    /// As [`ChainClient::begin`].
+    pub fn end(&self) -> Result<(), ClientError> {
+        let mut sending = self.sending();
+        let end: CheckpointEnd = sending.tally.end();
+        let payload = codec::to_bytes(&end, HELLO_LIMIT)?;
+        self.put(&mut sending, Kind::End, 0, &payload)?;
+        if let Some(open) = sending.open.take() {
+            let mark = Mark {
+                generation: open.origin,
+                epoch: open.epoch,
+                digest: end.digest,
+            };
+            sending.base = Some(mark);
+            if !open.full {
+                sending.kept.close(mark);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whole checkpoints that are kept because the chain has not acknowledged them.
+    #[must_use]
+    pub fn unacknowledged(&self) -> usize {
+        let mut sending = self.sending();
+        sending.kept.trim(self.acked(), Some(&self.buffers));
+        sending.kept.len()
+    }
+}
+
+impl Connection {
+    /// The generation it was made in.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
     }
 
     fn send(
@@ -180,92 +440,6 @@ impl ChainClient {
             .map_err(|e| ClientError::Send(self.head.host.clone(), e))
     }
 
-    fn sending(&self) -> MutexGuard<'_, Sending> {
-        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn count(&self, payload: &[u8], pages: u64, disk: u64) {
-        self.sending().tally.add(payload, pages, disk);
-    }
-
-    /// The checkpoint that every replica of the chain held when this client connected, if they held the same. An owner
-    /// may go on from it instead of with a full one if it made that very checkpoint, has let nothing out that was said
-    /// after it, and goes on holding; it is committed then.
-    #[must_use]
-    pub fn held(&self) -> Option<Mark> {
-        self.held
-    }
-
-    /// Announces a checkpoint; `full` if it replaces the replicas' whole image. Otherwise it is applied to the last one
-    /// sent by this client, or, as the first, to [`ChainClient::held`].
-    ///
-    /// # Errors
-    /// [`ClientError::Send`]; [`ClientError::Base`] if a checkpoint in between was never sent.
-    pub fn begin(&self, epoch: Epoch, full: bool) -> Result<(), ClientError> {
-        let base = {
-            let mut sending = self.sending();
-            sending.tally = Tally::default();
-            sending.base
-        };
-        if full {
-            return self.send(Kind::Begin, epoch, FLAG_FULL, &[]);
-        }
-        match base {
-            Some(mark) if mark.epoch.next() == epoch => {
-                self.send(Kind::Begin, epoch, 0, &mark.to_bytes())
-            }
-            _ => Err(ClientError::Base { epoch, base }),
-        }
-    }
-
-    /// Sends page records, at most [`wire::PAYLOAD_MAX`] bytes of them.
-    ///
-    /// # Errors
-    /// [`ClientError::Send`].
-    pub fn pages(&self, epoch: Epoch, payload: &[u8]) -> Result<(), ClientError> {
-        self.count(payload, records(payload).count() as u64, 0);
-        self.send(Kind::Pages, epoch, 0, payload)
-    }
-
-    /// Sends disk records.
-    ///
-    /// # Errors
-    /// [`ClientError::Send`].
-    pub fn disk(&self, epoch: Epoch, payload: &[u8]) -> Result<(), ClientError> {
-        self.count(payload, 0, disk_records(payload).count() as u64);
-        self.send(Kind::Disk, epoch, 0, payload)
-    }
-
-    /// Sends the encoded machine state.
-    ///
-    /// # Errors
-    /// [`ClientError::Send`].
-    pub fn machine(&self, epoch: Epoch, state: &[u8]) -> Result<(), ClientError> {
-        for piece in state.chunks(MACHINE_PIECE) {
-            self.count(piece, 0, 0);
-            self.send(Kind::Machine, epoch, 0, piece)?;
-        }
-        Ok(())
-    }
-
-    /// The checkpoint is complete.
-    ///
-    /// # Errors
-    /// [`ClientError::Send`].
-    pub fn end(&self, epoch: Epoch) -> Result<(), ClientError> {
-        let end: CheckpointEnd = {
-            let mut sending = self.sending();
-            let end = sending.tally.end();
-            sending.base = Some(Mark {
-                generation: self.generation,
-                epoch,
-                digest: end.digest,
-            });
-            end
-        };
-        self.send(Kind::End, epoch, 0, &codec::to_bytes(&end, HELLO_LIMIT)?)
-    }
-
     /// The owner lives. Sent only if nothing else is on its way.
     ///
     /// # Errors
@@ -285,23 +459,86 @@ impl ChainClient {
 
     /// The next thing the chain says; waits for it. `None` once both connections are over.
     pub fn next_event(&self) -> Option<ClientEvent> {
-        self.events
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .recv()
-            .ok()
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let event = events.recv().ok()?;
+        if let ClientEvent::Ack { epoch, generation } = &event
+            && *generation == self.generation
+        {
+            self.acked.fetch_max(epoch.0, Ordering::AcqRel);
+        }
+        Some(event)
     }
 
-    /// Ends both connections.
+    /// Ends it.
     pub fn close(&self) {
         self.up.close();
         self.acks.close();
     }
 }
 
-impl Drop for ChainClient {
+impl Drop for Connection {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// Brings the chain of a VM that has been taken over up to what the new owner resumed from: its replicas may lack the
+/// last checkpoints that the new owner had as a replica and nobody acknowledged. Before the owner's own client connects.
+/// Returns once the head holds `mark`.
+///
+/// # Errors
+/// [`ClientError::Unfit`] if `kept` does not reach back to what the head holds; others may pass: try again.
+pub fn bridge(from: &HostId, view: &View, mark: Mark, kept: &Kept) -> Result<(), ClientError> {
+    let head = view.chain.first().ok_or(ClientError::NoChain)?;
+    let lost = |e| ClientError::Send(head.host.clone(), e);
+    let mut sent = false;
+    loop {
+        let peer = greet(head.addr, view, Role::Update, from).map_err(|e| match e {
+            GreetError::Refused(generation) => ClientError::Refused {
+                host: head.host.clone(),
+                generation,
+            },
+            other => {
+                let (host, why) = other.blame(&head.host);
+                let at = view.position(&host).map(|i| view.chain[i].addr);
+                ClientError::Peer {
+                    host,
+                    addr: at.unwrap_or(head.addr),
+                    why,
+                }
+            }
+        })?;
+        if peer.holds == Some(mark) {
+            return Ok(());
+        }
+        let Some(after) = peer.holds.filter(|held| !sent && kept.reaches(*held, None)) else {
+            return Err(ClientError::Unfit {
+                host: head.host.clone(),
+                holds: peer.holds,
+                newest: Some(mark),
+            });
+        };
+        kept.resend(&peer.link, after, view.generation)
+            .map_err(lost)?;
+        sent = true;
+        wait_for(&peer.stream, &peer.link, mark.epoch).map_err(lost)?;
+    }
+}
+
+/// Waits until the chain has acknowledged `epoch` over this connection.
+fn wait_for(mut stream: &TcpStream, link: &Link, epoch: Epoch) -> io::Result<()> {
+    stream.set_read_timeout(Some(BRIDGE_PATIENCE))?;
+    let mut payload = Payload::default();
+    loop {
+        match wire::read(&mut stream, &mut payload) {
+            Ok(frame) if frame.kind == Kind::Ack && frame.epoch >= epoch => {
+                link.close();
+                return Ok(());
+            }
+            Ok(frame) if frame.kind == Kind::Ack => {}
+            Ok(frame) => return Err(io::Error::other(format!("it answered {:?}", frame.kind))),
+            Err(e) => return Err(io::Error::other(e.to_string())),
+        }
     }
 }
 
@@ -324,6 +561,10 @@ fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<
                 generation,
                 ..
             }) => ClientEvent::Refused { generation },
+            Ok(Frame {
+                kind: Kind::JoinerReady,
+                ..
+            }) => ClientEvent::JoinerReady,
             Ok(Frame {
                 kind: Kind::Broken, ..
             }) => match codec::from_bytes::<Trouble>(&payload, HELLO_LIMIT) {

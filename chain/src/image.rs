@@ -239,6 +239,11 @@ impl Image {
         self.discard();
     }
 
+    /// The pages that [`Image::apply`] would change.
+    pub fn staged(&self) -> impl Iterator<Item = u64> + '_ {
+        self.staged_gfns.iter().copied()
+    }
+
     /// Forgets what is staged.
     pub fn discard(&mut self) {
         self.staged_gfns.clear();

@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod image;
+pub(crate) mod kept;
 pub(crate) mod link;
 pub mod mark;
 pub mod master;
@@ -17,9 +18,10 @@ mod urgent;
 pub mod view;
 pub mod wire;
 
-pub use client::{ChainClient, ClientError, ClientEvent};
+pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
+pub use kept::{KEPT_MAX, Kept};
 pub use mark::Mark;
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{Handover, ReplicaStore, StoreError, VmStore};
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
-pub use view::{Member, View, VmRecord, VmShape};
+pub use view::{Fork, History, Member, View, VmRecord, VmShape};

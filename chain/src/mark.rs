@@ -4,14 +4,16 @@
 use std::fmt;
 
 use checkpoint::{Epoch, Generation};
+use serde::{Deserialize, Serialize};
 
 /// Size of an encoded mark in bytes.
 pub const MARK_SIZE: usize = 24;
 
 /// Names one checkpoint of a VM, across owners.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Mark {
-    /// The generation it was sent in. A generation has one owner, so generation and epoch name one content.
+    /// The generation it was first sent in. A generation has one owner, so generation and epoch name one content. Sent
+    /// again in a later generation it keeps its name.
     pub generation: Generation,
     /// Its epoch.
     pub epoch: Epoch,

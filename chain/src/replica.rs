@@ -1,17 +1,24 @@
 //! One replica of one VM, as a plain state machine (van Renesse & Schneider, OSDI 2004, section 3).
 //!
 //! No sockets, clocks or threads: its driver feeds it [`Event`]s and carries out the [`Action`]s it answers with, in
-//! order and before the next event. The server is one driver; the interleaving tests are another.
+//! order and before the next event. The server is one driver; the model checker and the simulation are others.
 //!
 //! `Hist` is the sequence of processed checkpoints, of which only the newest is named here (the store has the
-//! content); `Sent` is what was processed here and not acknowledged by the tail yet.
+//! content); `Sent` is what was processed here and not acknowledged by those after it. `Sent` is kept whole, so that
+//! another successor can be brought up to date with it.
 //!
-//! Two rules make `Hist` of a replica a prefix of its predecessors' (invariant I2), at every instant:
+//! Rules:
 //! * a checkpoint's content is forwarded as it arrives, but its *end* only once it has been prepared here, that is
-//!   verified whole and durable to the degree configured: nobody further down can process what this replica may lose;
-//! * after [`Replica::freeze`] nothing is taken, forwarded or acknowledged.
+//!   verified whole and durable to the degree configured: nobody further down can process what this replica may lose
+//!   (invariant I2, at every instant);
+//! * after [`Replica::freeze`] nothing is taken, forwarded or acknowledged;
+//! * what is held outside of the master's [`History`] of the VM is forgotten: an unacknowledged suffix that a new owner
+//!   does not have, or checkpoints from before output was let out unprotected;
+//! * a new member is not resumed from before its predecessor has said that it has everything
+//!   ([`Event::Complete`]): what was acknowledged before it came is in it then (I5).
 
 mod event;
+mod next;
 #[cfg(test)]
 mod tests;
 
@@ -20,10 +27,11 @@ use std::collections::VecDeque;
 use checkpoint::{Epoch, Generation, HostId};
 
 use crate::mark::Mark;
-use crate::view::View;
-pub use event::{Action, Event, FreezeError, State};
+use crate::view::{History, View};
+pub use event::{Action, Base, Event, FreezeError, State};
+use next::Sent;
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Failure {
     why: String,
     damaged: bool,
@@ -33,12 +41,31 @@ struct Failure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Open {
     epoch: Epoch,
+    what: What,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum What {
     /// It repeats what has been processed.
-    duplicate: bool,
+    Duplicate,
+    /// The first of a history.
+    Full,
+    /// A joining replica's filling: the checkpoint that it is becomes known at its end.
+    Install(Option<Mark>),
+    /// The next one, first sent in that generation.
+    Next(Generation),
+}
+
+/// This host's part in the chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Part {
+    Member { position: usize, since: Generation },
+    Joiner,
+    Nothing,
 }
 
 /// Silence of the predecessor, counted in ticks that this replica itself lived through.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Silence {
     heard: bool,
     ticks: u32,
@@ -47,18 +74,27 @@ struct Silence {
 }
 
 /// The state machine.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Replica {
     host: HostId,
     generation: Generation,
-    position: usize,
+    part: Part,
     length: usize,
-    /// Newest processed checkpoint; `None`: the image is not valid.
+    history: History,
+    /// Newest processed checkpoint, always part of `history`; `None`: the image is not valid.
     hist: Option<Mark>,
+    /// The generation in which this member was last known to have everything; it is complete if that is not before it
+    /// became a member.
+    complete_in: Option<Generation>,
     open: Option<Open>,
-    /// Oldest checkpoint of this generation that was not acknowledged by the tail, if it has been processed.
-    sent_from: Epoch,
-    /// Newest checkpoint of this generation that the tail has.
+    sent: Sent,
+    /// Whether the next replica is sent what is forwarded.
+    linked: bool,
+    /// A joining replica is there, or will be: the tail sends it what others send a successor.
+    has_joiner: bool,
+    /// The checkpoint that makes the joining replica ready, once it acknowledges it.
+    joiner_target: Option<Epoch>,
+    /// Newest checkpoint that the tail has.
     acked: Option<Epoch>,
     frozen: bool,
     failure: Option<Failure>,
@@ -73,11 +109,16 @@ impl Replica {
         let mut new = Self {
             host,
             generation: view.generation,
-            position: 0,
+            part: Part::Nothing,
             length: 0,
+            history: History::default(),
             hist: None,
+            complete_in: None,
             open: None,
-            sent_from: Epoch::ZERO,
+            sent: Sent::default(),
+            linked: false,
+            has_joiner: false,
+            joiner_target: None,
             acked: None,
             frozen: false,
             failure: None,
@@ -90,8 +131,16 @@ impl Replica {
 
     fn place(&mut self, view: &View) {
         self.length = view.chain.len();
-        // Not a member: neither tail nor anybody's predecessor.
-        self.position = view.position(&self.host).unwrap_or(self.length);
+        self.history = view.history.clone();
+        self.part = match view.position(&self.host) {
+            Some(position) => Part::Member {
+                position,
+                since: view.chain[position].since,
+            },
+            None if view.is_joining(&self.host) => Part::Joiner,
+            None => Part::Nothing,
+        };
+        self.has_joiner = view.joining.is_some() && self.is_tail();
     }
 
     /// The generation followed.
@@ -100,29 +149,31 @@ impl Replica {
         self.generation
     }
 
-    /// Newest processed checkpoint; `None` while the image is not valid.
+    /// Newest processed checkpoint; `None` while the image is not valid. A predecessor may go on from it.
     #[must_use]
     pub fn hist(&self) -> Option<Mark> {
         self.hist
     }
 
-    /// Newest processed checkpoint of this generation: what acknowledgements speak of and what can be resumed from.
-    #[must_use]
-    pub fn current(&self) -> Option<Mark> {
-        self.hist.filter(|mark| mark.generation == self.generation)
-    }
-
-    /// Newest checkpoint of this generation that the tail is known to have.
+    /// Newest checkpoint that the tail is known to have.
     #[must_use]
     pub fn acked(&self) -> Option<Epoch> {
         self.acked
     }
 
-    /// Processed here in this generation, not yet acknowledged by the tail: first and last.
+    /// What a predecessor that connects has to be told: acknowledgements may have been lost with the connection before.
+    #[must_use]
+    pub fn acked_up(&self) -> Option<Epoch> {
+        match self.part {
+            Part::Joiner => self.hist.map(|mark| mark.epoch),
+            _ => self.acked,
+        }
+    }
+
+    /// Processed here, not yet acknowledged by those after it: first and last.
     #[must_use]
     pub fn sent(&self) -> Option<(Epoch, Epoch)> {
-        let newest = self.current()?.epoch;
-        (self.sent_from <= newest && !self.is_tail()).then_some((self.sent_from, newest))
+        self.sent.range()
     }
 
     /// Why this replica has failed, if it has.
@@ -135,31 +186,57 @@ impl Replica {
     #[must_use]
     pub fn state(&self) -> State {
         if self.failure.is_some() {
-            State::Failed
-        } else if self.frozen {
-            State::Frozen
-        } else if self.current().is_some() {
-            State::Serving
-        } else {
-            State::Syncing
+            return State::Failed;
+        }
+        if self.frozen {
+            return State::Frozen;
+        }
+        match self.part {
+            Part::Nothing => State::Offline,
+            Part::Joiner => State::Joining,
+            Part::Member { .. } if self.hist.is_none() => State::Syncing,
+            Part::Member { .. } if !self.is_complete() => State::Joining,
+            Part::Member { .. } if self.length == 1 => State::LastSurvivor,
+            Part::Member { .. } => State::Serving,
         }
     }
 
     /// Whether this is the chain's tail.
     #[must_use]
     pub fn is_tail(&self) -> bool {
-        self.position + 1 == self.length
+        matches!(self.part, Part::Member { position, .. } if position + 1 == self.length)
     }
 
     /// The successor's position in the chain, if there is one.
     #[must_use]
     pub fn successor(&self) -> Option<usize> {
-        (self.position + 1 < self.length).then_some(self.position + 1)
+        match self.part {
+            Part::Member { position, .. } => (position + 1 < self.length).then_some(position + 1),
+            _ => None,
+        }
     }
 
-    /// Follows a newer configuration, in place. What was half received is dropped; what was processed stays, to go on
-    /// from if the owner says so. It cannot be *resumed* from until this generation's owner has added to it: an owner
-    /// that begins anew lets output out meanwhile. A failed replica may be filled again.
+    /// Whether the next replica is sent what is forwarded.
+    #[must_use]
+    pub fn is_linked(&self) -> bool {
+        self.linked
+    }
+
+    /// Whether no checkpoint is half received: the moment to bring a joining replica to exactly [`Replica::hist`].
+    #[must_use]
+    pub fn is_between_checkpoints(&self) -> bool {
+        self.open.is_none()
+    }
+
+    fn is_complete(&self) -> bool {
+        match self.part {
+            Part::Member { since, .. } => self.complete_in.is_some_and(|then| then >= since),
+            _ => false,
+        }
+    }
+
+    /// Follows a newer configuration, in place. What was half received is dropped (its sender sends it again); what was
+    /// processed stays, as far as it belongs to the VM's history. A failed replica may be filled again.
     pub fn adopt(&mut self, view: &View) {
         if view.generation <= self.generation {
             return;
@@ -167,11 +244,29 @@ impl Replica {
         self.generation = view.generation;
         self.place(view);
         self.open = None;
-        self.acked = None;
         self.frozen = false;
+        self.linked = false;
+        self.joiner_target = None;
         self.silence = Silence::default();
-        if self.failure.take().is_some_and(|f| f.damaged) {
-            self.hist = None;
+        let damaged = self.failure.take().is_some_and(|f| f.damaged);
+        self.hist = self
+            .hist
+            .filter(|mark| !damaged && self.history.contains(*mark));
+        match self.hist {
+            None => {
+                self.complete_in = None;
+                self.acked = None;
+                self.sent = Sent::default();
+            }
+            Some(mark) => {
+                if self.is_tail() && self.is_complete() {
+                    // Nobody is left who has to process it still.
+                    self.acked = Some(mark.epoch);
+                }
+                if self.successor().is_none() {
+                    self.sent = Sent::after(mark);
+                }
+            }
         }
     }
 
@@ -187,11 +282,8 @@ impl Replica {
             return Err(FreezeError::Failed(failure.why.clone()));
         }
         let held = self.hist.ok_or(FreezeError::Empty)?;
-        if held.generation != self.generation {
-            return Err(FreezeError::Outdated {
-                held,
-                now: self.generation,
-            });
+        if !self.is_complete() {
+            return Err(FreezeError::Joining(held));
         }
         self.frozen = true;
         self.open = None;
@@ -204,6 +296,11 @@ impl Replica {
         self.frozen = false;
         self.silence.suspected = false;
         self.silence.ticks = 0;
+    }
+
+    /// The driver could not keep what it was told to keep: another successor cannot be brought up to date any more.
+    pub fn forget_sent(&mut self) {
+        self.sent = Sent::default();
     }
 
     /// Takes one event; what is to be done is added to `actions`.
@@ -219,23 +316,37 @@ impl Replica {
                 }
             }
             Event::Data { generation, epoch } => {
-                if self.accepts(generation, actions) && self.is_open(epoch, false) {
-                    actions.extend([Action::Forward, Action::Stage]);
+                if self.accepts(generation, actions)
+                    && let Some(open) = self.open.filter(|open| open.epoch == epoch)
+                    && open.what != What::Duplicate
+                {
+                    self.pass(open, actions);
+                    actions.push_back(Action::Stage);
                 }
             }
-            Event::End { generation, epoch } => {
+            Event::End {
+                generation,
+                epoch,
+                install,
+            } => {
                 if self.accepts(generation, actions) {
-                    self.end(epoch, actions);
+                    self.end(epoch, install, actions);
                 }
             }
             Event::Heartbeat { generation } => {
                 self.accepts(generation, actions);
             }
+            Event::Complete { generation, epoch } => {
+                if self.accepts(generation, actions) {
+                    self.complete(epoch, actions);
+                }
+            }
             Event::Prepared { digest } => self.prepared(digest, actions),
             Event::StoreFailed { why, damaged } => self.fail(why, damaged, actions),
-            Event::SuccessorAck { generation, epoch } => {
-                self.successor_ack(generation, epoch, actions);
-            }
+            Event::NextUp { generation, holds } => self.next_up(generation, holds, actions),
+            Event::NextDown => self.linked = false,
+            Event::JoinerFed { generation } => self.joiner_fed(generation, actions),
+            Event::NextAck { generation, epoch } => self.next_ack(generation, epoch, actions),
             Event::Heard { now_ms } => {
                 self.silence.heard = true;
                 self.silence.ticks = 0;
@@ -264,49 +375,97 @@ impl Replica {
             actions.push_back(Action::Refuse(self.generation));
         }
         // A newer generation than the master has told this replica: it will be told; until then it takes nothing.
-        generation == self.generation && !self.frozen && self.failure.is_none()
+        generation == self.generation
+            && !self.frozen
+            && self.failure.is_none()
+            && self.part != Part::Nothing
     }
 
-    fn is_open(&self, epoch: Epoch, duplicate: bool) -> bool {
-        self.open == Some(Open { epoch, duplicate })
-    }
-
-    fn begin(&mut self, epoch: Epoch, base: Option<Mark>, actions: &mut VecDeque<Action>) {
-        // Within a generation epochs only grow, so this one has been processed before: its acknowledgement was lost.
-        let duplicate = self.current().is_some_and(|hist| epoch <= hist.epoch);
-        if !duplicate
-            && let Some(base) = base
-            && let Some(why) = self.misfit(epoch, base)
-        {
-            return self.fail(why, false, actions);
-        }
-        self.open = Some(Open { epoch, duplicate });
-        if duplicate {
+    fn begin(&mut self, epoch: Epoch, base: Base, actions: &mut VecDeque<Action>) {
+        // Within a history epochs only grow, so this one has been processed before: its acknowledgement was lost.
+        let duplicate = self.hist.is_some_and(|hist| epoch <= hist.epoch);
+        let what = match base {
+            Base::Nothing | Base::On { .. } if duplicate => What::Duplicate,
+            Base::Nothing => {
+                if self.hist.is_some() || self.history.since != self.generation {
+                    let why = format!(
+                        "checkpoint {epoch} would replace everything, but the master has not decided that the chain begins anew"
+                    );
+                    return self.fail(why, false, actions);
+                }
+                What::Full
+            }
+            Base::Install => {
+                if self.part != Part::Joiner {
+                    let why = "only a joining replica is filled by another replica".to_string();
+                    return self.fail(why, false, actions);
+                }
+                What::Install(None)
+            }
+            Base::On { base, origin } => {
+                if let Some(why) = self.misfit(epoch, base, origin) {
+                    return self.fail(why, false, actions);
+                }
+                What::Next(origin)
+            }
+        };
+        let open = Open { epoch, what };
+        self.open = Some(open);
+        if what == What::Duplicate {
             return;
         }
-        if base.is_none() {
+        let full = !matches!(what, What::Next(_));
+        if full {
             // The image is being replaced: from here until it is processed there is nothing to resume from.
             self.hist = None;
             self.acked = None;
+            self.sent = Sent::default();
+            actions.push_back(Action::TrimAll);
         }
-        let full = base.is_none();
-        actions.extend([Action::Forward, Action::Open { epoch, full }]);
+        self.pass(open, actions);
+        actions.push_back(Action::Open { epoch, full });
     }
 
-    fn end(&mut self, epoch: Epoch, actions: &mut VecDeque<Action>) {
-        if self.is_open(epoch, false) {
-            actions.push_back(Action::Prepare);
-        } else if self.is_open(epoch, true) {
-            self.open = None;
-            // The acknowledgement was lost: once more what is known to be safe.
-            if let Some(acked) = self.acked {
-                self.acknowledge(acked, actions);
+    /// The frame in hand goes on to the next replica, and is kept for another one.
+    fn pass(&self, open: Open, actions: &mut VecDeque<Action>) {
+        if self.linked {
+            actions.push_back(Action::Forward);
+        }
+        if self.keeps() && matches!(open.what, What::Next(_)) {
+            actions.push_back(Action::Keep);
+        }
+    }
+
+    fn end(&mut self, epoch: Epoch, install: Option<Mark>, actions: &mut VecDeque<Action>) {
+        let Some(open) = self.open.filter(|open| open.epoch == epoch) else {
+            return;
+        };
+        match (open.what, install) {
+            (What::Duplicate, None) => {}
+            (What::Install(_), Some(mark)) if self.history.contains(mark) => {
+                self.open = Some(Open {
+                    epoch: mark.epoch,
+                    what: What::Install(Some(mark)),
+                });
+                return actions.push_back(Action::Prepare { epoch: mark.epoch });
             }
+            (What::Full | What::Next(_), None) => {
+                return actions.push_back(Action::Prepare { epoch });
+            }
+            _ => {
+                let why = format!("the end of checkpoint {epoch} does not fit its beginning");
+                return self.fail(why, false, actions);
+            }
+        }
+        self.open = None;
+        // The acknowledgement was lost: once more what is known to be safe.
+        if let Some(acked) = self.acked_up() {
+            self.acknowledge(acked, actions);
         }
     }
 
     /// Why checkpoint `epoch` on top of `base` does not fit what this replica holds.
-    fn misfit(&self, epoch: Epoch, base: Mark) -> Option<String> {
+    fn misfit(&self, epoch: Epoch, base: Mark, origin: Generation) -> Option<String> {
         let Some(hist) = self.hist else {
             return Some(format!(
                 "checkpoint {epoch} came, but this replica has no full checkpoint to apply it to"
@@ -323,33 +482,56 @@ impl Replica {
                 "checkpoint {epoch} belongs on top of checkpoint {base}, but this replica holds checkpoint {hist}"
             ));
         }
+        let mark = Mark {
+            generation: origin,
+            epoch,
+            digest: 0,
+        };
+        if origin < base.generation || origin > self.generation || !self.history.contains(mark) {
+            return Some(format!(
+                "checkpoint {mark} cannot follow checkpoint {base} in generation {}",
+                self.generation
+            ));
+        }
         None
     }
 
     fn prepared(&mut self, digest: u32, actions: &mut VecDeque<Action>) {
-        let Some(Open {
-            epoch,
-            duplicate: false,
-        }) = self.open.take()
-        else {
+        let Some(Open { epoch, what }) = self.open.take() else {
             return;
         };
-        let first = self.current().is_none();
-        let mark = Mark {
-            generation: self.generation,
+        let name = |generation| Mark {
+            generation,
             epoch,
             digest,
         };
+        let mark = match what {
+            What::Duplicate => return,
+            What::Full => name(self.generation),
+            What::Install(Some(mark)) => mark,
+            What::Install(None) => return,
+            What::Next(origin) => name(origin),
+        };
         self.hist = Some(mark);
-        if first {
-            self.sent_from = epoch;
+        if self.linked {
+            actions.push_back(Action::Forward);
+        }
+        match what {
+            What::Next(_) if self.keeps() => {
+                actions.push_back(Action::Keep);
+                self.sent.push(mark);
+            }
+            _ => self.sent = Sent::after(mark),
+        }
+        actions.push_back(Action::Commit(mark));
+        if what == What::Full {
+            self.complete_in = Some(self.generation);
         }
         if self.is_tail() {
             self.acked = Some(epoch);
-            actions.push_back(Action::Commit(mark));
+        }
+        if self.is_tail() || self.part == Part::Joiner {
             self.acknowledge(epoch, actions);
-        } else {
-            actions.extend([Action::Forward, Action::Commit(mark)]);
         }
     }
 
@@ -360,38 +542,38 @@ impl Replica {
         actions.push_back(Action::AckUp(epoch));
     }
 
-    fn successor_ack(
-        &mut self,
-        generation: Generation,
-        epoch: Epoch,
-        actions: &mut VecDeque<Action>,
-    ) {
-        // An ack of what this replica has not processed is from a broken peer: believing it would let output out.
-        let processed = self.current().is_some_and(|hist| epoch <= hist.epoch);
-        if generation != self.generation
-            || self.frozen
-            || self.failure.is_some()
-            || self.is_tail()
-            || !processed
-            || epoch < self.sent_from
-        {
+    /// The predecessor says that this replica has now been sent all that it held.
+    fn complete(&mut self, epoch: Epoch, actions: &mut VecDeque<Action>) {
+        let Some(hist) = self.hist.filter(|hist| hist.epoch >= epoch) else {
+            let why = format!("the predecessor holds checkpoint {epoch}, which never came");
+            return self.fail(why, false, actions);
+        };
+        if !matches!(self.part, Part::Member { .. }) {
             return;
         }
-        self.sent_from = epoch.next();
-        self.acked = Some(epoch);
-        self.acknowledge(epoch, actions);
+        self.complete_in = Some(self.generation);
+        if self.linked && self.successor().is_some() {
+            actions.push_back(Action::SayComplete(hist.epoch));
+        }
+        if self.is_tail() {
+            self.acked = Some(hist.epoch);
+            self.acknowledge(hist.epoch, actions);
+        }
     }
 
     /// Silent ticks until suspicion. Only the head hears the owner itself; further down the silence may be a replica's
     /// death, which the owner repairs without a failover if it is given the time.
     fn patience(&self) -> u32 {
-        let hops = u32::try_from(self.position).unwrap_or(u32::MAX);
+        let hops = match self.part {
+            Part::Member { position, .. } => u32::try_from(position).unwrap_or(u32::MAX),
+            _ => 0,
+        };
         self.missed
             .saturating_mul(hops.saturating_mul(4).saturating_add(1))
     }
 
     fn tick(&mut self, now_ms: u64, actions: &mut VecDeque<Action>) {
-        if !self.silence.heard || self.silence.suspected || self.state() != State::Serving {
+        if !self.silence.heard || self.silence.suspected || !self.state().could_resume() {
             return;
         }
         self.silence.ticks += 1;

@@ -1,6 +1,7 @@
 //! The chain server of one host: replicas of many VMs, driven by frames from their predecessors.
 
 mod connection;
+mod joiner;
 mod slot;
 mod state;
 mod successor;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 use checkpoint::{Epoch, Generation, HostId, VmId};
 use diskbuf::Durability;
 
+use crate::mark::Mark;
 use crate::replica::State;
 use crate::store::{Handover, ReplicaStore, StoreError, VmStore};
 use crate::view::{View, VmShape};
@@ -78,9 +80,9 @@ pub enum ServerError {
     /// The replica has declared itself failed.
     #[error("this host's replica has failed: {0}")]
     Failed(String),
-    /// What the replica holds is of an earlier configuration.
+    /// The replica is still joining.
     #[error("{0}")]
-    Outdated(String),
+    Joining(String),
     /// A name that cannot be a directory's.
     #[error("a VM cannot be named {0:?}: its disks' directory bears that name")]
     Name(String),
@@ -286,9 +288,9 @@ impl ReplicaServer {
     /// what the tail ever acks is contained in what this replica has (invariants I2 and I5).
     ///
     /// # Errors
-    /// [`ServerError::Unknown`]; [`ServerError::Failed`], [`ServerError::Outdated`] or [`StoreError::Empty`] if there is
+    /// [`ServerError::Unknown`]; [`ServerError::Failed`], [`ServerError::Joining`] or [`StoreError::Empty`] if there is
     /// nothing to resume from.
-    pub fn freeze(&self, vm: VmId) -> Result<Epoch, ServerError> {
+    pub fn freeze(&self, vm: VmId) -> Result<Mark, ServerError> {
         self.slot(vm)?.freeze()
     }
 

@@ -1,5 +1,6 @@
 //! What a replica keeps of a VM, as the server sees it; [`VmStore`] is the one that VMs are resumed from.
 
+mod copy;
 mod vm;
 
 use std::os::fd::OwnedFd;
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
 
 use crate::image::ImageError;
+use crate::kept::Kept;
 use crate::mark::Mark;
 pub use vm::VmStore;
 
@@ -85,6 +87,17 @@ pub struct Handover {
     pub disks: Vec<PathBuf>,
     /// The image's files; the standby has them already.
     pub ram: Vec<OwnedFd>,
+    /// What those after this replica may lack: see [`crate::bridge`].
+    pub kept: Kept,
+}
+
+/// A piece of a copy of a store's content.
+#[derive(Debug)]
+pub enum Piece {
+    /// Encoded page records.
+    Pages(Vec<u8>),
+    /// Encoded disk records.
+    Disk(Vec<u8>),
 }
 
 /// A replica's store. Calls come in the order of a checkpoint's frames: `begin`, any number of `pages`, `disk` and
@@ -119,14 +132,43 @@ pub trait ReplicaStore: Send {
     fn machine(&mut self, payload: &[u8]) -> Result<(), StoreError>;
 
     /// The checkpoint is complete, says the sender: verifies that it is whole and makes it durable to the degree
-    /// configured. Afterwards [`ReplicaStore::commit`] cannot fail.
+    /// configured. Afterwards [`ReplicaStore::commit`] cannot fail. `epoch` is the one it was begun with, except for what
+    /// fills a joining replica: what that is becomes known at the end only.
     ///
     /// # Errors
     /// [`StoreError`].
-    fn prepare(&mut self, generation: Generation, end: &CheckpointEnd) -> Result<(), StoreError>;
+    fn prepare(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+        end: &CheckpointEnd,
+    ) -> Result<(), StoreError>;
 
     /// Puts the prepared checkpoint into the image; the store is at `mark` then.
     fn commit(&mut self, mark: Mark);
+
+    /// Begins to copy everything out, for a replica that joins, while checkpoints go on being committed. Replaces a copy
+    /// under way.
+    ///
+    /// # Errors
+    /// [`StoreError`]; [`StoreError::Empty`] without a complete checkpoint.
+    fn copy_begin(&mut self) -> Result<(), StoreError>;
+
+    /// The next piece, of about `limit` bytes: what was not copied yet and, again, what was committed since it was. `None`:
+    /// at this instant nothing is left.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError>;
+
+    /// Upper bound of what is left to copy, in bytes.
+    fn copy_left(&self) -> u64;
+
+    /// The copy is over: commits need not be noted for it any more.
+    fn copy_end(&mut self);
+
+    /// Encoded machine state of the newest committed checkpoint.
+    fn machine_state(&self) -> Option<&[u8]>;
 
     /// Makes everything ready to be run from, as the owner's of `generation`.
     ///

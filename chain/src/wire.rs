@@ -19,22 +19,23 @@ pub const HEADER: usize = 64;
 /// Longest payload in bytes.
 pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
 const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// First on every connection: who greets, and what for.
     Hello = 1,
-    /// Answer: the connection stands. The payload is the checkpoint that this replica and all after it hold, as a
-    /// [`crate::Mark`]; empty if they hold none, or different ones.
+    /// Answer: the connection stands. The payload is the checkpoint that this replica holds and can go on from, as a
+    /// [`crate::Mark`]; empty if there is none.
     HelloOk = 2,
     /// Answer: not yet (the payload says why, UTF-8); try again.
     NotReady = 3,
     /// Answer, to anything: the sender's generation is over; `generation` is the newer one.
     Refused = 4,
-    /// A checkpoint begins. Flag [`FLAG_FULL`]: it replaces the whole image; otherwise the payload is the
-    /// [`crate::Mark`] of the checkpoint it is applied to.
+    /// A checkpoint begins. With [`FLAG_FULL`] it replaces the whole image, with [`FLAG_INSTALL`] that of a joining
+    /// replica. Otherwise the payload says what it is applied to, a [`crate::Mark`], and the generation in which it
+    /// was first sent (u64).
     Begin = 5,
     /// Page records.
     Pages = 6,
@@ -42,7 +43,8 @@ pub enum Kind {
     Disk = 7,
     /// A piece of the machine state.
     Machine = 8,
-    /// The checkpoint is complete: bincode [`checkpoint::CheckpointEnd`].
+    /// The checkpoint is complete: bincode [`checkpoint::CheckpointEnd`], with [`FLAG_INSTALL`] after the
+    /// [`crate::Mark`] that the joining replica then holds.
     End = 9,
     /// The tail has processed every checkpoint up to `epoch`.
     Ack = 10,
@@ -50,10 +52,16 @@ pub enum Kind {
     Heartbeat = 11,
     /// A replica further down is lost: bincode `(HostId, String)`.
     Broken = 12,
+    /// The successor has now been sent everything up to `epoch`, which is all that its predecessor held.
+    Complete = 13,
+    /// The joining replica has everything and can become the tail. Up the chain, to the owner.
+    JoinerReady = 14,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
 pub const FLAG_FULL: u32 = 1;
+/// [`Kind::Begin`] and [`Kind::End`]: the content of a joining replica.
+pub const FLAG_INSTALL: u32 = 2;
 
 impl Kind {
     fn from_u16(n: u16) -> Option<Self> {
@@ -70,6 +78,8 @@ impl Kind {
             10 => Self::Ack,
             11 => Self::Heartbeat,
             12 => Self::Broken,
+            13 => Self::Complete,
+            14 => Self::JoinerReady,
             _ => return None,
         })
     }
@@ -143,10 +153,25 @@ fn header(frame: &Frame, length: usize, crc: u32) -> [u8; HEADER] {
 }
 
 /// A payload as received, with the checksum that it bears and that has been verified. Reused from frame to frame.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Payload {
     bytes: Vec<u8>,
     crc: u32,
+}
+
+impl Payload {
+    /// Replaces the content by one that is to be sent.
+    pub fn fill(&mut self, content: &[u8]) {
+        self.bytes.clear();
+        self.bytes.extend_from_slice(content);
+        self.crc = crc32c::crc32c(content);
+    }
+
+    /// Memory it takes, in bytes.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.bytes.capacity()
+    }
 }
 
 impl std::ops::Deref for Payload {
@@ -249,7 +274,11 @@ fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
         return Err(WireError::TooLong(length));
     }
     let flags = word(40);
-    let known = if kind == Kind::Begin { FLAG_FULL } else { 0 };
+    let known = match kind {
+        Kind::Begin => FLAG_FULL | FLAG_INSTALL,
+        Kind::End => FLAG_INSTALL,
+        _ => 0,
+    };
     if flags & !known != 0 || h[44..60] != [0; 16] {
         return Err(WireError::Reserved(kind));
     }

@@ -322,6 +322,29 @@ impl ReplicaDisks {
         }
     }
 
+    /// The mirrors, in the order of the disks; none while a VM runs on them. What was processed since the last
+    /// [`ReplicaDisks::flush`] may not be in them yet.
+    #[must_use]
+    pub fn mirrors(&self) -> &[Mirror] {
+        &self.mirrors
+    }
+
+    /// Brings everything processed so far into the mirrors, durably.
+    ///
+    /// # Errors
+    /// What the files say: final.
+    pub fn flush(&mut self) -> Result<(), DiskbufError> {
+        self.guard(|disks| {
+            disks.wait()?;
+            if disks.state == State::Replica && !disks.pending.is_empty() {
+                let record = disks.stored(Role::Replica);
+                disks.take_batch(record)?.run()?;
+                disks.settle()?;
+            }
+            Ok(())
+        })
+    }
+
     /// Makes the mirrors those of a running VM: they are at checkpoint `epoch`, which must be the newest processed, all
     /// writes are in them, and the record says so durably. Gives up the locks, so that the VM's process can open
     /// the images, which are returned in the order of the disks.

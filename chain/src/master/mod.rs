@@ -15,6 +15,7 @@ pub use local::LocalMaster;
 pub use server::MasterServer;
 pub use state::{MasterState, Rejection};
 
+use crate::mark::Mark;
 use crate::view::{Member, VmRecord, VmShape};
 
 /// A change asked of the master. Each names the generation it is based on: compare-and-set.
@@ -37,10 +38,17 @@ pub enum Command {
         expect: Generation,
         /// The owner, who alone may ask.
         by: HostId,
-        /// The new chain, head first.
+        /// The new chain, head first. In place it is what is left of the old one in its order, and perhaps the
+        /// replica that was joining at its end.
         chain: Vec<Member>,
+        /// A replica for the tail to fill; no member of the chain.
+        joining: Option<Member>,
+        /// Begin anew: what replicas hold does not count any more, because output may flow before the chain is filled.
+        /// Otherwise the owner goes on holding and the chain goes on from what it has.
+        anew: bool,
     },
-    /// A replica asks for ownership.
+    /// A replica asks for ownership. The replicas after it stay; those before it may hold more than it has, which is no
+    /// part of the VM's history any more.
     TakeOver {
         /// The VM.
         vm: VmId,
@@ -48,6 +56,8 @@ pub enum Command {
         expect: Generation,
         /// A member of that generation's chain, frozen.
         by: HostId,
+        /// The checkpoint it resumes from.
+        at: Mark,
     },
     /// The owner ends the VM.
     Remove {

@@ -7,7 +7,8 @@ use checkpoint::{Generation, HostId, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::{Command, Snapshot};
-use crate::view::{Member, View, VmRecord};
+use crate::mark::Mark;
+use crate::view::{History, Member, View, VmRecord};
 
 /// Most replicas in a chain.
 pub const CHAIN_MAX: usize = 16;
@@ -52,6 +53,16 @@ pub enum Rejection {
         vm: VmId,
         /// Who asked.
         by: HostId,
+    },
+    /// What the replica holds is no part of the VM's history any more.
+    #[error("{by} holds checkpoint {at} of VM {vm}, which is not part of its history any more")]
+    Outdated {
+        /// The VM.
+        vm: VmId,
+        /// Who asked.
+        by: HostId,
+        /// What it holds.
+        at: Mark,
     },
     /// A chain that cannot be.
     #[error("that chain cannot be: {0}")]
@@ -106,6 +117,8 @@ impl MasterState {
                     generation: Generation(1),
                     owner: owner.clone(),
                     chain: Vec::new(),
+                    joining: None,
+                    history: History::new(Generation(1)),
                 };
                 let record = VmRecord {
                     view,
@@ -120,34 +133,68 @@ impl MasterState {
                 expect,
                 by,
                 chain,
+                joining,
+                anew,
             } => {
                 let view = self.view(*vm)?;
-                if view.generation == expect.next() && view.owner == *by && view.chain == *chain {
+                let repeated = view.generation == expect.next()
+                    && view.owner == *by
+                    && same(&view.chain, chain)
+                    && same(view.joining.as_slice(), joining.as_slice())
+                    && (!*anew || view.history.since == view.generation);
+                if repeated {
                     return Ok(self.vms[vm].clone());
                 }
                 owned(view, *expect, by)?;
-                check_chain(by, chain)?;
-                Ok(self.decide(*vm, by.clone(), chain.clone()))
+                check_chain(by, chain, joining.as_ref())?;
+                if !*anew {
+                    check_in_place(view, chain)?;
+                } else if joining.is_some() {
+                    let why = "a replica can join once the chain is filled, not before";
+                    return Err(Rejection::Chain(why.into()));
+                }
+                let mut next = view.clone();
+                next.generation = expect.next();
+                if *anew || chain.is_empty() {
+                    next.history = History::new(next.generation);
+                }
+                next.chain = entered(chain, view, *anew, next.generation);
+                next.joining = joining.clone().map(|member| Member {
+                    since: next.generation,
+                    ..member
+                });
+                Ok(self.decide(next))
             }
-            Command::TakeOver { vm, expect, by } => {
+            Command::TakeOver { vm, expect, by, at } => {
                 let view = self.view(*vm)?;
                 if view.generation == expect.next() && view.owner == *by {
                     return Ok(self.vms[vm].clone());
                 }
                 in_generation(view, *expect)?;
-                if view.position(by).is_none() {
+                let Some(position) = view.position(by) else {
                     return Err(Rejection::NotMember {
                         vm: *vm,
                         by: by.clone(),
                     });
+                };
+                if !view.history.contains(*at) {
+                    return Err(Rejection::Outdated {
+                        vm: *vm,
+                        by: by.clone(),
+                        at: *at,
+                    });
                 }
-                let chain = view
-                    .chain
-                    .iter()
-                    .filter(|m| m.host != *by)
-                    .cloned()
-                    .collect();
-                Ok(self.decide(*vm, by.clone(), chain))
+                let mut next = view.clone();
+                next.generation = expect.next();
+                next.owner = by.clone();
+                next.joining = None;
+                next.chain.drain(..=position);
+                if next.chain.is_empty() {
+                    next.history = History::new(next.generation);
+                } else {
+                    next.history.fork(*expect, at.epoch);
+                }
+                Ok(self.decide(next))
             }
             Command::Remove { vm, expect, by } => {
                 owned(self.view(*vm)?, *expect, by)?;
@@ -164,14 +211,57 @@ impl MasterState {
             .ok_or(Rejection::Unknown(vm))
     }
 
-    fn decide(&mut self, vm: VmId, owner: HostId, chain: Vec<Member>) -> VmRecord {
+    fn decide(&mut self, view: View) -> VmRecord {
         self.revision += 1;
-        let record = self.vms.get_mut(&vm).expect("the caller has looked it up");
-        record.view.generation = record.view.generation.next();
-        record.view.owner = owner;
-        record.view.chain = chain;
+        let record = self
+            .vms
+            .get_mut(&view.vm)
+            .expect("the caller has looked it up");
+        record.view = view;
         record.clone()
     }
+}
+
+/// The same replicas at the same addresses; since when they are members is not the asker's to know.
+fn same(a: &[Member], b: &[Member]) -> bool {
+    a.len() == b.len()
+        && a.iter()
+            .zip(b)
+            .all(|(a, b)| a.host == b.host && a.addr == b.addr)
+}
+
+/// The members of `chain`, each with the generation since which it is one.
+fn entered(chain: &[Member], view: &View, anew: bool, now: Generation) -> Vec<Member> {
+    let since = |host: &HostId| match view.position(host) {
+        Some(position) if !anew => view.chain[position].since,
+        _ => now,
+    };
+    chain
+        .iter()
+        .map(|member| Member {
+            since: since(&member.host),
+            ..member.clone()
+        })
+        .collect()
+}
+
+/// In place, a chain is what is left of the old one, in its order: each replica then holds a prefix of what those before it
+/// hold. Only the replica that the tail has been filling may come in addition, at the end.
+fn check_in_place(view: &View, chain: &[Member]) -> Result<(), Rejection> {
+    let mut last = None;
+    for (i, member) in chain.iter().enumerate() {
+        match view.position(&member.host) {
+            Some(position) if last.is_none_or(|last| position > last) => last = Some(position),
+            None if view.is_joining(&member.host) && i + 1 == chain.len() && i > 0 => {}
+            _ => {
+                return Err(Rejection::Chain(format!(
+                    "{} cannot be there unless the chain begins anew",
+                    member.host
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn in_generation(view: &View, expected: Generation) -> Result<(), Rejection> {
@@ -198,20 +288,30 @@ fn owned(view: &View, expected: Generation, by: &HostId) -> Result<(), Rejection
     })
 }
 
-fn check_chain(owner: &HostId, chain: &[Member]) -> Result<(), Rejection> {
+fn check_chain(
+    owner: &HostId,
+    chain: &[Member],
+    joining: Option<&Member>,
+) -> Result<(), Rejection> {
     if chain.len() > CHAIN_MAX {
         return Err(Rejection::Chain(format!(
             "{} replicas, at most {CHAIN_MAX} are possible",
             chain.len()
         )));
     }
-    for (i, member) in chain.iter().enumerate() {
+    if joining.is_some() && chain.is_empty() {
+        return Err(Rejection::Chain(
+            "nobody is there to fill the joining replica".into(),
+        ));
+    }
+    let all: Vec<&Member> = chain.iter().chain(joining).collect();
+    for (i, member) in all.iter().enumerate() {
         if member.host == *owner {
             return Err(Rejection::Chain(format!(
                 "{owner} is the owner; a backup has to be another host"
             )));
         }
-        if chain[..i].iter().any(|m| m.host == member.host) {
+        if all[..i].iter().any(|m| m.host == member.host) {
             return Err(Rejection::Chain(format!("{} is in it twice", member.host)));
         }
     }
@@ -228,10 +328,39 @@ mod tests {
     }
 
     fn member(name: &str) -> Member {
-        Member {
-            host: host(name),
-            addr: "127.0.0.1:1".parse().unwrap(),
+        Member::new(host(name), "127.0.0.1:1".parse().unwrap())
+    }
+
+    fn mark(generation: u64, epoch: u64) -> Mark {
+        Mark {
+            generation: Generation(generation),
+            epoch: checkpoint::Epoch(epoch),
+            digest: 0,
         }
+    }
+
+    fn reconfigure(vm: VmId, expect: u64, by: &str, chain: &[&str], anew: bool) -> Command {
+        Command::Reconfigure {
+            vm,
+            expect: Generation(expect),
+            by: host(by),
+            chain: chain.iter().map(|name| member(name)).collect(),
+            joining: None,
+            anew,
+        }
+    }
+
+    fn take(vm: VmId, expect: u64, by: &str, at: Mark) -> Command {
+        Command::TakeOver {
+            vm,
+            expect: Generation(expect),
+            by: host(by),
+            at,
+        }
+    }
+
+    fn hosts(record: &VmRecord) -> Vec<&str> {
+        record.view.chain.iter().map(|m| m.host.as_str()).collect()
     }
 
     fn protected() -> (MasterState, VmId) {
@@ -251,14 +380,8 @@ mod tests {
             .unwrap()
             .view
             .vm;
-        let chain = vec![member("b"), member("c")];
         state
-            .apply(&Command::Reconfigure {
-                vm,
-                expect: Generation(1),
-                by: host("a"),
-                chain,
-            })
+            .apply(&reconfigure(vm, 1, "a", &["b", "c", "d"], true))
             .unwrap();
         (state, vm)
     }
@@ -266,75 +389,99 @@ mod tests {
     #[test]
     fn i4_of_two_takeovers_in_one_generation_only_one_is_granted() {
         let (mut state, vm) = protected();
-        let take = |by: &str| Command::TakeOver {
-            vm,
-            expect: Generation(2),
-            by: host(by),
-        };
-        let record = state.apply(&take("b")).unwrap();
+        let record = state.apply(&take(vm, 2, "b", mark(2, 7))).unwrap();
         assert_eq!(
-            (record.view.generation, record.view.owner),
+            (record.view.generation, record.view.owner.clone()),
             (Generation(3), host("b"))
         );
-        assert_eq!(record.view.chain, [member("c")]);
-        assert!(matches!(
-            state.apply(&take("c")),
-            Err(Rejection::Generation { .. })
-        ));
+        assert_eq!(hosts(&record), ["c", "d"]);
+        let late = state.apply(&take(vm, 2, "c", mark(2, 7)));
+        assert!(matches!(late, Err(Rejection::Generation { .. })));
         // The old owner can decide nothing any more.
-        let old = Command::Reconfigure {
-            vm,
-            expect: Generation(2),
-            by: host("a"),
-            chain: vec![],
-        };
-        assert!(matches!(
-            state.apply(&old),
-            Err(Rejection::Generation { .. })
-        ));
-        let old = Command::Reconfigure {
-            vm,
-            expect: Generation(3),
-            by: host("a"),
-            chain: vec![],
-        };
-        assert!(matches!(state.apply(&old), Err(Rejection::NotOwner { .. })));
+        let old = state.apply(&reconfigure(vm, 2, "a", &[], false));
+        assert!(matches!(old, Err(Rejection::Generation { .. })));
+        let old = state.apply(&reconfigure(vm, 3, "a", &[], false));
+        assert!(matches!(old, Err(Rejection::NotOwner { .. })));
+    }
+
+    #[test]
+    fn i5_a_takeover_leaves_replicas_before_it_out_and_cuts_what_they_had_more() {
+        let (mut state, vm) = protected();
+        let record = state.apply(&take(vm, 2, "c", mark(2, 7))).unwrap();
+        assert_eq!(hosts(&record), ["d"]);
+        assert!(record.view.in_place());
+        assert!(record.view.history.contains(mark(2, 7)));
+        assert!(!record.view.history.contains(mark(2, 8)));
+        // What is no part of the history cannot be resumed.
+        let outdated = state.apply(&take(vm, 3, "d", mark(2, 8)));
+        assert!(matches!(outdated, Err(Rejection::Outdated { .. })));
+        let record = state.apply(&take(vm, 3, "d", mark(2, 6))).unwrap();
+        // The last one: nothing is left that an owner could go on with.
+        assert!(record.view.chain.is_empty());
+        assert!(!record.view.history.contains(mark(2, 6)));
     }
 
     #[test]
     fn a_repeated_command_is_answered_as_the_first_time() {
         let (mut state, vm) = protected();
-        let take = Command::TakeOver {
+        let joining = Command::Reconfigure {
             vm,
             expect: Generation(2),
-            by: host("b"),
+            by: host("a"),
+            chain: vec![member("b"), member("c")],
+            joining: Some(member("e")),
+            anew: false,
         };
-        let first = state.apply(&take).unwrap();
-        let revision = state.revision();
-        assert_eq!(state.apply(&take).unwrap(), first);
-        assert_eq!(state.revision(), revision);
+        for command in [joining, take(vm, 3, "b", mark(2, 7))] {
+            let first = state.apply(&command).unwrap();
+            let revision = state.revision();
+            assert_eq!(state.apply(&command).unwrap(), first);
+            assert_eq!(state.revision(), revision);
+        }
     }
 
     #[test]
     fn only_a_member_may_take_over_and_only_a_possible_chain_is_taken() {
         let (mut state, vm) = protected();
-        let stranger = Command::TakeOver {
-            vm,
-            expect: Generation(2),
-            by: host("x"),
-        };
-        assert!(matches!(
-            state.apply(&stranger),
-            Err(Rejection::NotMember { .. })
-        ));
-        for chain in [vec![member("a")], vec![member("b"), member("b")]] {
-            let command = Command::Reconfigure {
-                vm,
-                expect: Generation(2),
-                by: host("a"),
-                chain,
-            };
-            assert!(matches!(state.apply(&command), Err(Rejection::Chain(_))));
+        let stranger = state.apply(&take(vm, 2, "x", mark(2, 7)));
+        assert!(matches!(stranger, Err(Rejection::NotMember { .. })));
+        for chain in [&["a"][..], &["b", "b"]] {
+            let result = state.apply(&reconfigure(vm, 2, "a", chain, true));
+            assert!(matches!(result, Err(Rejection::Chain(_))), "{chain:?}");
         }
+        // In place: no other order, nobody new, and nothing to go on from without a chain.
+        for chain in [&["c", "b"][..], &["b", "e"], &["e"]] {
+            let result = state.apply(&reconfigure(vm, 2, "a", chain, false));
+            assert!(matches!(result, Err(Rejection::Chain(_))), "{chain:?}");
+        }
+        let record = state.apply(&reconfigure(vm, 2, "a", &["b", "d"], false));
+        assert_eq!(hosts(&record.unwrap()), ["b", "d"]);
+        let record = state.apply(&reconfigure(vm, 3, "a", &[], false)).unwrap();
+        assert!(!record.view.history.contains(mark(2, 1)), "output flows");
+        let result = state.apply(&reconfigure(vm, 4, "a", &["b"], false));
+        assert!(matches!(result, Err(Rejection::Chain(_))));
+    }
+
+    #[test]
+    fn a_joining_replica_becomes_the_tail_and_is_a_member_from_then_on_only() {
+        let (mut state, vm) = protected();
+        let join = |expect, chain: &[&str], joining: Option<&str>| Command::Reconfigure {
+            vm,
+            expect: Generation(expect),
+            by: host("a"),
+            chain: chain.iter().map(|name| member(name)).collect(),
+            joining: joining.map(member),
+            anew: false,
+        };
+        let member_twice = state.apply(&join(2, &["b", "c"], Some("c")));
+        assert!(matches!(member_twice, Err(Rejection::Chain(_))));
+        let alone = state.apply(&join(2, &[], Some("e")));
+        assert!(matches!(alone, Err(Rejection::Chain(_))));
+        let record = state.apply(&join(2, &["b", "c"], Some("d"))).unwrap();
+        assert_eq!(hosts(&record), ["b", "c"]);
+        let record = state.apply(&join(3, &["b", "c", "d"], None)).unwrap();
+        let since: Vec<u64> = record.view.chain.iter().map(|m| m.since.0).collect();
+        assert_eq!(since, [2, 2, 4], "d was out for a generation");
+        assert!(record.view.history.contains(mark(2, 7)));
     }
 }

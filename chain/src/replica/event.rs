@@ -4,6 +4,22 @@ use checkpoint::{Epoch, Generation};
 
 use crate::mark::Mark;
 
+/// What a checkpoint is applied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// It replaces the whole image: the first of a history.
+    Nothing,
+    /// It replaces the whole image of a joining replica; its end says which checkpoint that then is.
+    Install,
+    /// The checkpoint before it.
+    On {
+        /// That one, exactly.
+        base: Mark,
+        /// The generation this checkpoint was first sent in.
+        origin: Generation,
+    },
+}
+
 /// What happens to a replica. Frames come from the connection greeted as the predecessor's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -13,8 +29,8 @@ pub enum Event {
         generation: Generation,
         /// The checkpoint.
         epoch: Epoch,
-        /// What it is applied to; `None`: it replaces the whole image.
-        base: Option<Mark>,
+        /// What it is applied to.
+        base: Base,
     },
     /// Part of a checkpoint: pages, disk writes, machine state.
     Data {
@@ -29,11 +45,20 @@ pub enum Event {
         generation: Generation,
         /// The checkpoint.
         epoch: Epoch,
+        /// The checkpoint that a joining replica holds with it.
+        install: Option<Mark>,
     },
     /// The predecessor lives.
     Heartbeat {
         /// The sender's generation.
         generation: Generation,
+    },
+    /// The predecessor has sent everything that it held when it connected, which was up to `epoch`.
+    Complete {
+        /// The sender's generation.
+        generation: Generation,
+        /// Its newest checkpoint then.
+        epoch: Epoch,
     },
     /// Outcome of [`Action::Prepare`], fed back before anything else: whole, verified and durable.
     Prepared {
@@ -47,8 +72,23 @@ pub enum Event {
         /// Whether what the store held before is lost too; otherwise only the checkpoint under way is.
         damaged: bool,
     },
-    /// The successor says that the tail has everything up to `epoch`.
-    SuccessorAck {
+    /// A connection to the next replica stands: the successor's, or at the tail the joining replica's.
+    NextUp {
+        /// The generation it was made in.
+        generation: Generation,
+        /// What the next replica holds and may go on from.
+        holds: Option<Mark>,
+    },
+    /// That connection has ended.
+    NextDown,
+    /// The joining replica has been sent everything up to [`Replica::hist`](super::Replica::hist), between two
+    /// checkpoints: from here on it is sent what is forwarded.
+    JoinerFed {
+        /// The generation it was sent in.
+        generation: Generation,
+    },
+    /// The next replica says: its tail has everything up to `epoch`; or, joining, that it has.
+    NextAck {
         /// The sender's generation.
         generation: Generation,
         /// The newest checkpoint acknowledged.
@@ -69,8 +109,28 @@ pub enum Event {
 /// What the driver has to do. "The frame in hand" is the one the event was about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send the frame in hand to the successor.
+    /// Send the frame in hand to the next replica.
     Forward,
+    /// Keep the frame in hand, at the end of what is kept, to send it again should the next replica change. The beginning
+    /// of a checkpoint replaces one that was kept without its end.
+    Keep,
+    /// Send the next replica what is kept after this checkpoint, the unfinished one included.
+    Resend {
+        /// What it holds.
+        after: Mark,
+    },
+    /// Drop what is kept up to this checkpoint.
+    Trim(Epoch),
+    /// Drop all that is kept.
+    TrimAll,
+    /// Tell the successor that it has now been sent everything up to this checkpoint.
+    SayComplete(Epoch),
+    /// The successor cannot go on from what it holds: tell the predecessor, end the connection.
+    Unfit(String),
+    /// Fill the joining replica, then say [`Event::JoinerFed`].
+    Feed,
+    /// Tell the owner that the joining replica has everything and can become the tail.
+    JoinerReady,
     /// Store: a checkpoint begins.
     Open {
         /// The checkpoint.
@@ -82,7 +142,10 @@ pub enum Action {
     Stage,
     /// Store: the frame in hand ends the checkpoint; verify that it is whole and make it durable to the degree
     /// configured. Answer with [`Event::Prepared`] or [`Event::StoreFailed`].
-    Prepare,
+    Prepare {
+        /// The checkpoint.
+        epoch: Epoch,
+    },
     /// Store: put the prepared checkpoint into the image. Cannot fail.
     Commit(Mark),
     /// Tell the predecessor that the tail has everything up to this epoch.
@@ -97,17 +160,31 @@ pub enum Action {
     Failed(String),
 }
 
-/// Where a replica stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a replica stands. None of these is final: a newer generation leads out of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
-    /// Holds no checkpoint, or one of an earlier configuration that must not be resumed from.
+    /// Not part of the chain.
+    Offline,
+    /// Being filled by the tail, or just made a member and not sure to have everything acknowledged so far.
+    Joining,
+    /// A member that holds no checkpoint of this history yet.
     Syncing,
     /// Could resume the VM.
     Serving,
+    /// As serving, and nobody else in the chain could.
+    LastSurvivor,
     /// Stopped for a takeover.
     Frozen,
     /// Declared itself failed.
     Failed,
+}
+
+impl State {
+    /// Whether the VM could be resumed from here.
+    #[must_use]
+    pub fn could_resume(self) -> bool {
+        matches!(self, Self::Serving | Self::LastSurvivor)
+    }
 }
 
 /// Why a replica cannot be resumed from.
@@ -119,14 +196,9 @@ pub enum FreezeError {
     /// It is empty, or being filled.
     #[error("this replica holds no complete checkpoint")]
     Empty,
-    /// The configuration has changed since.
+    /// Not a member, or not for long enough.
     #[error(
-        "this replica holds checkpoint {held}, but generation {now} has begun since and its owner may have let output out that this checkpoint does not know of"
+        "this replica holds checkpoint {0}, but it is still joining: newer ones may have been acknowledged without it"
     )]
-    Outdated {
-        /// What it holds.
-        held: Mark,
-        /// The generation followed.
-        now: Generation,
-    },
+    Joining(Mark),
 }

@@ -45,7 +45,7 @@ fn run(shared: &Shared, mut stream: &TcpStream) -> Result<(), WireError> {
         }
     };
     stream.set_read_timeout(None)?;
-    let result = frames(shared, &slot, role, stream, &link, &mut payload);
+    let result = frames(shared, &slot, role, stream, &link);
     slot.disconnected(&link);
     result
 }
@@ -75,10 +75,10 @@ fn frames(
     role: Role,
     mut stream: &TcpStream,
     link: &Arc<Link>,
-    payload: &mut Payload,
 ) -> Result<(), WireError> {
     loop {
-        let frame = wire::read(&mut stream, payload)?;
+        let mut payload = slot.buffers.take();
+        let frame = wire::read(&mut stream, &mut payload)?;
         if role == Role::Acks {
             return Err(WireError::OutOfPlace(
                 frame.kind,

@@ -5,9 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use checkpoint::{Epoch, Generation, VmId, codec};
 
-use super::state::{Beat, InHand, State};
+use super::state::{Beat, State};
 use super::{ReplicaStatus, ServerError, ServerOptions, Shared, lock};
+use crate::kept::Buffers;
 use crate::link::{HELLO_LIMIT, Hello, Link, Role, Trouble};
+use crate::mark::Mark;
 use crate::replica::{Event, FreezeError, Replica};
 use crate::store::{Handover, ReplicaStore, StoreError};
 use crate::view::View;
@@ -17,6 +19,8 @@ pub(super) struct Slot {
     vm: VmId,
     /// A frame is being handled: the stream is not silent, however long that takes.
     busy: AtomicBool,
+    /// What frames are read into.
+    pub(super) buffers: Arc<Buffers>,
     pub(super) beat: Beat,
     pub(super) state: Mutex<State>,
 }
@@ -29,9 +33,11 @@ impl Slot {
     ) -> Arc<Self> {
         let replica = Replica::new(options.host.clone(), &view, options.missed);
         let vm = view.vm;
-        let state = State::new(view, replica, store);
+        let buffers = Arc::<Buffers>::default();
+        let state = State::new(view, replica, store, buffers.clone());
         Arc::new(Self {
             vm,
+            buffers,
             busy: AtomicBool::new(false),
             beat: state.beat.clone(),
             state: Mutex::new(state),
@@ -54,11 +60,7 @@ impl Slot {
         if view.generation <= state.replica.generation() {
             return;
         }
-        state.replica.adopt(&view);
-        state.view = view;
-        state.hang_up();
-        // Predecessor and owner stay connected until they have been told that their generation is over.
-        state.owners.clear();
+        state.adopt(view);
     }
 
     pub(super) fn retire(&self, generation: Generation) {
@@ -73,10 +75,12 @@ impl Slot {
         let view = View {
             generation,
             chain: Vec::new(),
+            joining: None,
             ..state.view.clone()
         };
         state.replica.adopt(&view);
         state.store = None;
+        state.kept.clear();
         state.hang_up();
     }
 
@@ -90,12 +94,11 @@ impl Slot {
         }
     }
 
-    pub(super) fn freeze(&self) -> Result<Epoch, ServerError> {
-        let held = lock(&self.state).replica.freeze();
-        held.map(|mark| mark.epoch).map_err(|e| match e {
+    pub(super) fn freeze(&self) -> Result<Mark, ServerError> {
+        lock(&self.state).replica.freeze().map_err(|e| match e {
             FreezeError::Failed(why) => ServerError::Failed(why),
             FreezeError::Empty => StoreError::Empty.into(),
-            outdated @ FreezeError::Outdated { .. } => ServerError::Outdated(outdated.to_string()),
+            joining @ FreezeError::Joining(_) => ServerError::Joining(joining.to_string()),
         })
     }
 
@@ -104,15 +107,19 @@ impl Slot {
     }
 
     pub(super) fn hand_over(&self, view: &View) -> Result<Handover, ServerError> {
-        let store = {
+        let (store, mut kept) = {
             let mut state = lock(&self.state);
+            let kept = std::mem::take(&mut state.kept);
             // From here on the old owner's frames are answered with a refusal.
             state.replica.adopt(view);
             state.view = view.clone();
             state.hang_up();
-            state.store.take().ok_or(StoreError::Empty)?
+            (state.store.take().ok_or(StoreError::Empty)?, kept)
         };
-        Ok(store.hand_over(view.generation)?)
+        kept.abandon();
+        let mut handover = store.hand_over(view.generation)?;
+        handover.kept = kept;
+        Ok(handover)
     }
 
     /// Answers a greeting; true if the connection stands. Answered under the lock, so that nothing else goes first.
@@ -138,18 +145,20 @@ impl Slot {
             link.send(&state.own_frame(Kind::NotReady, Epoch::ZERO), &payload)?;
             return Ok(false);
         }
-        let holds = state.holds().map(|mark| mark.to_bytes());
+        let holds = state.replica.hist().map(|mark| mark.to_bytes());
         let payload = holds.as_ref().map_or(&[][..], |bytes| &bytes[..]);
         link.send(&state.own_frame(Kind::HelloOk, Epoch::ZERO), payload)?;
+        // What was acknowledged while nobody listened must not be lost with the old connection.
+        let acked = match hello.role {
+            Role::Update => state.replica.acked_up(),
+            Role::Acks => state.replica.acked(),
+        };
+        if let Some(acked) = acked {
+            link.send(&state.own_frame(Kind::Ack, acked), &[])?;
+        }
         match hello.role {
             Role::Update => state.up = Some(link.clone()),
-            Role::Acks => {
-                // What was acknowledged while nobody listened must not be lost with the old connection.
-                if let Some(acked) = state.replica.acked() {
-                    link.send(&state.own_frame(Kind::Ack, acked), &[])?;
-                }
-                state.owners.push(link.clone());
-            }
+            Role::Acks => state.owners.push(link.clone()),
         }
         Ok(true)
     }
@@ -167,16 +176,11 @@ impl Slot {
         &self,
         shared: &Shared,
         frame: &Frame,
-        payload: &Payload,
+        payload: Payload,
         link: &Arc<Link>,
     ) -> Result<(), WireError> {
         self.busy.store(true, Ordering::Release);
-        let hand = InHand {
-            frame,
-            payload,
-            link,
-        };
-        let result = lock(&self.state).frame(shared, hand);
+        let result = lock(&self.state).frame(shared, frame, payload, link);
         self.busy.store(false, Ordering::Release);
         result
     }
@@ -218,13 +222,15 @@ fn obstacle(
     if let Some(why) = state.replica.failed() {
         return here(format!("this replica has failed: {why}"));
     }
-    let position = state.view.position(&shared.options.host)?;
+    let view = &state.view;
+    let predecessor = match view.position(&shared.options.host) {
+        Some(0) => &view.owner,
+        Some(position) => &view.chain[position - 1].host,
+        None if view.is_joining(&shared.options.host) => &view.chain.last()?.host,
+        None => return here("is no member of the chain".into()),
+    };
     match hello.role {
         Role::Update => {
-            let predecessor = match position.checked_sub(1) {
-                None => &state.view.owner,
-                Some(before) => &state.view.chain[before].host,
-            };
             if hello.from != *predecessor {
                 let from = &hello.from;
                 return here(format!("its predecessor is {predecessor}, not {from}"));

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex};
 
 use checkpoint::{CheckpointEnd, Epoch, codec};
 
+use super::joiner::{self, Feeding};
 use super::{ServerEvent, Shared, lock};
+use crate::kept::{Buffers, KEPT_MAX, Kept, base_of, end_of};
 use crate::link::{HELLO_LIMIT, Link, Trouble};
-use crate::mark::Mark;
 use crate::replica::{Action, Event, Replica};
 use crate::store::{ReplicaStore, StoreError};
 use crate::view::View;
-use crate::wire::{FLAG_FULL, Frame, Kind, Payload, WireError};
+use crate::wire::{Frame, Kind, Payload, WireError};
 
 /// Where heartbeats go and what they say.
 pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
@@ -24,10 +25,15 @@ pub(super) struct State {
     pub(super) store: Option<Box<dyn ReplicaStore>>,
     /// The predecessor.
     pub(super) up: Option<Arc<Link>>,
-    /// The successor.
+    /// The next replica: the successor, or one that is joining.
     pub(super) down: Option<Arc<Link>>,
-    /// What the successor and all after it hold.
-    pub(super) down_holds: Option<Mark>,
+    /// What was sent on and not acknowledged.
+    pub(super) kept: Kept,
+    buffers: Arc<Buffers>,
+    /// The frame in hand is to be kept.
+    keep: bool,
+    /// Somebody fills a joining replica, and waits for the moment between two checkpoints.
+    pub(super) feeding: Option<Feeding>,
     /// Why there is no successor yet.
     pub(super) down_trouble: Option<Trouble>,
     /// Owners who want the tail's acks.
@@ -52,18 +58,20 @@ pub(super) struct InHand<'a> {
 fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
     let (generation, epoch) = (frame.generation, frame.epoch);
     Ok(match frame.kind {
-        Kind::Begin if frame.flags & FLAG_FULL != 0 => Event::Begin {
-            generation,
-            epoch,
-            base: None,
-        },
         Kind::Begin => Event::Begin {
             generation,
             epoch,
-            base: Some(Mark::from_bytes(payload).ok_or(WireError::Payload(Kind::Begin))?),
+            base: base_of(frame.flags, payload).ok_or(WireError::Payload(Kind::Begin))?,
         },
+        Kind::Complete => Event::Complete { generation, epoch },
         Kind::Pages | Kind::Disk | Kind::Machine => Event::Data { generation, epoch },
-        Kind::End => Event::End { generation, epoch },
+        Kind::End => Event::End {
+            generation,
+            epoch,
+            install: end_of(frame.flags, payload)
+                .ok_or(WireError::Payload(Kind::End))?
+                .0,
+        },
         Kind::Heartbeat => Event::Heartbeat { generation },
         other => {
             return Err(WireError::OutOfPlace(
@@ -75,14 +83,22 @@ fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
 }
 
 impl State {
-    pub(super) fn new(view: View, replica: Replica, store: Box<dyn ReplicaStore>) -> Self {
+    pub(super) fn new(
+        view: View,
+        replica: Replica,
+        store: Box<dyn ReplicaStore>,
+        buffers: Arc<Buffers>,
+    ) -> Self {
         Self {
             view,
             replica,
             store: Some(store),
             up: None,
             down: None,
-            down_holds: None,
+            kept: Kept::default(),
+            buffers,
+            keep: false,
+            feeding: None,
             down_trouble: None,
             owners: Vec::new(),
             beat: Beat::default(),
@@ -100,23 +116,33 @@ impl State {
             .is_some_and(|down| Arc::ptr_eq(down, link))
     }
 
-    /// The checkpoint that this replica and all after it hold.
-    pub(super) fn holds(&self) -> Option<Mark> {
-        let mine = self.replica.hist();
-        if self.replica.successor().is_some() && self.down_holds != mine {
-            return None;
+    /// Follows a newer configuration.
+    pub(super) fn adopt(&mut self, view: View) {
+        self.replica.adopt(&view);
+        self.view = view;
+        self.hang_up();
+        self.kept.abandon();
+        if self.replica.successor().is_none() || self.replica.hist().is_none() {
+            self.kept.clear();
         }
-        mine
+        // Predecessor and owner stay connected until they have been told that their generation is over.
+        self.owners.clear();
     }
 
-    /// Ends the connection to the successor, if there is one.
+    /// Ends the connection to the next replica, if there is one.
     pub(super) fn hang_up(&mut self) {
         *lock(&self.beat) = None;
-        self.down_holds = None;
         self.down_trouble = None;
+        if self.feeding.take().is_some()
+            && let Some(store) = &mut self.store
+        {
+            store.copy_end();
+        }
         if let Some(down) = self.down.take() {
             down.close();
         }
+        let mut actions = VecDeque::new();
+        self.replica.step(Event::NextDown, &mut actions);
     }
 
     pub(super) fn own_frame(&self, kind: Kind, epoch: Epoch) -> Frame {
@@ -144,13 +170,13 @@ impl State {
         }
     }
 
-    /// The connection to the successor has ended.
-    pub(super) fn lost_successor(&mut self, why: &str) {
-        let member = self
-            .replica
-            .successor()
-            .and_then(|i| self.view.chain.get(i))
-            .filter(|_| self.down.is_some());
+    /// The connection to the next replica has ended, or is of no use.
+    pub(super) fn lost_next(&mut self, why: &str) {
+        let next = match self.replica.successor() {
+            Some(position) => self.view.chain.get(position),
+            None => self.view.joining.as_ref(),
+        };
+        let member = next.filter(|_| self.down.is_some());
         let Some(host) = member.map(|m| m.host.clone()) else {
             return;
         };
@@ -161,8 +187,46 @@ impl State {
         self.down_trouble = Some(trouble);
     }
 
-    /// Handles one frame from a predecessor.
-    pub(super) fn frame(&mut self, shared: &Shared, hand: InHand<'_>) -> Result<(), WireError> {
+    /// Handles one frame from a predecessor. Its payload goes back to the buffers, unless it is kept.
+    pub(super) fn frame(
+        &mut self,
+        shared: &Shared,
+        frame: &Frame,
+        payload: Payload,
+        link: &Arc<Link>,
+    ) -> Result<(), WireError> {
+        let hand = InHand {
+            frame,
+            payload: &payload,
+            link,
+        };
+        let result = self.handle(shared, hand);
+        if std::mem::take(&mut self.keep) {
+            self.keep_frame(frame, payload);
+        } else {
+            self.buffers.give(payload);
+        }
+        joiner::send_the_rest(self, shared);
+        result
+    }
+
+    fn keep_frame(&mut self, frame: &Frame, payload: Payload) {
+        if self.kept.push(*frame, payload).is_err() {
+            tracing::warn!(
+                "{}: more than {} MiB are not acknowledged by the next replica: not kept any more",
+                self.view.name,
+                KEPT_MAX >> 20
+            );
+            self.kept.clear();
+            self.replica.forget_sent();
+        } else if frame.kind == Kind::End
+            && let Some(mark) = self.replica.hist()
+        {
+            self.kept.close(mark);
+        }
+    }
+
+    fn handle(&mut self, shared: &Shared, hand: InHand<'_>) -> Result<(), WireError> {
         let frame = hand.frame;
         if frame.vm != self.view.vm {
             return Err(WireError::OutOfPlace(
@@ -219,9 +283,31 @@ impl State {
                 if let (Some(down), Some(hand)) = (&self.down, hand)
                     && let Err(e) = down.forward(hand.frame, hand.payload)
                 {
-                    self.lost_successor(&e.to_string());
+                    self.lost_next(&e.to_string());
                 }
             }
+            Action::Keep => self.keep = true,
+            Action::Resend { after } => {
+                let generation = self.replica.generation();
+                if let Some(down) = &self.down
+                    && let Err(e) = self.kept.resend(down, after, generation)
+                {
+                    self.lost_next(&e.to_string());
+                }
+            }
+            Action::Trim(epoch) => self.kept.trim(epoch, Some(&self.buffers)),
+            Action::TrimAll => self.kept.clear(),
+            Action::SayComplete(epoch) => {
+                let frame = self.own_frame(Kind::Complete, epoch);
+                if let Some(down) = &self.down
+                    && let Err(e) = down.send(&frame, &[])
+                {
+                    self.lost_next(&e.to_string());
+                }
+            }
+            Action::Unfit(why) => self.lost_next(&why),
+            Action::Feed => self.feeding = Some(Feeding::Wanted),
+            Action::JoinerReady => self.tell_up(Kind::JoinerReady, Epoch::ZERO, &[]),
             Action::Open { epoch, full } => {
                 let generation = self.replica.generation();
                 return Ok(self.on_store(|store| store.begin(generation, epoch, full)));
@@ -235,9 +321,9 @@ impl State {
                     }));
                 }
             }
-            Action::Prepare => {
+            Action::Prepare { epoch } => {
                 if let Some(hand) = hand {
-                    return Ok(Some(self.prepare(hand.payload)));
+                    return Ok(Some(self.prepare(epoch, hand)));
                 }
             }
             Action::Commit(mark) => {
@@ -283,14 +369,15 @@ impl State {
         })
     }
 
-    fn prepare(&mut self, payload: &Payload) -> Event {
+    fn prepare(&mut self, epoch: Epoch, hand: InHand<'_>) -> Event {
         let generation = self.replica.generation();
         let mut digest = 0;
         let failed = self.on_store(|store| {
+            let end = end_of(hand.frame.flags, hand.payload).map_or(&[][..], |(_, end)| end);
             let end: CheckpointEnd =
-                codec::from_bytes(payload, HELLO_LIMIT).map_err(StoreError::End)?;
+                codec::from_bytes(end, HELLO_LIMIT).map_err(StoreError::End)?;
             digest = end.digest;
-            store.prepare(generation, &end)
+            store.prepare(generation, epoch, &end)
         });
         failed.unwrap_or(Event::Prepared { digest })
     }

@@ -21,14 +21,19 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_m
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connects to the successor, if there is one, for as long as this configuration is followed: it may still be creating
-/// its image, and however late it comes, it must not be left out for good.
+/// Connects to the next replica, if there is one, for as long as this configuration is followed: it may still be creating
+/// its image, and however late it comes, it must not be left out for good. A connection that breaks is made again.
 pub(super) fn connect(slot: &Arc<Slot>, shared: &Arc<Shared>) {
     let (view, next) = {
         let state = lock(&slot.state);
-        (state.view.clone(), state.replica.successor())
+        let next = match state.replica.successor() {
+            Some(position) => state.view.chain.get(position),
+            None if state.replica.is_tail() => state.view.joining.as_ref(),
+            None => None,
+        };
+        (state.view.clone(), next.cloned())
     };
-    let Some(member) = next.and_then(|i| view.chain.get(i).cloned()) else {
+    let Some(member) = next else {
         return;
     };
     let (slot, shared) = (slot.clone(), shared.clone());
@@ -36,9 +41,12 @@ pub(super) fn connect(slot: &Arc<Slot>, shared: &Arc<Shared>) {
         let mut pause = RETRY.0;
         while follows(&slot, view.generation) {
             match greet(member.addr, &view, Role::Update, &shared.options.host) {
-                Ok(peer) => return listen(&slot, &shared, &view, peer),
+                Ok(peer) => {
+                    pause = RETRY.0;
+                    listen(&slot, &shared, &view, peer);
+                }
                 Err(e) => {
-                    tracing::debug!("successor {}: {e}", member.host);
+                    tracing::debug!("next replica {}: {e}", member.host);
                     lock(&slot.state).down_trouble = Some(e.blame(&member.host));
                 }
             }
@@ -56,8 +64,8 @@ fn follows(slot: &Slot, generation: Generation) -> bool {
     state.replica.generation() == generation && state.store.is_some()
 }
 
-/// Reads the successor's acks until the connection ends.
-fn listen(slot: &Slot, shared: &Shared, view: &View, peer: Greeted) {
+/// Reads the next replica's acks until the connection ends.
+fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) {
     let link = Arc::new(peer.link);
     {
         let mut state = lock(&slot.state);
@@ -65,11 +73,18 @@ fn listen(slot: &Slot, shared: &Shared, view: &View, peer: Greeted) {
             return link.close();
         }
         state.down = Some(link.clone());
-        state.down_holds = peer.holds;
         state.down_trouble = None;
         let frame = state.own_frame(Kind::Heartbeat, Epoch::ZERO);
         *lock(&slot.beat) = Some((link.clone(), frame));
+        let up = Event::NextUp {
+            generation: view.generation,
+            holds: peer.holds,
+        };
+        if let Err(e) = state.run(shared, up, None) {
+            state.lost_next(&e.to_string());
+        }
     }
+    super::joiner::begin_if_wanted(slot, shared, &link);
     let mut payload = Payload::default();
     let why = loop {
         let frame = match wire::read(&mut &peer.stream, &mut payload) {
@@ -82,7 +97,7 @@ fn listen(slot: &Slot, shared: &Shared, view: &View, peer: Greeted) {
         }
         match frame.kind {
             Kind::Ack => {
-                let ack = Event::SuccessorAck {
+                let ack = Event::NextAck {
                     generation: frame.generation,
                     epoch: frame.epoch,
                 };
@@ -90,7 +105,7 @@ fn listen(slot: &Slot, shared: &Shared, view: &View, peer: Greeted) {
                     break e.to_string();
                 }
             }
-            Kind::Broken => state.tell_up(Kind::Broken, frame.epoch, &payload),
+            Kind::Broken | Kind::JoinerReady => state.tell_up(frame.kind, frame.epoch, &payload),
             Kind::Refused => {
                 let newer = Frame {
                     generation: frame.generation,
@@ -105,7 +120,7 @@ fn listen(slot: &Slot, shared: &Shared, view: &View, peer: Greeted) {
     };
     let mut state = lock(&slot.state);
     if state.is_down(&link) {
-        state.lost_successor(&why);
+        state.lost_next(&why);
     }
 }
 
@@ -113,7 +128,7 @@ fn listen(slot: &Slot, shared: &Shared, view: &View, peer: Greeted) {
 pub(crate) struct Greeted {
     pub(crate) link: Link,
     pub(crate) stream: TcpStream,
-    /// The checkpoint that it and all after it hold.
+    /// The checkpoint that it holds and can go on from.
     pub(crate) holds: Option<Mark>,
 }
 

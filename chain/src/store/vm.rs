@@ -7,8 +7,10 @@ use checkpoint::{CheckpointEnd, Epoch, Generation, Stage, StageError, StageLimit
 use checkpoint::{MachineState, disk_records};
 use diskbuf::{Durability, ReplicaDisks};
 
-use super::{Handover, ReplicaStore, StoreError};
+use super::copy::Copy;
+use super::{Handover, Piece, ReplicaStore, StoreError};
 use crate::image::Image;
+use crate::kept::Kept;
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -24,6 +26,7 @@ pub struct VmStore {
     machine: Option<(Mark, Vec<u8>)>,
     open: Option<(Stage, bool)>,
     prepared: Option<Vec<u8>>,
+    copy: Option<Copy>,
 }
 
 impl VmStore {
@@ -47,6 +50,7 @@ impl VmStore {
             machine: None,
             open: None,
             prepared: None,
+            copy: None,
         })
     }
 
@@ -67,6 +71,7 @@ impl ReplicaStore for VmStore {
         self.image.discard();
         self.prepared = None;
         if full {
+            self.copy = None;
             self.machine = None;
             self.image.reset()?;
             self.disks
@@ -125,25 +130,62 @@ impl ReplicaStore for VmStore {
         Ok(stage.add_machine(payload)?)
     }
 
-    fn prepare(&mut self, generation: Generation, end: &CheckpointEnd) -> Result<(), StoreError> {
+    fn prepare(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+        end: &CheckpointEnd,
+    ) -> Result<(), StoreError> {
         let (stage, _) = self.open.take().ok_or(StoreError::NotOpen)?;
         let whole = stage.finish(end)?;
-        MachineState::decode(&whole.machine).map_err(|source| StoreError::Machine {
-            epoch: whole.epoch,
-            source,
-        })?;
+        MachineState::decode(&whole.machine)
+            .map_err(|source| StoreError::Machine { epoch, source })?;
         self.disks
-            .process(whole.epoch, generation, &whole.disk)
+            .process(epoch, generation, &whole.disk)
             .map_err(|e| StoreError::Disks(e.to_string()))?;
+        if let Some(copy) = &mut self.copy {
+            copy.disk_changed(&whole.disk);
+        }
         self.prepared = Some(whole.machine);
         Ok(())
     }
 
     fn commit(&mut self, mark: Mark) {
         if let Some(machine) = self.prepared.take() {
+            if let Some(copy) = &mut self.copy {
+                self.image.staged().for_each(|gfn| copy.page_changed(gfn));
+            }
             self.image.apply();
             self.machine = Some((mark, machine));
         }
+    }
+
+    fn copy_begin(&mut self) -> Result<(), StoreError> {
+        if self.machine.is_none() {
+            return Err(StoreError::Empty);
+        }
+        self.disks
+            .flush()
+            .map_err(|e| StoreError::Disks(e.to_string()))?;
+        self.copy = Some(Copy::new(&self.shape.ram, &self.shape.disks));
+        Ok(())
+    }
+
+    fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError> {
+        let copy = self.copy.as_mut().ok_or(StoreError::NotOpen)?;
+        copy.next(limit, &self.image, &mut self.disks)
+    }
+
+    fn copy_left(&self) -> u64 {
+        self.copy.as_ref().map_or(0, Copy::left)
+    }
+
+    fn copy_end(&mut self) {
+        self.copy = None;
+    }
+
+    fn machine_state(&self) -> Option<&[u8]> {
+        self.machine.as_ref().map(|(_, machine)| machine.as_slice())
     }
 
     fn hand_over(mut self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
@@ -165,6 +207,7 @@ impl ReplicaStore for VmStore {
             machine,
             disks,
             ram,
+            kept: Kept::default(),
         })
     }
 }

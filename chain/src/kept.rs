@@ -1,0 +1,280 @@
+//! The content of `Sent`: frames of checkpoints that were sent on and not acknowledged yet, to be sent again should the
+//! next replica change. An owner has one too: what van Renesse & Schneider's clients resend to a new head.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use checkpoint::{Epoch, Generation};
+
+use crate::link::Link;
+use crate::mark::{MARK_SIZE, Mark};
+use crate::replica::Base;
+use crate::wire::{FLAG_FULL, FLAG_INSTALL, Frame, Kind, Payload};
+
+/// Most bytes kept for one VM. An owner has few checkpoints under way, each bounded; beyond this the chain goes on, but a
+/// successor that is lost then cannot be replaced without filling it again.
+pub const KEPT_MAX: usize = 512 << 20;
+/// Buffers held ready, and the largest of them.
+const BUFFERS: (usize, usize) = (64, 2 << 20);
+
+/// Buffers that are used again, so that keeping a frame costs no copy and no page faults.
+#[derive(Debug, Default)]
+pub(crate) struct Buffers(Mutex<Vec<Payload>>);
+
+impl Buffers {
+    /// One to read into.
+    pub(crate) fn take(&self) -> Payload {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        free.pop().unwrap_or_default()
+    }
+
+    /// One that is not needed any more.
+    pub(crate) fn give(&self, buffer: Payload) {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < BUFFERS.0 && buffer.capacity() <= BUFFERS.1 {
+            free.push(buffer);
+        }
+    }
+}
+
+type Frames = Vec<(Frame, Payload)>;
+
+/// Frames in the order they were sent.
+#[derive(Debug, Default)]
+pub struct Kept {
+    whole: VecDeque<(Mark, Frames)>,
+    open: Option<Frames>,
+    bytes: usize,
+}
+
+/// More than [`KEPT_MAX`] would have to be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TooMuch;
+
+impl Kept {
+    /// Keeps one frame more. A beginning replaces a checkpoint that was left without its end.
+    pub(crate) fn push(&mut self, frame: Frame, payload: Payload) -> Result<(), TooMuch> {
+        if frame.kind == Kind::Begin {
+            self.abandon();
+            self.open = Some(Vec::new());
+        }
+        if let Some(open) = &mut self.open {
+            self.bytes += payload.len();
+            open.push((frame, payload));
+        }
+        if self.bytes > KEPT_MAX {
+            return Err(TooMuch);
+        }
+        Ok(())
+    }
+
+    /// The checkpoint whose end was pushed last is whole, and is `mark`.
+    pub(crate) fn close(&mut self, mark: Mark) {
+        if let Some(open) = self.open.take() {
+            self.whole.push_back((mark, open));
+        }
+    }
+
+    /// Forgets the checkpoint that has no end yet.
+    pub(crate) fn abandon(&mut self) {
+        let left = self.open.take().unwrap_or_default();
+        self.bytes -= left.iter().map(|(_, p)| p.len()).sum::<usize>();
+    }
+
+    /// Forgets everything up to `epoch`.
+    pub(crate) fn trim(&mut self, epoch: Epoch, buffers: Option<&Buffers>) {
+        while self
+            .whole
+            .front()
+            .is_some_and(|(mark, _)| mark.epoch <= epoch)
+        {
+            for (_, payload) in self.whole.pop_front().into_iter().flat_map(|(_, f)| f) {
+                self.bytes -= payload.len();
+                if let Some(buffers) = buffers {
+                    buffers.give(payload);
+                }
+            }
+        }
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Whether everything after `mark` is kept, or follows what is applied to it.
+    #[must_use]
+    pub(crate) fn reaches(&self, mark: Mark, base: Option<Mark>) -> bool {
+        let first = match self.whole.front() {
+            Some((_, frames)) => first_base(frames),
+            None => base,
+        };
+        first == Some(mark) || self.whole.iter().any(|(kept, _)| *kept == mark)
+    }
+
+    /// Sends everything after `after`, as of `generation`; the unfinished checkpoint last.
+    pub(crate) fn resend(
+        &self,
+        link: &Link,
+        after: Mark,
+        generation: Generation,
+    ) -> io::Result<()> {
+        let known = self.whole.iter().position(|(mark, _)| *mark == after);
+        let from = known.map_or(0, |position| position + 1);
+        let whole = self.whole.range(from..).flat_map(|(_, frames)| frames);
+        for (frame, payload) in whole.chain(self.open.iter().flatten()) {
+            let frame = Frame {
+                generation,
+                ..*frame
+            };
+            link.forward(&frame, payload)?;
+        }
+        Ok(())
+    }
+
+    /// Whole checkpoints kept.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.whole.len()
+    }
+
+    /// Whether no whole checkpoint is kept.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.whole.is_empty()
+    }
+}
+
+fn first_base(frames: &Frames) -> Option<Mark> {
+    let (frame, payload) = frames.first()?;
+    match base_of(frame.flags, payload)? {
+        Base::On { base, .. } => Some(base),
+        _ => None,
+    }
+}
+
+/// What a [`Kind::Begin`] frame's payload says; `None` if it is malformed.
+#[must_use]
+pub(crate) fn base_of(flags: u32, payload: &[u8]) -> Option<Base> {
+    match (flags, payload.split_at_checked(MARK_SIZE)) {
+        (FLAG_FULL, None) if payload.is_empty() => Some(Base::Nothing),
+        (FLAG_INSTALL, None) if payload.is_empty() => Some(Base::Install),
+        (0, Some((mark, origin))) => Some(Base::On {
+            base: Mark::from_bytes(mark)?,
+            origin: Generation(u64::from_le_bytes(origin.try_into().ok()?)),
+        }),
+        _ => None,
+    }
+}
+
+/// Flags and payload of the [`Kind::Begin`] frame for `base`.
+#[must_use]
+pub(crate) fn begin_payload(base: Base) -> (u32, Vec<u8>) {
+    match base {
+        Base::Nothing => (FLAG_FULL, Vec::new()),
+        Base::Install => (FLAG_INSTALL, Vec::new()),
+        Base::On { base, origin } => {
+            let mut payload = base.to_bytes().to_vec();
+            payload.extend_from_slice(&origin.0.to_le_bytes());
+            (0, payload)
+        }
+    }
+}
+
+/// A [`Kind::End`] frame's payload: the checkpoint installed, if any, and the encoded [`checkpoint::CheckpointEnd`].
+/// `None` if it is malformed.
+#[must_use]
+pub(crate) fn end_of(flags: u32, payload: &[u8]) -> Option<(Option<Mark>, &[u8])> {
+    if flags & FLAG_INSTALL == 0 {
+        return Some((None, payload));
+    }
+    let (mark, end) = payload.split_at_checked(MARK_SIZE)?;
+    Some((Some(Mark::from_bytes(mark)?), end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use checkpoint::VmId;
+
+    fn mark(epoch: u64) -> Mark {
+        Mark {
+            generation: Generation(2),
+            epoch: Epoch(epoch),
+            digest: 7,
+        }
+    }
+
+    fn frame(kind: Kind, epoch: u64) -> Frame {
+        Frame {
+            kind,
+            vm: VmId(1),
+            generation: Generation(2),
+            epoch: Epoch(epoch),
+            flags: 0,
+        }
+    }
+
+    fn keep(kept: &mut Kept, epoch: u64) {
+        let base = Base::On {
+            base: mark(epoch - 1),
+            origin: Generation(2),
+        };
+        let mut payload = Payload::default();
+        payload.fill(&begin_payload(base).1);
+        kept.push(frame(Kind::Begin, epoch), payload).unwrap();
+        let mut payload = Payload::default();
+        payload.fill(&[1; 100]);
+        kept.push(frame(Kind::Pages, epoch), payload).unwrap();
+        kept.push(frame(Kind::End, epoch), Payload::default())
+            .unwrap();
+    }
+
+    #[test]
+    fn what_a_checkpoint_is_applied_to_comes_back_and_nothing_else_is_taken() {
+        let on = Base::On {
+            base: mark(4),
+            origin: Generation(9),
+        };
+        for base in [Base::Nothing, Base::Install, on] {
+            let (flags, payload) = begin_payload(base);
+            assert_eq!(base_of(flags, &payload), Some(base));
+            assert_eq!(base_of(flags, &[&payload[..], &[0]].concat()), None);
+            assert_ne!(base_of(flags ^ FLAG_FULL, &payload), Some(base));
+        }
+        assert_eq!(base_of(0, &[]), None);
+        assert_eq!(base_of(0, &[0; 31]), None);
+    }
+
+    #[test]
+    fn what_is_kept_reaches_from_its_base_to_its_end_and_is_bounded_by_acks() {
+        let mut kept = Kept::default();
+        for epoch in 5..=7 {
+            keep(&mut kept, epoch);
+            kept.close(mark(epoch));
+        }
+        keep(&mut kept, 8);
+        for epoch in 4..=7 {
+            assert!(kept.reaches(mark(epoch), None), "{epoch}");
+        }
+        assert!(!kept.reaches(mark(3), None) && !kept.reaches(mark(8), None));
+        kept.trim(Epoch(6), None);
+        assert_eq!(kept.len(), 1);
+        assert!(kept.reaches(mark(6), None) && !kept.reaches(mark(5), None));
+        kept.abandon();
+        kept.trim(Epoch(7), None);
+        assert_eq!(kept.bytes, 0, "every byte is accounted for");
+        assert!(kept.reaches(mark(7), Some(mark(7))) && !kept.reaches(mark(7), None));
+    }
+
+    #[test]
+    fn a_new_beginning_replaces_a_checkpoint_without_an_end() {
+        let mut kept = Kept::default();
+        keep(&mut kept, 5);
+        keep(&mut kept, 5);
+        kept.close(mark(5));
+        assert_eq!(kept.whole[0].1.len(), 3);
+        assert_eq!(kept.bytes, 32 + 100);
+    }
+}
