@@ -131,8 +131,14 @@ fn the_replicas_image_becomes_the_owners_memory() {
             }
         }
         let shadow = Shadow::new(&view).unwrap();
-        let mut shipper =
-            Shipper::new(queue.clone(), replica.clone(), shadow, true, Arc::default());
+        let mut shipper = Shipper::new(
+            queue.clone(),
+            replica.clone(),
+            shadow,
+            true,
+            true,
+            Arc::default(),
+        );
         let shipping = std::thread::spawn(move || shipper.run(session));
         while replica.ended.lock().unwrap().len() < 6 && !shipping.is_finished() {
             std::thread::yield_now();

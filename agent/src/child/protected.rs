@@ -119,7 +119,8 @@ impl Child {
         self.reporter.send(&FromChild::Ready {
             shape: Box::new(shape),
         });
-        self.own(socket, &machine, &owner, None)
+        let protector = self.protector(&machine, &owner);
+        self.own(socket, &machine, &owner, protector)
     }
 
     fn standby(
@@ -141,8 +142,8 @@ impl Child {
         loop {
             match ipc::recv::<ToChild>(socket)?.0 {
                 ToChild::Activate(activate) => {
-                    let owner = self.activate(&mut machine, &activate)?;
-                    return self.own(socket, &machine, &owner, Some(activate.view));
+                    let (owner, protector) = self.activate(&mut machine, &activate)?;
+                    return self.own(socket, &machine, &owner, protector);
                 }
                 ToChild::Stop => return Ok(()),
                 ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
@@ -159,10 +160,16 @@ impl Child {
         &self,
         machine: &mut Machine,
         activate: &Activate,
-    ) -> Result<Arc<Owner>, ChildError> {
+    ) -> Result<(Arc<Owner>, Protector), ChildError> {
         let begun_us = monotonic_us();
         let state = MachineState::decode(&activate.machine)
             .map_err(|e| ChildError::Machine(e.to_string()))?;
+        let view = &activate.view;
+        if view.in_place() {
+            // Before anything is written: the chain holds exactly what memory is now.
+            let started = machine.vm.dirty().start();
+            started.map_err(|e| ChildError::Vm(e.to_string()))?;
+        }
         machine
             .vm
             .restore(&state)
@@ -175,17 +182,29 @@ impl Child {
         }
         machine.attach(mirrors)?;
         let restored_us = monotonic_us();
-        let owner = self.start_owner(machine, activate.view.generation, activate.epoch.next())?;
+        let open = activate.mark.epoch.next();
+        let owner = self.start_owner(machine, view.generation, open)?;
+        let mut protector = self.protector(machine, &owner);
+        if view.in_place() {
+            protector
+                .resume_from(view.vm, view.generation, activate.mark)
+                .map_err(ChildError::Vm)?;
+        }
         // The guest runs before the taps are announced by a hair: the first frame it sends teaches the switches too.
         machine.go_live(true)?;
         machine.vm.resume();
         let running_us = monotonic_us();
+        if view.in_place() {
+            owner.begin_held();
+        } else {
+            protector.protect(view.clone());
+        }
         self.reporter.send(&FromChild::Activated {
             begun_us,
             restored_us,
             running_us,
         });
-        Ok(owner)
+        Ok((owner, protector))
     }
 
     fn options(&self) -> EpochOptions {
@@ -260,25 +279,25 @@ impl Child {
         self.reporter.send(&FromChild::Inspected(reports));
     }
 
-    /// The owner's life: orders from the agent until the socket closes.
-    fn own(
-        &self,
-        socket: &UnixStream,
-        machine: &Machine,
-        owner: &Arc<Owner>,
-        view: Option<chain::View>,
-    ) -> Result<(), ChildError> {
-        let mut protector = Protector::new(
+    fn protector(&self, machine: &Machine, owner: &Arc<Owner>) -> Protector {
+        Protector::new(
             self.start.host.clone(),
             Duration::from_millis(self.start.heartbeat_ms),
             self.config.protect.lz4,
             owner.clone(),
             machine.vm.clone(),
             self.reporter.clone(),
-        );
-        if let Some(view) = view.filter(|v| !v.chain.is_empty()) {
-            protector.protect(view);
-        }
+        )
+    }
+
+    /// The owner's life: orders from the agent until the socket closes.
+    fn own(
+        &self,
+        socket: &UnixStream,
+        machine: &Machine,
+        owner: &Arc<Owner>,
+        mut protector: Protector,
+    ) -> Result<(), ChildError> {
         loop {
             match ipc::recv::<ToChild>(socket)?.0 {
                 ToChild::Protect(view) => protector.protect(*view),

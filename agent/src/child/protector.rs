@@ -1,20 +1,26 @@
-//! Connects an owner to its chain: the link, and the threads that ship, beat and receive acks.
+//! Connects an owner to its chain, configuration after configuration: the client that keeps what is not acknowledged,
+//! and the threads that ship, beat and receive acks.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use chain::{ChainClient, ClientError, ClientEvent, View};
-use checkpoint::{Epoch, HostId};
+use chain::{ChainClient, ClientError, ClientEvent, Connection, Mark, View};
+use checkpoint::{Epoch, Generation, HostId, VmId};
 use vmm::Vm;
 
 use super::protected::Reporter;
 use super::proto::FromChild;
 use crate::epoch::owner::{Begin, Owner};
 use crate::epoch::ship::{Link, Shipper};
-use crate::epoch::staging::{RamView, Shadow};
+use crate::epoch::staging::{RamView, Shadow, StagingError};
 
-/// How long a chain may take to come up: its replicas create images, mirrors and standbys first.
+/// How long a chain that begins anew may take to come up: its replicas create images, mirrors and standbys first.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
+/// How long one that goes on in place may: its replicas are there, and output is held meanwhile.
+const GO_ON_PATIENCE: Duration = Duration::from_secs(5);
+/// Between attempts.
+const RETRY: Duration = Duration::from_millis(5);
 /// A commit that takes longer makes the agent look whether all replicas still answer.
 const COMMIT_PATIENCE: Duration = Duration::from_millis(250);
 
@@ -26,7 +32,10 @@ pub struct Protector {
     owner: Arc<Owner>,
     vm: Arc<Vm>,
     reporter: Reporter,
-    generation: Option<checkpoint::Generation>,
+    /// The newest configuration; attempts to connect to an older one end.
+    newest: Arc<AtomicU64>,
+    /// What is being sent, while there is a chain.
+    client: Option<Arc<ChainClient>>,
 }
 
 impl Protector {
@@ -47,152 +56,319 @@ impl Protector {
             owner,
             vm,
             reporter,
-            generation: None,
+            newest: Arc::default(),
+            client: None,
         }
     }
 
-    /// Follows `view`: connects to its chain and begins the first synchronisation; with an empty chain, output flows.
+    /// The VM resumes from checkpoint `base`, in a configuration whose chain goes on from it: from its first instruction
+    /// on everything is held and kept, whether or not the chain is connected yet.
+    ///
+    /// # Errors
+    /// When there is no memory for the shipper, or no thread.
+    pub fn resume_from(
+        &mut self,
+        vm: VmId,
+        generation: Generation,
+        base: Mark,
+    ) -> Result<(), String> {
+        let client = Arc::new(ChainClient::new(
+            vm,
+            self.host.clone(),
+            generation,
+            Some(base),
+        ));
+        let shadow = Shadow::unknown(&RamView::new(self.vm.memory())).map_err(text)?;
+        let session = self.owner.queue().new_session();
+        self.owner.hold();
+        self.ship(&client, shadow, session, false)?;
+        self.client = Some(client);
+        Ok(())
+    }
+
+    /// Follows `view`: with an empty chain, output flows. A chain that goes on in place is connected to and sent what it
+    /// lacks, while output stays held. One that begins anew is synchronised from the beginning.
     pub fn protect(&mut self, view: View) {
-        if self.generation.is_some_and(|g| view.generation <= g) {
+        if view.generation.0 <= self.newest.load(Ordering::Acquire) {
             return;
         }
-        self.generation = Some(view.generation);
+        self.newest.store(view.generation.0, Ordering::Release);
         if view.chain.is_empty() {
+            self.client = None;
             self.owner.queue().new_session();
             self.owner.unprotect(view.generation);
             return;
         }
-        let session = self.owner.queue().new_session();
-        let (host, heartbeat, lz4) = (self.host.clone(), self.heartbeat, self.lz4);
-        let (owner, vm, reporter) = (self.owner.clone(), self.vm.clone(), self.reporter.clone());
+        let attempt = match (&self.client, view.in_place()) {
+            (Some(client), true) => {
+                self.owner.go_on(view.generation);
+                self.attempt(client.clone(), view, None)
+            }
+            _ => {
+                let session = self.owner.queue().new_session();
+                let client = ChainClient::new(view.vm, self.host.clone(), view.generation, None);
+                let client = Arc::new(client);
+                self.client = Some(client.clone());
+                self.attempt(client, view, Some(session))
+            }
+        };
         // Connecting waits for the replicas; the agent's orders must be heard meanwhile.
         let spawned = std::thread::Builder::new()
             .name("protect".into())
-            .spawn(move || {
-                if let Err((host, why)) = connect(
-                    &host, heartbeat, lz4, &owner, &vm, &reporter, &view, session,
-                ) {
-                    reporter.send(&FromChild::ChainLost {
-                        generation: view.generation,
-                        host,
-                        why,
-                    });
-                }
-            });
+            .spawn(move || attempt.run());
         if let Err(e) = spawned {
             self.reporter
                 .send(&FromChild::Fatal(format!("starting a thread: {e}")));
         }
     }
+
+    fn attempt(&self, client: Arc<ChainClient>, view: View, anew: Option<u64>) -> Attempt {
+        Attempt {
+            heartbeat: self.heartbeat,
+            lz4: self.lz4,
+            owner: self.owner.clone(),
+            vm: self.vm.clone(),
+            reporter: self.reporter.clone(),
+            newest: self.newest.clone(),
+            client,
+            view,
+            anew,
+        }
+    }
+
+    fn ship(
+        &self,
+        client: &Arc<ChainClient>,
+        shadow: Shadow,
+        session: u64,
+        first: bool,
+    ) -> Result<(), String> {
+        let shipper = shipper(&self.owner, client, shadow, self.lz4, first);
+        ship(shipper, session, &self.reporter, self.newest.clone())
+    }
 }
 
-#[allow(clippy::too_many_arguments)]
-fn connect(
-    host: &HostId,
-    heartbeat: Duration,
-    lz4: bool,
+fn text(e: StagingError) -> String {
+    e.to_string()
+}
+
+fn shipper(
     owner: &Arc<Owner>,
-    vm: &Arc<Vm>,
-    reporter: &Reporter,
-    view: &View,
-    session: u64,
-) -> Result<(), (Option<HostId>, String)> {
-    let unnamed = |why: String| (None, why);
-    let deadline = Instant::now() + CONNECT_PATIENCE;
-    let client = loop {
-        match ChainClient::connect(host, view) {
-            Ok(client) => break Arc::new(client),
-            Err(e @ ClientError::Refused { generation, .. }) => {
-                if owner.refused(generation) {
-                    reporter.send(&FromChild::Superseded { generation });
-                }
-                return Err(unnamed(e.to_string()));
-            }
-            Err(ClientError::Peer { host, addr, why }) if Instant::now() >= deadline => {
-                return Err((Some(host), format!("{addr}: {why}")));
-            }
-            Err(e) if Instant::now() >= deadline => return Err(unnamed(e.to_string())),
-            Err(e) => {
-                tracing::debug!("chain not ready: {e}");
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
-    };
-    let shadow = Shadow::new(&RamView::new(vm.memory())).map_err(|e| unnamed(e.to_string()))?;
+    client: &Arc<ChainClient>,
+    shadow: Shadow,
+    lz4: bool,
+    first: bool,
+) -> Shipper {
     let link = Arc::new(ClientLink {
         client: client.clone(),
     });
-    let mut shipper = Shipper::new(owner.queue(), link, shadow, lz4, owner.recorder());
-    let lost = {
-        let (reporter, generation) = (reporter.clone(), view.generation);
-        move |host: Option<HostId>, why: String| {
+    Shipper::new(owner.queue(), link, shadow, lz4, first, owner.recorder())
+}
+
+/// Ships until the session is over.
+fn ship(
+    mut shipper: Shipper,
+    session: u64,
+    reporter: &Reporter,
+    newest: Arc<AtomicU64>,
+) -> Result<(), String> {
+    let reporter = reporter.clone();
+    spawn("ship", move || {
+        if let Err(e) = shipper.run(session) {
             reporter.send(&FromChild::ChainLost {
-                generation,
-                host,
-                why,
-            })
+                generation: Generation(newest.load(Ordering::Acquire)),
+                host: None,
+                why: e.to_string(),
+                unfit: true,
+            });
         }
-    };
-    let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(run)
-            .map_err(|e| (None, format!("starting a thread: {e}")))
-    };
-    spawn("ship", {
-        let (client, lost) = (client.clone(), lost.clone());
-        Box::new(move || {
-            if let Err(e) = shipper.run(session) {
-                lost(None, e.to_string());
+    })
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), String> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(run)
+        .map(drop)
+        .map_err(|e| format!("starting a thread: {e}"))
+}
+
+/// Connecting to one configuration's chain.
+struct Attempt {
+    heartbeat: Duration,
+    lz4: bool,
+    owner: Arc<Owner>,
+    vm: Arc<Vm>,
+    reporter: Reporter,
+    newest: Arc<AtomicU64>,
+    client: Arc<ChainClient>,
+    view: View,
+    /// The chain begins anew, in this session of the queue.
+    anew: Option<u64>,
+}
+
+/// Why a chain could not be used.
+struct Trouble {
+    host: Option<HostId>,
+    why: String,
+    /// It cannot go on from what it holds.
+    unfit: bool,
+}
+
+impl From<String> for Trouble {
+    fn from(why: String) -> Self {
+        Self {
+            host: None,
+            why,
+            unfit: false,
+        }
+    }
+}
+
+impl Attempt {
+    fn run(self) {
+        if let Err(trouble) = self.connect() {
+            self.lost(trouble);
+        }
+    }
+
+    fn lost(&self, trouble: Trouble) {
+        lost(&self.reporter, self.view.generation, trouble);
+    }
+
+    fn connect(&self) -> Result<(), Trouble> {
+        let begun = Instant::now();
+        let patience = match self.anew {
+            Some(_) => CONNECT_PATIENCE,
+            None => GO_ON_PATIENCE,
+        };
+        let deadline = begun + patience;
+        let connection = loop {
+            if self.newest.load(Ordering::Acquire) != self.view.generation.0 {
+                return Ok(());
             }
-            client.close();
-        })
-    })?;
-    spawn("heartbeat", {
-        let (client, owner, lost) = (client.clone(), owner.clone(), lost.clone());
-        Box::new(move || {
-            chain::urgent_thread();
-            let mut reported = Instant::now();
-            while client.heartbeat().is_ok() {
-                std::thread::sleep(heartbeat);
-                // A backup that lost power closes no connection: only the missing commits show it.
-                if let Some(waited) = owner.waiting_for_commit().filter(|w| *w > COMMIT_PATIENCE)
-                    && reported.elapsed() > COMMIT_PATIENCE
-                {
-                    reported = Instant::now();
-                    lost(None, format!("no commit for {} ms", waited.as_millis()));
+            match self.client.connect(&self.view) {
+                Ok(connection) => break connection,
+                Err(e @ ClientError::Refused { generation, .. }) => {
+                    if self.owner.refused(generation) {
+                        self.reporter.send(&FromChild::Superseded { generation });
+                    }
+                    return Err(e.to_string().into());
+                }
+                Err(ClientError::Unfit { ref host, .. }) if Instant::now() >= deadline => {
+                    return Err(Trouble {
+                        host: Some(host.clone()),
+                        why: "it cannot go on from what it holds".into(),
+                        unfit: true,
+                    });
+                }
+                Err(ClientError::Peer { host, addr, why }) if Instant::now() >= deadline => {
+                    return Err(Trouble {
+                        host: Some(host),
+                        why: format!("{addr}: {why}"),
+                        unfit: false,
+                    });
+                }
+                Err(e) if Instant::now() >= deadline => return Err(e.to_string().into()),
+                Err(e) => {
+                    tracing::debug!("chain not ready: {e}");
+                    std::thread::sleep(RETRY);
                 }
             }
-        })
-    })?;
-    spawn("acks", {
-        let (owner, reporter) = (owner.clone(), reporter.clone());
-        Box::new(move || {
-            while let Some(event) = client.next_event() {
-                match event {
-                    ClientEvent::Ack { epoch, generation } => {
-                        if let Err(e) = owner.ack(generation, epoch) {
-                            reporter.send(&FromChild::Fatal(e.to_string()));
-                            owner.fence();
-                        }
-                    }
-                    ClientEvent::Refused { generation } => {
-                        if owner.refused(generation) {
-                            reporter.send(&FromChild::Superseded { generation });
-                        }
-                    }
-                    ClientEvent::Lost { host, why } => {
-                        lost(host, why);
+        };
+        self.listen(&connection)?;
+        match self.anew {
+            Some(session) => {
+                let shadow = Shadow::new(&RamView::new(self.vm.memory())).map_err(text)?;
+                let shipper = shipper(&self.owner, &self.client, shadow, self.lz4, true);
+                ship(shipper, session, &self.reporter, self.newest.clone())?;
+                self.owner.begin(Begin {
+                    generation: self.view.generation,
+                });
+            }
+            None => self.reporter.send(&FromChild::Protected {
+                generation: self.view.generation,
+                epoch: self.owner.committed(),
+                sync_ms: begun.elapsed().as_millis() as u64,
+            }),
+        }
+        Ok(())
+    }
+
+    /// Starts the threads that beat and that hear what the chain says.
+    fn listen(&self, connection: &Arc<Connection>) -> Result<(), Trouble> {
+        let generation = self.view.generation;
+        spawn("heartbeat", {
+            let (connection, owner) = (connection.clone(), self.owner.clone());
+            let (reporter, heartbeat) = (self.reporter.clone(), self.heartbeat);
+            move || beat(&connection, &owner, &reporter, heartbeat)
+        })?;
+        spawn("acks", {
+            let (connection, owner) = (connection.clone(), self.owner.clone());
+            let reporter = self.reporter.clone();
+            move || {
+                while let Some(event) = connection.next_event() {
+                    if !hear(event, generation, &owner, &reporter) {
                         return;
                     }
                 }
             }
-        })
-    })?;
-    owner.begin(Begin {
-        generation: view.generation,
+        })?;
+        Ok(())
+    }
+}
+
+fn lost(reporter: &Reporter, generation: Generation, trouble: Trouble) {
+    reporter.send(&FromChild::ChainLost {
+        generation,
+        host: trouble.host,
+        why: trouble.why,
+        unfit: trouble.unfit,
     });
-    Ok(())
+}
+
+fn beat(connection: &Connection, owner: &Owner, reporter: &Reporter, heartbeat: Duration) {
+    chain::urgent_thread();
+    let mut reported = Instant::now();
+    while connection.heartbeat().is_ok() {
+        std::thread::sleep(heartbeat);
+        // A backup that lost power closes no connection: only the missing commits show it.
+        if let Some(waited) = owner.waiting_for_commit().filter(|w| *w > COMMIT_PATIENCE)
+            && reported.elapsed() > COMMIT_PATIENCE
+        {
+            reported = Instant::now();
+            let why = format!("no commit for {} ms", waited.as_millis());
+            lost(reporter, connection.generation(), why.into());
+        }
+    }
+}
+
+/// Acts on what the chain says; false once there is nothing more to hear.
+fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Reporter) -> bool {
+    match event {
+        ClientEvent::Ack { epoch, generation } => {
+            if let Err(e) = owner.ack(generation, epoch) {
+                reporter.send(&FromChild::Fatal(e.to_string()));
+                owner.fence();
+            }
+        }
+        ClientEvent::Refused { generation } => {
+            if owner.refused(generation) {
+                reporter.send(&FromChild::Superseded { generation });
+            }
+        }
+        ClientEvent::JoinerReady => reporter.send(&FromChild::JoinerReady { generation }),
+        ClientEvent::Lost { host, why } => {
+            let trouble = Trouble {
+                host,
+                why,
+                unfit: false,
+            };
+            lost(reporter, generation, trouble);
+            return false;
+        }
+    }
+    true
 }
 
 /// The chain's client as the shipper's link.
@@ -204,16 +380,16 @@ impl Link for ClientLink {
     fn begin(&self, epoch: Epoch, full: bool) -> Result<(), String> {
         self.client.begin(epoch, full).map_err(|e| e.to_string())
     }
-    fn pages(&self, epoch: Epoch, records: &[u8]) -> Result<(), String> {
-        self.client.pages(epoch, records).map_err(|e| e.to_string())
+    fn pages(&self, _: Epoch, records: &[u8]) -> Result<(), String> {
+        self.client.pages(records).map_err(|e| e.to_string())
     }
-    fn disk(&self, epoch: Epoch, records: &[u8]) -> Result<(), String> {
-        self.client.disk(epoch, records).map_err(|e| e.to_string())
+    fn disk(&self, _: Epoch, records: &[u8]) -> Result<(), String> {
+        self.client.disk(records).map_err(|e| e.to_string())
     }
-    fn machine(&self, epoch: Epoch, state: &[u8]) -> Result<(), String> {
-        self.client.machine(epoch, state).map_err(|e| e.to_string())
+    fn machine(&self, _: Epoch, state: &[u8]) -> Result<(), String> {
+        self.client.machine(state).map_err(|e| e.to_string())
     }
-    fn end(&self, epoch: Epoch) -> Result<(), String> {
-        self.client.end(epoch).map_err(|e| e.to_string())
+    fn end(&self, _: Epoch) -> Result<(), String> {
+        self.client.end().map_err(|e| e.to_string())
     }
 }

@@ -76,7 +76,7 @@ pub struct Activate {
     /// The configuration in which this host owns the VM.
     pub view: chain::View,
     /// The checkpoint that memory and mirrors are at.
-    pub epoch: Epoch,
+    pub mark: chain::Mark,
     /// Encoded [`checkpoint::MachineState`].
     pub machine: Vec<u8>,
     /// The mirrors' files, in disk order.
@@ -122,6 +122,13 @@ pub enum FromChild {
         host: Option<HostId>,
         /// Why.
         why: String,
+        /// It cannot go on from what it holds; without a host named, the whole chain has to begin anew.
+        unfit: bool,
+    },
+    /// The replica that is joining has everything.
+    JoinerReady {
+        /// Generation in which it has.
+        generation: Generation,
     },
     /// Answer to [`ToChild::TakeStats`].
     Stats(Box<EpochStats>),

@@ -109,6 +109,8 @@ pub struct VmStatus {
     pub owner: String,
     /// Chain, head first.
     pub chain: Vec<MemberStatus>,
+    /// The host that is being filled to become the chain's tail.
+    pub joining: Option<String>,
     /// Generation.
     pub generation: u64,
     /// Newest epoch that is safe, as this host knows it.
@@ -163,6 +165,8 @@ pub enum EventKind {
     Refused,
     /// The owner lost (part of) its chain.
     ChainLost,
+    /// A replica that was joining a chain has everything.
+    Joined,
     /// This host's VM was superseded and has been stopped.
     Superseded,
     /// The guest ended.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use chain::Member;
 use chain::master::Command;
+use chain::replica::State;
 use checkpoint::HostId;
 
 use super::vms::{Entry, Part};
@@ -144,16 +145,22 @@ fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(),
             // A backup that nobody can reach would only be found out while the VM waits for it.
             std::net::TcpStream::connect_timeout(&addr, Duration::from_secs(2))
                 .map_err(|e| format!("backup {backup} at {addr} cannot be reached: {e} (is its agent running?)"))?;
-            Ok(Member { host: HostId::new(backup).map_err(|e| e.to_string())?, addr })
+            Ok(Member::new(HostId::new(backup).map_err(|e| e.to_string())?, addr))
         })
         .collect::<Result<Vec<_>, String>>()?;
+    let wanted = chain.iter().map(|m| m.host.clone()).collect();
     let command = Command::Reconfigure {
         vm: view.vm,
         expect: view.generation,
         by: daemon.host.clone(),
         chain,
+        joining: None,
+        anew: true,
     };
     let record = daemon.master.propose(&command).map_err(|e| e.to_string())?;
+    if let Some(entry) = lock(&daemon.vms).map.get_mut(&view.vm) {
+        entry.wanted = wanted;
+    }
     reconcile::apply(daemon, &record);
     Ok(())
 }
@@ -194,18 +201,25 @@ fn status(daemon: &Daemon) -> Vec<VmStatus> {
                         (None, false) if view.chain.is_empty() => {
                             "Not protected: no backups".into()
                         }
+                        (None, false) if view.in_place() => {
+                            "Output held: the backups are being brought up to date".into()
+                        }
                         (None, false) => "Not protected: the first checkpoint is on its way".into(),
                     };
                     ("owner", protected && entry.trouble.is_none(), state, 0)
                 }
                 Part::Standby => {
                     let epoch = replica.as_ref().and_then(|r| r.epoch);
-                    let state = match (replica.as_ref().and_then(|r| r.failed.clone()), epoch) {
-                        (Some(why), _) => format!("Replica failed: {why}"),
-                        (None, Some(_)) => "Standing by".into(),
-                        (None, None) => "Synchronising".into(),
+                    let stands_by = replica.as_ref().is_some_and(|r| r.state.could_resume());
+                    let state = match replica.as_ref().map(|r| (r.state, r.failed.clone())) {
+                        Some((_, Some(why))) => format!("Replica failed: {why}"),
+                        Some((State::Serving | State::LastSurvivor, _)) => "Standing by".into(),
+                        Some((State::Joining, _)) => "Joining".into(),
+                        Some((State::Frozen, _)) => "Frozen for a takeover".into(),
+                        Some((State::Offline, _)) | None => "No replica".into(),
+                        Some((State::Syncing | State::Failed, _)) => "Synchronising".into(),
                     };
-                    ("replica", epoch.is_some(), state, epoch.map_or(0, |e| e.0))
+                    ("replica", stands_by, state, epoch.map_or(0, |e| e.0))
                 }
             };
             VmStatus {
@@ -223,6 +237,7 @@ fn status(daemon: &Daemon) -> Vec<VmStatus> {
                         addr: m.addr.to_string(),
                     })
                     .collect(),
+                joining: view.joining.as_ref().map(|m| m.host.to_string()),
                 generation: view.generation.0,
                 epoch,
                 pid: entry.child.pid(),

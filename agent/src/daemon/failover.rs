@@ -1,21 +1,27 @@
 //! The road from replica to owner: suspicion, the master's decision, activation.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use chain::ServerEvent;
 use chain::master::{Command, MasterError};
-use checkpoint::VmId;
+use chain::{Mark, ServerEvent, View, VmRecord};
+use checkpoint::{HostId, VmId};
 
+use super::bridge::{self, Bridge};
 use super::vms::Part;
 use super::{Daemon, lock};
 use crate::child::monotonic_us;
 use crate::child::proto::{Activate, FromChild, ToChild};
+use crate::config::VmConfig;
 use crate::control::{EventKind, FailoverReport};
 
 /// How long an activated VM may take to run.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How often, and after which pauses, a master that does not answer is asked again.
+const ATTEMPTS: u32 = 20;
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Acts on what the chain server reports, until it ends.
 pub(super) fn run(daemon: &Arc<Daemon>, events: &Receiver<ServerEvent>) {
@@ -83,24 +89,8 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
         (entry.record.view.clone(), entry.child.clone())
     };
     // Frozen before asking: whatever the tail acks from now on was forwarded by this replica before (I2, I5).
-    daemon.replicas.freeze(vm).map_err(|e| e.to_string())?;
-    let command = Command::TakeOver {
-        vm,
-        expect: view.generation,
-        by: daemon.host.clone(),
-    };
-    let record = match daemon.master.propose(&command) {
-        Ok(record) => record,
-        Err(e) => {
-            if !matches!(e, MasterError::Rejected(_)) {
-                // Nothing is known of the decision: stay frozen would lose the replica, going on is safe, because a
-                // replica that was granted ownership without knowing it is told so by its next watch.
-                tracing::warn!("{}: {e}", view.name);
-            }
-            let _ = daemon.replicas.unfreeze(vm);
-            return Err(format!("not taken over: {e}"));
-        }
-    };
+    let held = daemon.replicas.freeze(vm).map_err(|e| e.to_string())?;
+    let record = ask(daemon, &view, held)?;
     let decided_us = monotonic_us();
     daemon.events.add(
         EventKind::Decided,
@@ -110,29 +100,38 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
             record.view.generation
         ),
     );
-    let handover = daemon
+    let mut handover = daemon
         .replicas
         .hand_over(&record.view)
         .map_err(|e| e.to_string())?;
+    let mark = handover.mark;
+    let bridge = record.view.in_place().then(|| Bridge {
+        mark,
+        kept: Arc::new(std::mem::take(&mut handover.kept)),
+    });
     let (sender, activated) = channel();
     {
         let mut vms = lock(&daemon.vms);
         let entry = vms.map.get_mut(&vm).ok_or("its standby is gone")?;
+        entry.wanted = wanted(daemon, &view, &entry.record.shape.config_toml);
         entry.record = record.clone();
         entry.part = Part::Owner;
+        entry.bridge = bridge.clone();
         entry.waiting.activated = Some(sender);
     }
     let handed_us = monotonic_us();
-    let epoch = handover.epoch;
     let activate = Activate {
         view: record.view.clone(),
-        epoch,
+        mark,
         machine: handover.machine,
         disks: handover.disks,
     };
     child
         .send(&ToChild::Activate(Box::new(activate)))
         .map_err(|e| format!("the standby's process is gone: {e}"))?;
+    if let Some(bridge) = bridge {
+        bridge::start(daemon, &record.view, bridge);
+    }
     let FromChild::Activated {
         restored_us,
         running_us,
@@ -147,7 +146,7 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
         vm: view.name.clone(),
         cause: cause.into(),
         generation: record.view.generation.0,
-        epoch: epoch.0,
+        epoch: mark.epoch.0,
         silence_ms,
         suspected_us,
         decided_us,
@@ -162,9 +161,71 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
         EventKind::Activated,
         &view.name,
         format!(
-            "runs here from checkpoint {epoch} on, {:.1} ms after the suspicion",
+            "runs here from checkpoint {} on, {:.1} ms after the suspicion",
+            mark.epoch,
             (running_us - suspected_us) as f64 / 1000.0
         ),
     );
     Ok(())
+}
+
+/// Asks the master for the VM, resuming from `held`. As long as nothing is known of its decision the replica stays frozen:
+/// what it took meanwhile would be no part of the history that the master may have noted.
+fn ask(daemon: &Daemon, view: &View, held: Mark) -> Result<VmRecord, String> {
+    let command = Command::TakeOver {
+        vm: view.vm,
+        expect: view.generation,
+        by: daemon.host.clone(),
+        at: held,
+    };
+    let mut attempts = 0;
+    let record = loop {
+        match daemon.master.propose(&command) {
+            Ok(record) => break record,
+            Err(e) if matches!(e, MasterError::Rejected(_)) || attempts == ATTEMPTS => {
+                // If it was granted after all, the master's next record says so, and what this replica has then still
+                // includes everything acknowledged.
+                let _ = daemon.replicas.unfreeze(view.vm);
+                return Err(format!("not taken over: {e}"));
+            }
+            Err(e) => {
+                attempts += 1;
+                tracing::warn!("{}: {e}", view.name);
+                std::thread::sleep(RETRY);
+            }
+        }
+    };
+    if record.view.chain.is_empty() || record.view.history.contains(held) {
+        return Ok(record);
+    }
+    // Granted earlier, from an earlier checkpoint, without this host's knowing: the others may hold what does not count
+    // any more, so they are filled anew.
+    let command = Command::Reconfigure {
+        vm: view.vm,
+        expect: record.view.generation,
+        by: daemon.host.clone(),
+        chain: record.view.chain.clone(),
+        joining: None,
+        anew: true,
+    };
+    daemon
+        .master
+        .propose(&command)
+        .map_err(|e| format!("not taken over: {e}"))
+}
+
+/// The hosts that should back the VM up from now on: those of its configuration, and those that did before.
+fn wanted(daemon: &Daemon, before: &View, config: &str) -> Vec<HostId> {
+    let configured = VmConfig::from_text(Path::new(&before.name), config)
+        .map(|config| config.protect.backups)
+        .unwrap_or_default();
+    let configured = configured.iter().filter_map(|name| HostId::new(name).ok());
+    let others = before.chain.iter().map(|m| m.host.clone());
+    let mut wanted = Vec::new();
+    for host in configured.chain(others).chain([before.owner.clone()]) {
+        if host != daemon.host && !wanted.contains(&host) {
+            wanted.push(host);
+        }
+    }
+    wanted
 }

@@ -1,11 +1,13 @@
 //! The agent: one per host. Replicas for other hosts' VMs, processes for its own, and the road from one to the other.
 
+mod bridge;
 mod child;
 mod control;
 mod events;
 mod failover;
 mod reconcile;
 mod repair;
+mod reprotect;
 mod vms;
 
 use std::io;
@@ -129,6 +131,10 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     std::thread::Builder::new()
         .name("failover".into())
         .spawn(move || failover::run(&failing, &server_events))?;
+    let protecting = daemon.clone();
+    std::thread::Builder::new()
+        .name("reprotect".into())
+        .spawn(move || reprotect::run(&protecting))?;
     serve_control(&daemon, &listener)
 }
 

@@ -10,8 +10,8 @@ use chain::{VmRecord, VmShape};
 use checkpoint::VmId;
 
 use super::child::ChildHandle;
-use super::vms::{Entry, Part, Waiting};
-use super::{Daemon, failover, lock, repair};
+use super::vms::{Entry, Part};
+use super::{Daemon, bridge, failover, lock, repair, reprotect};
 use crate::child::proto::{FromChild, Role, Start, TapSpec, ToChild};
 use crate::child::{open_disks, shape_of};
 use crate::config::{Durability, VmConfig};
@@ -60,18 +60,24 @@ pub(super) fn apply_locked(daemon: &Arc<Daemon>, record: &VmRecord) {
         return;
     }
     let mine = view.owner == daemon.host;
-    let member = view.position(&daemon.host).is_some();
+    let member = view.holds(&daemon.host);
     match known {
         Some((Part::Owner, _)) if mine => {
-            let child = {
+            let (child, bridge) = {
                 let mut vms = lock(&daemon.vms);
                 let Some(entry) = vms.map.get_mut(&view.vm) else {
                     return;
                 };
                 entry.record = record.clone();
                 entry.trouble = None;
-                entry.child.clone()
+                if !view.in_place() {
+                    entry.bridge = None;
+                }
+                (entry.child.clone(), entry.bridge.clone())
             };
+            if let Some(bridge) = bridge {
+                return bridge::start(daemon, view, bridge);
+            }
             if let Err(e) = child.send(&ToChild::Protect(Box::new(view.clone()))) {
                 daemon.events.add(
                     EventKind::Failed,
@@ -226,15 +232,7 @@ fn boot(
         other => report(&reporting, vm, other),
     })
     .map_err(|e| format!("starting the VM's process: {e}"))?;
-    let entry = Entry {
-        record,
-        part: Part::Owner,
-        child,
-        protected: None,
-        trouble: None,
-        failover: None,
-        waiting: Waiting::default(),
-    };
+    let entry = Entry::new(record, Part::Owner, child);
     lock(&daemon.vms).map.insert(vm, entry);
     match ready.recv_timeout(Duration::from_secs(60)) {
         Ok(Ok(())) => {
@@ -284,15 +282,7 @@ fn try_standby(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
     let (vm, reporting) = (view.vm, daemon.clone());
     let child = ChildHandle::start(&start, &fds, move |message| report(&reporting, vm, message))
         .map_err(|e| format!("starting the standby's process: {e}"))?;
-    let entry = Entry {
-        record: record.clone(),
-        part: Part::Standby,
-        child,
-        protected: None,
-        trouble: None,
-        failover: None,
-        waiting: Waiting::default(),
-    };
+    let entry = Entry::new(record.clone(), Part::Standby, child);
     lock(&daemon.vms).map.insert(vm, entry);
     Ok(())
 }
@@ -349,13 +339,28 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
             generation,
             host,
             why,
+            unfit,
         }) => {
             let daemon = daemon.clone();
             drop(vms);
+            let trouble = repair::Trouble {
+                generation,
+                named: host,
+                why,
+                unfit,
+            };
             // It asks hosts and the master; the VM process's further reports must not wait for that.
-            std::thread::spawn(move || repair::chain_lost(&daemon, vm, generation, host, &why));
+            std::thread::spawn(move || repair::chain_lost(&daemon, vm, &trouble));
         }
-        Some(FromChild::GuestEnded { how }) => daemon.events.add(EventKind::GuestEnded, &name, how),
+        Some(FromChild::JoinerReady { generation }) => {
+            let daemon = daemon.clone();
+            drop(vms);
+            std::thread::spawn(move || reprotect::joiner_ready(&daemon, vm, generation));
+        }
+        Some(FromChild::GuestEnded { how }) => {
+            entry.ended = true;
+            daemon.events.add(EventKind::GuestEnded, &name, how);
+        }
         Some(FromChild::Fatal(why)) => {
             entry.trouble = Some(why.clone());
             daemon.events.add(EventKind::Failed, &name, why);
@@ -365,6 +370,7 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
                 .events
                 .add(EventKind::Failed, &name, "the VM's process has ended");
             entry.child.kill();
+            entry.ended = true;
             if entry.part == Part::Owner {
                 entry.trouble = Some("its process has ended".into());
                 return;

@@ -1,11 +1,12 @@
-//! What an owner does about a replica that is lost: a chain without it, decided by the master.
+//! What an owner does about a replica that is lost: a chain without it, decided by the master. What is left goes on in
+//! place, with output held all the time, if it holds this VM's history; otherwise it begins anew.
 
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chain::Member;
 use chain::master::{Command, MasterError};
+use chain::{Member, View};
 use checkpoint::{Generation, HostId, VmId};
 
 use super::vms::Part;
@@ -15,53 +16,83 @@ use crate::control::EventKind;
 /// A host that accepts no connection for this long is lost.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// The owner's process reports trouble with the chain of `generation`; `named` is the replica it blames, if it knows.
-/// Nothing happens if all replicas answer and none is named: then it is only slow.
-pub(super) fn chain_lost(
-    daemon: &Arc<Daemon>,
-    vm: VmId,
-    generation: Generation,
-    named: Option<HostId>,
-    why: &str,
-) {
-    let Some(view) = owned_view(daemon, vm, generation) else {
+/// Trouble with a chain, as the owner's process reports it.
+#[derive(Debug)]
+pub(super) struct Trouble {
+    /// The configuration.
+    pub generation: Generation,
+    /// The replica it blames, if it knows.
+    pub named: Option<HostId>,
+    /// Why.
+    pub why: String,
+    /// What the replica named holds cannot be gone on from; if none is named, the whole chain's.
+    pub unfit: bool,
+}
+
+/// Acts on it. Nothing happens if all replicas answer and none is named: then the chain is only slow.
+pub(super) fn chain_lost(daemon: &Arc<Daemon>, vm: VmId, trouble: &Trouble) {
+    let Some((view, in_place)) = owned_view(daemon, vm, trouble.generation) else {
         return;
     };
-    let left: Vec<Member> = view
-        .chain
-        .iter()
-        .filter(|m| Some(&m.host) != named.as_ref() && answers(m))
-        .cloned()
-        .collect();
-    if left.len() == view.chain.len() {
-        return;
-    }
+    let kept = |m: &&Member| Some(&m.host) != trouble.named.as_ref() && answers(m);
+    let left: Vec<Member> = view.chain.iter().filter(kept).cloned().collect();
+    let joining = view.joining.as_ref().filter(kept).cloned();
+    let anew = !in_place || (trouble.unfit && trouble.named.is_none());
     let lost: Vec<&str> = view
         .chain
         .iter()
-        .filter(|m| !left.contains(m))
+        .chain(&view.joining)
+        .filter(|m| !left.contains(m) && joining.as_ref() != Some(m))
         .map(|m| m.host.as_str())
         .collect();
-    let lost = lost.join(", ");
-    if let Some(entry) = lock(&daemon.vms).map.get_mut(&vm) {
-        entry.trouble = Some(format!("{lost} is lost: {why}"));
+    if lost.is_empty() && !(trouble.unfit && trouble.named.is_none()) {
+        return;
     }
-    daemon.events.add(
-        EventKind::ChainLost,
-        &view.name,
-        format!(
+    let only_the_joining = left.len() == view.chain.len() && !lost.is_empty();
+    let (lost, why, generation) = (lost.join(", "), &trouble.why, trouble.generation);
+    if let Some(entry) = lock(&daemon.vms).map.get_mut(&vm) {
+        if !only_the_joining {
+            entry.trouble = Some(match lost.is_empty() {
+                true => why.clone(),
+                false => format!("{lost} is lost: {why}"),
+            });
+        }
+        for member in view.chain.iter().chain(&view.joining) {
+            if !left.contains(member) && joining.as_ref() != Some(member) {
+                entry.retries.failed(&member.host);
+            }
+        }
+    }
+    let text = match lost.is_empty() {
+        true => format!("the chain of generation {generation} has to begin anew: {why}"),
+        false => format!(
             "{lost} is lost in generation {generation}: {why}; {} backups left",
             left.len()
         ),
-    );
-    let command = Command::Reconfigure {
-        vm,
-        expect: generation,
-        by: daemon.host.clone(),
-        chain: left,
     };
-    // Output stays held until the master has decided; nothing else may decide in its place.
-    while owned_view(daemon, vm, generation).is_some() {
+    daemon.events.add(EventKind::ChainLost, &view.name, text);
+    reconfigure(daemon, &view, left, joining.filter(|_| !anew), anew);
+}
+
+/// Asks the master for another chain of a VM owned by this host, and follows its decision. Output stays held until it has
+/// decided; nothing else may decide in its place.
+pub(super) fn reconfigure(
+    daemon: &Arc<Daemon>,
+    view: &View,
+    chain: Vec<Member>,
+    joining: Option<Member>,
+    anew: bool,
+) {
+    let joining = joining.filter(|_| !chain.is_empty());
+    let command = Command::Reconfigure {
+        vm: view.vm,
+        expect: view.generation,
+        by: daemon.host.clone(),
+        chain,
+        joining,
+        anew,
+    };
+    while owned_view(daemon, view.vm, view.generation).is_some() {
         match daemon.master.propose(&command) {
             Ok(record) => return reconcile::apply(daemon, &record),
             Err(e @ MasterError::Rejected(_)) => {
@@ -69,7 +100,7 @@ pub(super) fn chain_lost(
                 return daemon.events.add(
                     EventKind::Refused,
                     &view.name,
-                    format!("chain not repaired: {e}"),
+                    format!("chain not changed: {e}"),
                 );
             }
             Err(e) => {
@@ -80,13 +111,20 @@ pub(super) fn chain_lost(
     }
 }
 
-fn owned_view(daemon: &Daemon, vm: VmId, generation: Generation) -> Option<chain::View> {
+/// The configuration, if it is still the one in force here, and whether its chain holds this VM's history.
+pub(super) fn owned_view(
+    daemon: &Daemon,
+    vm: VmId,
+    generation: Generation,
+) -> Option<(View, bool)> {
     let vms = lock(&daemon.vms);
     let entry = vms.map.get(&vm)?;
-    (entry.part == Part::Owner && entry.record.view.generation == generation)
-        .then(|| entry.record.view.clone())
+    let view = &entry.record.view;
+    (entry.part == Part::Owner && view.generation == generation)
+        .then(|| (view.clone(), entry.chain_is_filled()))
 }
 
-fn answers(member: &Member) -> bool {
+/// Whether a host is up, as far as a connection tells.
+pub(super) fn answers(member: &Member) -> bool {
     TcpStream::connect_timeout(&member.addr, PATIENCE).is_ok()
 }

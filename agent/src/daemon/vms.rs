@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use chain::VmRecord;
-use checkpoint::{Generation, VmId};
+use checkpoint::{Generation, HostId, VmId};
 use vmm::VcpuReport;
 
+use super::bridge::Bridge;
 use super::child::ChildHandle;
+use super::reprotect::Retries;
 use crate::child::proto::FromChild;
 use crate::control::FailoverReport;
 use crate::epoch::EpochStats;
@@ -32,8 +34,41 @@ pub(super) struct Entry {
     /// Owner: why it is not protected.
     pub trouble: Option<String>,
     pub failover: Option<FailoverReport>,
+    /// Owner: the hosts that should back it up, in order of preference; none: nobody has asked for protection.
+    pub wanted: Vec<HostId>,
+    /// Owner: hosts that were lost.
+    pub retries: Retries,
+    /// New owner: what its chain may lack.
+    pub bridge: Option<Bridge>,
+    /// The guest, or its process, has ended.
+    pub ended: bool,
     /// Who waits for an answer of the process.
     pub waiting: Waiting,
+}
+
+impl Entry {
+    /// A VM that this host has just been given a part in.
+    pub fn new(record: VmRecord, part: Part, child: Arc<ChildHandle>) -> Self {
+        Self {
+            record,
+            part,
+            child,
+            protected: None,
+            trouble: None,
+            failover: None,
+            wanted: Vec::new(),
+            retries: Retries::default(),
+            bridge: None,
+            ended: false,
+            waiting: Waiting::default(),
+        }
+    }
+
+    /// Whether the chain holds this VM's history, so that what is left of it can go on in place.
+    pub fn chain_is_filled(&self) -> bool {
+        let since = self.record.view.history.since;
+        self.bridge.is_some() || self.protected.is_some_and(|then| then >= since)
+    }
 }
 
 /// Answers that somebody waits for.

@@ -61,6 +61,7 @@ pub enum OwnerError {
 #[derive(Debug, Default)]
 struct Signals {
     begin: Option<Begin>,
+    begin_held: bool,
     unprotect: Option<Generation>,
     harvest_only: Option<Duration>,
     options: Option<EpochOptions>,
@@ -145,6 +146,34 @@ impl Owner {
     /// Begin protecting (again): the shipper of the new configuration is about to read the queue.
     pub fn begin(&self, begin: Begin) {
         self.signal(|s| s.begin = Some(begin));
+    }
+
+    /// Before a VM that has been taken over runs: from its first instruction on output is held and disk writes are
+    /// queued, because its chain goes on from the checkpoint it resumes from.
+    pub fn hold(&self) {
+        let open = lock(&self.pipeline).open();
+        for gate in &self.gates {
+            if !fault::is(Fault::Hold) {
+                gate.set_hold(true);
+            }
+        }
+        self.queue.activate(open);
+    }
+
+    /// After [`Owner::hold`], once it runs: epochs end from here on.
+    pub fn begin_held(&self) {
+        self.signal(|s| s.begin_held = true);
+    }
+
+    /// The chain goes on in place in a newer configuration; output stays held.
+    pub fn go_on(&self, generation: Generation) {
+        lock(&self.pipeline).go_on(generation);
+    }
+
+    /// The newest committed checkpoint.
+    #[must_use]
+    pub fn committed(&self) -> Epoch {
+        lock(&self.pipeline).committed()
     }
 
     /// No replica is left and the master has recorded so: let output flow.
@@ -326,6 +355,10 @@ impl Owner {
             if let Some(begin) = signals.begin {
                 harvesting = Duration::ZERO;
                 self.synchronise(&view, &mut dirty, begin)?;
+                last = Instant::now();
+            }
+            if signals.begin_held {
+                lock(&self.pipeline).begin_held();
                 last = Instant::now();
             }
             let mode = lock(&self.pipeline).mode();
@@ -598,6 +631,7 @@ impl Owner {
 impl Signals {
     fn any(&self) -> bool {
         self.begin.is_some()
+            || self.begin_held
             || self.unprotect.is_some()
             || self.harvest_only.is_some()
             || self.options.is_some()

@@ -100,6 +100,20 @@ impl Pipeline {
         }
     }
 
+    /// The VM has been resumed from a checkpoint that its chain goes on from: output is held from the first instruction.
+    pub fn begin_held(&mut self) {
+        if self.mode == Mode::Unprotected {
+            self.mode = Mode::Protected;
+        }
+    }
+
+    /// The chain goes on in place in a newer configuration: what is under way stays so, and is acknowledged in that one.
+    pub fn go_on(&mut self, generation: Generation) {
+        if self.mode != Mode::Fenced && generation > self.generation {
+            self.generation = generation;
+        }
+    }
+
     /// The last replica is gone and the master has recorded so: output flows again, unprotected.
     pub fn unprotect(&mut self, generation: Generation) -> Action {
         if self.mode == Mode::Fenced {
@@ -209,6 +223,26 @@ mod tests {
         );
         p.begin_sync(Generation(6));
         assert_eq!(p.mode(), Mode::Fenced);
+    }
+
+    #[test]
+    fn i1_in_place_only_acks_of_the_new_configuration_release_what_was_under_way() {
+        let mut p = protected();
+        p.go_on(Generation(4));
+        assert_eq!(p.ack(Generation(3), Epoch(10)), Action::None);
+        assert_eq!(p.in_flight(), 1);
+        assert_eq!(p.ack(Generation(4), Epoch(10)), Action::Release(Epoch(10)));
+        p.go_on(Generation(3));
+        assert_eq!(p.generation(), Generation(4), "never back");
+    }
+
+    #[test]
+    fn i1_a_resumed_vm_is_held_from_the_beginning() {
+        let mut p = Pipeline::new(Generation(3), Epoch(10), 2);
+        p.begin_held();
+        assert_eq!(p.mode(), Mode::Protected);
+        assert_eq!(p.captured(), (Epoch(10), false));
+        assert_eq!(p.ack(Generation(3), Epoch(10)), Action::Release(Epoch(10)));
     }
 
     #[test]

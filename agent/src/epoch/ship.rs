@@ -59,13 +59,15 @@ pub struct Shipper {
 }
 
 impl Shipper {
-    /// A shipper whose first epoch replaces the whole image: `shadow` has to be all zero, as the image then is.
+    /// A shipper that begins with `shadow`: what the replicas have. If `first`, its first epoch replaces the whole image:
+    /// `shadow` has to be all zero then, as the image will be.
     #[must_use]
     pub fn new(
         queue: Arc<ShipQueue>,
         link: Arc<dyn Link>,
         shadow: Shadow,
         lz4: bool,
+        first: bool,
         recorder: Arc<Mutex<Recorder>>,
     ) -> Self {
         Self {
@@ -76,7 +78,7 @@ impl Shipper {
             recorder,
             buffer: Vec::with_capacity(FRAME + 2 * PAGE_SIZE),
             begun: None,
-            first: true,
+            first,
             sent: 0,
             encodings: [0; 5],
         }
@@ -142,13 +144,16 @@ impl Shipper {
 
     fn pages(&mut self, epoch: Epoch, staging: &Staging) -> Result<(), ShipError> {
         for (gfn, page) in staging.pages() {
+            let known = self.shadow.is_known(gfn);
             let shadow = self.shadow.page_mut(gfn)?;
-            let encoded = self
-                .encoder
-                .encode(gfn, page, Some(shadow), &mut self.buffer);
+            let reference = known.then_some(&*shadow);
+            let encoded = self.encoder.encode(gfn, page, reference, &mut self.buffer);
             self.encodings[encoding_index(encoded)] += 1;
             if encoded != Encoded::Unchanged {
                 *shadow = *page;
+            }
+            if !known {
+                self.shadow.learn(gfn);
             }
             if self.buffer.len() >= FRAME {
                 self.flush_pages(epoch)?;

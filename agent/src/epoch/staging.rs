@@ -202,6 +202,8 @@ pub struct Shadow {
     base: NonNull<u8>,
     bytes: usize,
     view: Vec<Region>,
+    /// The pages whose content is known; none: all are.
+    known: Option<PageBitmap>,
 }
 
 // SAFETY: the mapping is private to this value and only reached through `&mut self`.
@@ -233,7 +235,31 @@ impl Shadow {
             base,
             bytes,
             view: view.regions.clone(),
+            known: None,
         })
+    }
+
+    /// A shadow of an image whose content is not known here: a page becomes known when it is sent.
+    ///
+    /// # Errors
+    /// As [`Shadow::new`].
+    pub fn unknown(view: &RamView) -> Result<Self, StagingError> {
+        let mut shadow = Self::new(view)?;
+        shadow.known = Some(PageBitmap::new(&view.ranges()));
+        Ok(shadow)
+    }
+
+    /// Whether the page of `gfn` is known to be what the image has.
+    #[must_use]
+    pub fn is_known(&self, gfn: u64) -> bool {
+        self.known.as_ref().is_none_or(|known| known.test(gfn))
+    }
+
+    /// From here on it is.
+    pub fn learn(&mut self, gfn: u64) {
+        if let Some(known) = &mut self.known {
+            known.set(gfn);
+        }
     }
 
     /// The page of `gfn`.

@@ -164,7 +164,7 @@ impl State {
         }
     }
 
-    fn tell_trouble(&mut self, trouble: &Trouble) {
+    pub(super) fn tell_trouble(&mut self, trouble: &Trouble) {
         if let Ok(payload) = codec::to_bytes(trouble, HELLO_LIMIT) {
             self.tell_up(Kind::Broken, Epoch::ZERO, &payload);
         }

@@ -18,6 +18,8 @@ use crate::wire::{self, Frame, Kind, Payload, WireError};
 
 /// Between attempts to reach a successor that is not ready: at first, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(320));
+/// A replica that is to join has this long to get ready, then the owner is told that it does not.
+const JOINER_PATIENCE: Duration = Duration::from_secs(15);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -39,17 +41,26 @@ pub(super) fn connect(slot: &Arc<Slot>, shared: &Arc<Shared>) {
     let (slot, shared) = (slot.clone(), shared.clone());
     let spawned = super::spawn("chain-down", move || {
         let mut pause = RETRY.0;
+        let mut waited = Duration::ZERO;
         while follows(&slot, view.generation) {
             match greet(member.addr, &view, Role::Update, &shared.options.host) {
                 Ok(peer) => {
-                    pause = RETRY.0;
+                    (pause, waited) = (RETRY.0, Duration::ZERO);
                     listen(&slot, &shared, &view, peer);
                 }
                 Err(e) => {
                     tracing::debug!("next replica {}: {e}", member.host);
-                    lock(&slot.state).down_trouble = Some(e.blame(&member.host));
+                    let mut state = lock(&slot.state);
+                    let trouble = e.blame(&member.host);
+                    // A successor is missed by those who wait for the chain; for a joining replica nobody waits.
+                    if state.replica.is_tail() && waited >= JOINER_PATIENCE {
+                        waited = Duration::ZERO;
+                        state.tell_trouble(&trouble);
+                    }
+                    state.down_trouble = Some(trouble);
                 }
             }
+            waited += pause;
             std::thread::sleep(pause);
             pause = RETRY.1.min(pause * 2);
         }
