@@ -12,7 +12,7 @@ use super::{Daemon, lock};
 use crate::child::proto::ToChild;
 
 /// How long the replicas that are left may take to hear of the takeover and to connect to each other.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_millis(3);
 
 /// What a new owner has that its chain may lack.

@@ -21,7 +21,7 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_m
 /// A replica that is to join has this long to get ready, then the owner is told that it does not.
 const JOINER_PATIENCE: Duration = Duration::from_secs(15);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+const GREETING_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Connects to the next replica, if there is one, for as long as this configuration is followed: it may still be creating
 /// its image, and however late it comes, it must not be left out for good. A connection that breaks is made again.
