@@ -148,7 +148,10 @@ impl Child {
                 ToChild::Stop => return Ok(()),
                 ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
                 ToChild::Inspect => self.inspect(&machine.vm),
-                ToChild::Protect(_) | ToChild::HarvestOnly { .. } | ToChild::EpochMs { .. } => {
+                ToChild::Fence
+                | ToChild::Protect(_)
+                | ToChild::HarvestOnly { .. }
+                | ToChild::EpochMs { .. } => {
                     return Err(ChildError::Order("standby", "act as an owner"));
                 }
             }
@@ -301,6 +304,7 @@ impl Child {
         loop {
             match ipc::recv::<ToChild>(socket)?.0 {
                 ToChild::Protect(view) => protector.protect(*view),
+                ToChild::Fence => owner.fence(),
                 ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
                 ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
                     longest: Duration::from_millis(ms),

@@ -250,10 +250,9 @@ impl Attempt {
             match self.client.connect(&self.view) {
                 Ok(connection) => break connection,
                 Err(e @ ClientError::Refused { generation, .. }) => {
-                    if self.owner.refused(generation) {
-                        self.reporter.send(&FromChild::Superseded { generation });
-                    }
-                    return Err(e.to_string().into());
+                    tracing::debug!("{e}");
+                    self.reporter.send(&FromChild::Refused { generation });
+                    return Ok(());
                 }
                 Err(ClientError::Unfit { ref host, .. }) if Instant::now() >= deadline => {
                     return Err(Trouble {
@@ -352,11 +351,7 @@ fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Re
                 owner.fence();
             }
         }
-        ClientEvent::Refused { generation } => {
-            if owner.refused(generation) {
-                reporter.send(&FromChild::Superseded { generation });
-            }
-        }
+        ClientEvent::Refused { generation } => reporter.send(&FromChild::Refused { generation }),
         ClientEvent::JoinerReady => reporter.send(&FromChild::JoinerReady { generation }),
         ClientEvent::Lost { host, why } => {
             let trouble = Trouble {

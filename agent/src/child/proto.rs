@@ -50,6 +50,8 @@ pub enum ToChild {
     Activate(Box<Activate>),
     /// Protect by this configuration (or, with an empty chain, stop holding output).
     Protect(Box<chain::View>),
+    /// Another host owns the VM: stop for good, drop what is held.
+    Fence,
     /// Bench only: harvest the dirty log every `ms` without copying or sending (0: stop).
     HarvestOnly {
         /// Period in milliseconds.
@@ -109,8 +111,8 @@ pub enum FromChild {
         /// Milliseconds since protection began.
         sync_ms: u64,
     },
-    /// A replica follows a newer generation: this VM has stopped and dropped what it held.
-    Superseded {
+    /// A replica follows a newer generation: this owner's next, or another owner's. Nothing is let out in this one any more.
+    Refused {
         /// That generation.
         generation: Generation,
     },

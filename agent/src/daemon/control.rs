@@ -157,11 +157,10 @@ fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(),
         joining: None,
         anew: true,
     };
-    let record = daemon.master.propose(&command).map_err(|e| e.to_string())?;
+    reconcile::decide(daemon, view.vm, view.generation, &command).map_err(|e| e.to_string())?;
     if let Some(entry) = lock(&daemon.vms).map.get_mut(&view.vm) {
         entry.wanted = wanted;
     }
-    reconcile::apply(daemon, &record);
     Ok(())
 }
 

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chain::master::Command;
+use chain::master::{Command, MasterError};
 use chain::{VmRecord, VmShape};
-use checkpoint::VmId;
+use checkpoint::{Generation, VmId};
 
 use super::child::ChildHandle;
 use super::vms::{Entry, Part};
@@ -70,6 +70,7 @@ pub(super) fn apply_locked(daemon: &Arc<Daemon>, record: &VmRecord) {
                 };
                 entry.record = record.clone();
                 entry.trouble = None;
+                entry.proposing = None;
                 if !view.in_place() {
                     entry.bridge = None;
                 }
@@ -122,6 +123,37 @@ pub(super) fn apply_locked(daemon: &Arc<Daemon>, record: &VmRecord) {
     }
 }
 
+/// Asks the master for a change of a VM that this host owns, and follows its decision.
+///
+/// # Errors
+/// The master's. If it is a rejection, somebody else was faster; what has been decided is followed then.
+pub(super) fn decide(
+    daemon: &Arc<Daemon>,
+    vm: VmId,
+    expect: Generation,
+    command: &Command,
+) -> Result<(), MasterError> {
+    if let Some(entry) = lock(&daemon.vms).map.get_mut(&vm) {
+        // Replicas may hear of it before this host does, and refuse what it sends meanwhile.
+        entry.proposing = Some(expect.next());
+    }
+    match daemon.master.propose(command) {
+        Ok(record) => {
+            apply(daemon, &record);
+            Ok(())
+        }
+        Err(e) => {
+            if matches!(e, MasterError::Rejected(_))
+                && let Ok(snapshot) = daemon.master.read()
+            {
+                let record = snapshot.records.iter().find(|r| r.view.vm == vm);
+                record.into_iter().for_each(|r| apply(daemon, r));
+            }
+            Err(e)
+        }
+    }
+}
+
 fn drop_entry(daemon: &Daemon, vm: VmId) {
     let entry = lock(&daemon.vms).map.remove(&vm);
     if let Some(entry) = entry {
@@ -132,7 +164,7 @@ fn drop_entry(daemon: &Daemon, vm: VmId) {
 /// VMs that the master does not know any more.
 fn forget(daemon: &Daemon, records: &[VmRecord]) {
     let _changing = lock(&daemon.changing);
-    let gone: Vec<(VmId, checkpoint::Generation)> = lock(&daemon.vms)
+    let gone: Vec<(VmId, Generation)> = lock(&daemon.vms)
         .map
         .iter()
         .filter(|(vm, _)| !records.iter().any(|r| r.view.vm == **vm))
@@ -329,7 +361,19 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
                 let _ = waiting.send(reports.clone());
             }
         }
-        Some(FromChild::Superseded { generation }) => {
+        Some(FromChild::Refused { generation }) => {
+            let own = entry
+                .record
+                .view
+                .generation
+                .max(entry.proposing.unwrap_or_default());
+            if generation <= own {
+                // This owner's own next configuration; if it turns out to be another's, the master's record says so.
+                return;
+            }
+            if let Err(e) = entry.child.send(&ToChild::Fence) {
+                tracing::warn!("{name}: the VM's process is gone: {e}");
+            }
             let text = format!(
                 "a replica follows generation {generation}: the VM has stopped and dropped its held output"
             );

@@ -93,8 +93,8 @@ pub(super) fn reconfigure(
         anew,
     };
     while owned_view(daemon, view.vm, view.generation).is_some() {
-        match daemon.master.propose(&command) {
-            Ok(record) => return reconcile::apply(daemon, &record),
+        match reconcile::decide(daemon, view.vm, view.generation, &command) {
+            Ok(()) => return,
             Err(e @ MasterError::Rejected(_)) => {
                 // Somebody else was faster, perhaps a backup that took over: the decision that arrives next says so.
                 return daemon.events.add(

@@ -40,6 +40,8 @@ pub(super) struct Entry {
     pub retries: Retries,
     /// New owner: what its chain may lack.
     pub bridge: Option<Bridge>,
+    /// Owner: the generation it has asked the master for, until it knows the outcome.
+    pub proposing: Option<Generation>,
     /// The guest, or its process, has ended.
     pub ended: bool,
     /// Who waits for an answer of the process.
@@ -59,6 +61,7 @@ impl Entry {
             wanted: Vec::new(),
             retries: Retries::default(),
             bridge: None,
+            proposing: None,
             ended: false,
             waiting: Waiting::default(),
         }

@@ -245,16 +245,6 @@ impl Owner {
         lock(&self.captured_at).front().map(|(_, at)| at.elapsed())
     }
 
-    /// A replica follows a newer generation. Returns whether this owner has been fenced by it.
-    pub fn refused(&self, generation: Generation) -> bool {
-        let mut pipeline = lock(&self.pipeline);
-        let action = pipeline.refused(generation);
-        let _ = self.carry_out(action);
-        drop(pipeline);
-        self.changed.notify_all();
-        action == Action::Fence
-    }
-
     /// Stops for good: what is held is dropped, the guest stands still.
     pub fn fence(&self) {
         let mut pipeline = lock(&self.pipeline);

@@ -162,15 +162,6 @@ impl Pipeline {
         Action::Release(epoch)
     }
 
-    /// A replica refused this owner: it follows `generation`.
-    pub fn refused(&mut self, generation: Generation) -> Action {
-        if generation > self.generation {
-            self.fence()
-        } else {
-            Action::None
-        }
-    }
-
     /// Stop for good.
     pub fn fence(&mut self) -> Action {
         self.mode = Mode::Fenced;
