@@ -184,6 +184,8 @@ pub enum BenchCommand {
     Latency(LatencyArgs),
     /// Failovers: time per phase, requests lost, connections broken.
     Failover(FailoverArgs),
+    /// Chains of 1 to 3 replicas: throughput, ack latency, and outages when a replica is lost.
+    Chain(ChainArgs),
 }
 
 /// Options of `understudy bench pause`.
@@ -250,6 +252,26 @@ pub struct FailoverArgs {
     /// Longest epoch in milliseconds.
     #[arg(long, default_value_t = 25)]
     pub epoch_ms: u64,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `understudy bench chain`.
+#[derive(Clone, Debug, Args)]
+pub struct ChainArgs {
+    /// Sizes of a checkpoint in MiB.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 4, 16], value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub epoch_mib: Vec<u64>,
+    /// Seconds per measurement.
+    #[arg(long, default_value_t = 2.0)]
+    pub seconds: f64,
+    /// Leave out the measurements with checkpoints made durable on disk.
+    #[arg(long)]
+    pub no_disk: bool,
+    /// Losses of a replica per place in the chain.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,

@@ -68,6 +68,9 @@ fn run(command: Command) -> Outcome {
         Command::Bench {
             bench: BenchCommand::Failover(args),
         } => bench::failover::run(&args),
+        Command::Bench {
+            bench: BenchCommand::Chain(args),
+        } => bench::chain::run(&args),
     }
 }
 

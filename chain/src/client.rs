@@ -268,7 +268,7 @@ impl ChainClient {
             .resend(&connection.up, after, generation)
             .map_err(lost)?;
         if let Some(base) = sending.base {
-            connection.send(Kind::Complete, base.epoch, 0, &[])?;
+            connection.forward(Kind::Complete, base.epoch, 0, &Payload::default())?;
         }
         Ok(())
     }
@@ -293,18 +293,19 @@ impl ChainClient {
         let Some(open) = sending.open else {
             return Err(ClientError::NotBegun);
         };
+        let mut buffer = self.buffers.take();
+        buffer.fill(payload);
         let sent = match &sending.connection {
-            Some(connection) => connection.send(kind, open.epoch, flags, payload),
+            Some(connection) => connection.forward(kind, open.epoch, flags, &buffer),
             None => Err(ClientError::NoChain),
         };
         if open.full {
+            self.buffers.give(buffer);
             return sent;
         }
         if sent.is_err() {
             sending.connection = None;
         }
-        let mut buffer = self.buffers.take();
-        buffer.fill(payload);
         let frame = Frame {
             kind,
             vm: self.vm,
@@ -421,12 +422,12 @@ impl Connection {
         self.generation
     }
 
-    fn send(
+    fn forward(
         &self,
         kind: Kind,
         epoch: Epoch,
         flags: u32,
-        payload: &[u8],
+        payload: &Payload,
     ) -> Result<(), ClientError> {
         let frame = Frame {
             kind,
@@ -436,7 +437,7 @@ impl Connection {
             flags,
         };
         self.up
-            .send(&frame, payload)
+            .forward(&frame, payload)
             .map_err(|e| ClientError::Send(self.head.host.clone(), e))
     }
 

@@ -198,14 +198,22 @@ impl Image {
     pub fn stage(&mut self, buf: &[u8]) -> Result<(), ImageError> {
         for record in records(buf) {
             let record = record?;
-            let mut out = [0; PAGE_SIZE];
-            record.decode(self.page(record.gfn)?, &mut out)?;
             if self.seen.test(record.gfn) {
                 return Err(ImageError::Twice(record.gfn));
             }
+            // Decoded where it stays: each page is copied once here and once when it is applied.
+            let count = self.staged_gfns.len();
+            if self.staged.len() == count {
+                self.staged.push([0; PAGE_SIZE]);
+            }
+            let mut staged = std::mem::take(&mut self.staged);
+            let decoded = self
+                .page(record.gfn)
+                .and_then(|before| Ok(record.decode(before, &mut staged[count])?));
+            self.staged = staged;
+            decoded?;
             self.seen.set(record.gfn);
             self.staged_gfns.push(record.gfn);
-            self.staged.push(out);
         }
         Ok(())
     }
@@ -247,7 +255,6 @@ impl Image {
     /// Forgets what is staged.
     pub fn discard(&mut self) {
         self.staged_gfns.clear();
-        self.staged.clear();
         self.seen.clear();
     }
 }

@@ -1,5 +1,6 @@
 //! `understudy bench`: every figure beside its own baseline, measured in one run.
 
+pub mod chain;
 pub mod failover;
 pub mod latency;
 pub mod pause;
