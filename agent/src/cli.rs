@@ -68,6 +68,17 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// What a VM's vCPUs are at: registers, timers, pending interrupts. Stops them for as long as reading takes.
+    Inspect {
+        /// The VM's name.
+        vm: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
     /// Take a VM over on this host, which holds a replica of it.
     Failover {
         /// The VM's name.

@@ -53,6 +53,7 @@ fn run(command: Command) -> Outcome {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Stop { vm })?)
         }
         Command::Status { json, control } => status(&control.control, json),
+        Command::Inspect { vm, json, control } => inspect(&control.control, &vm, json),
         Command::Failover { vm, control } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Failover { vm })?)
         }
@@ -147,6 +148,18 @@ fn status(control: &Path, json: bool) -> Outcome {
             vm.epoch,
             vm.state
         );
+    }
+    Ok(())
+}
+
+fn inspect(control: &Path, vm: &str, json: bool) -> Outcome {
+    let reports = ControlClient::connect(control)?.inspect(vm)?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&reports)?);
+    } else {
+        for report in reports {
+            println!("{report}");
+        }
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! A vCPU's thread: runs the guest, serves its exits, stands still when told.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,6 +21,8 @@ pub(crate) struct VcpuThread {
     pub(crate) control: Arc<Control>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) events: Sender<VmEvent>,
+    /// Returns of `KVM_RUN`, counted for [`crate::VcpuReport`].
+    pub(crate) exits: Arc<AtomicU64>,
 }
 
 /// Why the guest is left.
@@ -59,7 +62,9 @@ impl VcpuThread {
     /// memory access served here is completed by the next `KVM_RUN`, so by then none is half done.
     fn run(&self, vcpu: &mut VcpuFd) -> Leave {
         loop {
-            match vcpu.run() {
+            let exit = vcpu.run();
+            self.exits.fetch_add(1, Ordering::Relaxed);
+            match exit {
                 Ok(VcpuExit::MmioRead(addr, data)) => self.bus.mmio_read(addr, data),
                 Ok(VcpuExit::MmioWrite(addr, data)) => self.bus.mmio_write(addr, data),
                 Ok(VcpuExit::IoIn(port, data)) => {

@@ -63,7 +63,7 @@ pub enum VcpuStateError {
     Cpuid(usize),
 }
 
-fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuStateError {
+pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> VcpuStateError {
     move |e| VcpuStateError::Kvm {
         what,
         source: e.into(),
@@ -288,7 +288,7 @@ impl TscClock {
 }
 
 /// The vCPU's TSC offset, if this KVM tells it (Documentation/virt/kvm/devices/vcpu.rst, 4.1).
-fn get_tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
+pub(crate) fn get_tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
     let mut offset = 0;
     tsc_offset_ioctl(vcpu, KVM_GET_DEVICE_ATTR(), &mut offset)
         .ok()

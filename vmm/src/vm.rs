@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -15,6 +16,7 @@ use crate::control::{self, Control, RunPage};
 use crate::devices::{DeviceManager, DeviceSpec, NetSpec};
 use crate::dirty::{BitmapTracker, DirtyTracker, set_slots};
 use crate::events::{Events, VmEvent};
+use crate::inspect::VcpuReport;
 use crate::kvm_caps;
 use crate::layout::MAX_VCPUS;
 use crate::memory::{self, GuestMemory, RamFiles, RamLayout};
@@ -47,6 +49,7 @@ pub struct VmSpec {
 struct Vcpu {
     fd: Arc<Mutex<VcpuFd>>,
     thread: Option<JoinHandle<()>>,
+    exits: Arc<AtomicU64>,
 }
 
 impl Vcpu {
@@ -150,12 +153,14 @@ impl Vm {
         for (id, fd) in (0u8..).zip(fds) {
             let fd = Arc::new(Mutex::new(fd));
             let run = RunPage::new(&fd);
+            let exits = Arc::new(AtomicU64::new(0));
             let work = VcpuThread {
                 id,
                 vcpu: Arc::clone(&fd),
                 control: Arc::clone(&self.control),
                 bus: Arc::clone(&self.bus),
                 events: sender.clone(),
+                exits: Arc::clone(&exits),
             };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
@@ -165,6 +170,7 @@ impl Vm {
             self.vcpus.push(Vcpu {
                 fd,
                 thread: Some(thread),
+                exits,
             });
         }
         // Wait until all stand still: from here on the machine is what it says it is.
@@ -290,6 +296,27 @@ impl Vm {
             vcpus,
             devices,
         })
+    }
+
+    /// What each vCPU is at: a look at a machine that makes no progress. Stops the vCPUs of a running machine for as
+    /// long as it takes to read them.
+    ///
+    /// # Errors
+    /// [`VmError`]: the vCPUs do not stop, or KVM refused a part.
+    pub fn inspect(&self) -> Result<Vec<VcpuReport>, VmError> {
+        let life = self.life();
+        self.control.pause().map_err(VmError::Stuck)?;
+        let reports = (0u8..)
+            .zip(&self.vcpus)
+            .map(|(id, vcpu)| {
+                VcpuReport::read(id, vcpu.exits.load(Ordering::Relaxed), &vcpu.fd())
+                    .map_err(|source| VmError::Vcpu { id, source })
+            })
+            .collect();
+        if *life == Life::Running {
+            self.control.resume();
+        }
+        reports
     }
 
     /// Which pages change.

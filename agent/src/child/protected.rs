@@ -146,6 +146,7 @@ impl Child {
                 }
                 ToChild::Stop => return Ok(()),
                 ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
+                ToChild::Inspect => self.inspect(&machine.vm),
                 ToChild::Protect(_) | ToChild::HarvestOnly { .. } | ToChild::EpochMs { .. } => {
                     return Err(ChildError::Order("standby", "act as an owner"));
                 }
@@ -254,6 +255,11 @@ impl Child {
         Ok(())
     }
 
+    fn inspect(&self, vm: &vmm::Vm) {
+        let reports = vm.inspect().map_err(|e| e.to_string());
+        self.reporter.send(&FromChild::Inspected(reports));
+    }
+
     /// The owner's life: orders from the agent until the socket closes.
     fn own(
         &self,
@@ -285,6 +291,7 @@ impl Child {
                 ToChild::TakeStats => self
                     .reporter
                     .send(&FromChild::Stats(Box::new(owner.take_stats()))),
+                ToChild::Inspect => self.inspect(&machine.vm),
                 ToChild::Stop => {
                     owner.fence();
                     return Ok(());

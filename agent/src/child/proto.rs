@@ -64,6 +64,8 @@ pub enum ToChild {
         /// Shortest epoch with output waiting.
         min_ms: u64,
     },
+    /// Answer with [`FromChild::Inspected`].
+    Inspect,
     /// End the VM.
     Stop,
 }
@@ -123,6 +125,8 @@ pub enum FromChild {
     },
     /// Answer to [`ToChild::TakeStats`].
     Stats(Box<EpochStats>),
+    /// Answer to [`ToChild::Inspect`]: what each vCPU is at, or why that cannot be told.
+    Inspected(Result<Vec<vmm::VcpuReport>, String>),
     /// The guest has ended (shutdown, reset or crash).
     GuestEnded {
         /// How.

@@ -95,6 +95,17 @@ impl ControlClient {
         }
     }
 
+    /// What the vCPUs of a VM (or standby) on the agent's host are at.
+    ///
+    /// # Errors
+    /// As [`ControlClient::call`].
+    pub fn inspect(&mut self, vm: &str) -> Result<Vec<vmm::VcpuReport>, ControlError> {
+        match self.call(&Request::Inspect { vm: vm.into() })? {
+            Reply::Vcpus(reports) => Ok(reports),
+            _ => Err(ControlError::Unexpected),
+        }
+    }
+
     /// Events after number `since`.
     ///
     /// # Errors

@@ -33,6 +33,11 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// What the vCPUs of a VM (or standby) on this host are at.
+    Inspect {
+        /// The VM.
+        vm: String,
+    },
     /// Take the VM over on this host, which holds a replica of it.
     Failover {
         /// The VM.
@@ -72,6 +77,8 @@ pub enum Reply {
     Status(Vec<VmStatus>),
     /// Answer to [`Request::Stats`].
     Stats(Box<EpochStats>),
+    /// Answer to [`Request::Inspect`].
+    Vcpus(Vec<vmm::VcpuReport>),
     /// Answer to [`Request::Events`].
     Events(Vec<Event>),
 }

@@ -20,6 +20,8 @@ use crate::ipc;
 
 /// How long a VM process may take to answer a question.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long its vCPUs may take to stop for an inspection: they are given 10 s before they are called stuck.
+const INSPECT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Binds the control socket, replacing one that nobody listens at any more.
 pub(super) fn bind(path: &Path) -> Result<UnixListener, AgentError> {
@@ -68,6 +70,7 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
                 .map_err(|_| "the VM's process does not answer".to_string())?;
             return Ok(Reply::Stats(Box::new(stats)));
         }
+        Request::Inspect { vm } => return inspect(daemon, &vm).map(Reply::Vcpus),
         Request::Failover { vm } => failover::by_order(daemon, &vm)?,
         Request::Events { since } => return Ok(Reply::Events(daemon.events.since(since))),
         Request::HarvestOnly { vm, ms } => tell(daemon, &vm, &ToChild::HarvestOnly { ms })?,
@@ -87,6 +90,23 @@ fn owned<'a>(entry: Option<&'a mut Entry>, name: &str) -> Result<&'a mut Entry, 
             "no VM named {name:?} runs on this host (`understudy status` lists them)"
         )),
     }
+}
+
+/// What the vCPUs of a VM or of a standby on this host are at.
+fn inspect(daemon: &Daemon, name: &str) -> Result<Vec<vmm::VcpuReport>, String> {
+    let (sender, receiver) = channel();
+    let child = {
+        let mut vms = lock(&daemon.vms);
+        let entry = vms.by_name(name).ok_or_else(|| {
+            format!("no VM named {name:?} is on this host (`understudy status` lists them)")
+        })?;
+        entry.waiting.inspected.push(sender);
+        entry.child.clone()
+    };
+    child.send(&ToChild::Inspect).map_err(|e| e.to_string())?;
+    receiver
+        .recv_timeout(INSPECT_PATIENCE)
+        .map_err(|_| "the VM's process does not answer".to_string())?
 }
 
 fn tell(daemon: &Daemon, vm: &str, message: &ToChild) -> Result<(), String> {

@@ -334,6 +334,11 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
                 let _ = waiting.send((*stats).clone());
             }
         }
+        Some(FromChild::Inspected(reports)) => {
+            for waiting in entry.waiting.inspected.drain(..) {
+                let _ = waiting.send(reports.clone());
+            }
+        }
         Some(FromChild::Superseded { generation }) => {
             let text = format!(
                 "a replica follows generation {generation}: the VM has stopped and dropped its held output"

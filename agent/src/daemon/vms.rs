@@ -6,6 +6,7 @@ use std::sync::mpsc::Sender;
 
 use chain::VmRecord;
 use checkpoint::{Generation, VmId};
+use vmm::VcpuReport;
 
 use super::child::ChildHandle;
 use crate::child::proto::FromChild;
@@ -39,6 +40,7 @@ pub(super) struct Entry {
 #[derive(Default)]
 pub(super) struct Waiting {
     pub stats: Vec<Sender<EpochStats>>,
+    pub inspected: Vec<Sender<Result<Vec<VcpuReport>, String>>>,
     pub activated: Option<Sender<FromChild>>,
 }
 

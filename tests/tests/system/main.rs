@@ -5,6 +5,7 @@
 mod bad_input;
 mod demo;
 mod disk;
+mod inspect;
 mod kill;
 mod output_commit;
 mod partition;
