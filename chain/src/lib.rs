@@ -20,6 +20,8 @@ pub mod wire;
 pub use client::{ChainClient, ClientError, ClientEvent};
 pub use mark::Mark;
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
-pub use store::{Handover, ReplicaStore, StoreError, VmStore};
+pub use store::{
+    Handover, History, MemoryStore, ReplicaStore, Retention, Snapshot, StoreError, VmStore,
+};
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Member, View, VmRecord, VmShape};
