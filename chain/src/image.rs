@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
-use checkpoint::{PAGE_SIZE, Page, PageBitmap, PageError, RamRange, records};
+use checkpoint::{PAGE_SIZE, Page, PageBitmap, PageEncoder, PageError, RamRange, records};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -252,6 +252,35 @@ impl Image {
         self.staged_gfns.iter().copied()
     }
 
+    /// Page records that put back the image's present content wherever the staged pages will change it.
+    pub(crate) fn reverse(&self, encoder: &mut PageEncoder) -> Result<Vec<u8>, ImageError> {
+        let mut out = Vec::new();
+        for (gfn, page) in self.staged_gfns.iter().zip(&self.staged) {
+            encoder.encode(*gfn, self.page(*gfn)?, Some(page), &mut out);
+        }
+        Ok(out)
+    }
+
+    /// Puts a page in place.
+    pub(crate) fn put(&mut self, gfn: u64, page: &Page) -> Result<(), ImageError> {
+        *self.page_mut(gfn)? = *page;
+        Ok(())
+    }
+
+    /// Becomes a copy of `from`, an image of the same layout. Pages of zeros take no memory.
+    pub(crate) fn copy_from(&mut self, from: &Self) -> Result<(), ImageError> {
+        self.reset()?;
+        for region in &from.regions {
+            for gfn in region.first..region.first + region.pages {
+                let page = from.page(gfn)?;
+                if page.iter().any(|b| *b != 0) {
+                    self.put(gfn, page)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Forgets what is staged.
     pub fn discard(&mut self) {
         self.staged_gfns.clear();
@@ -262,7 +291,7 @@ impl Image {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use checkpoint::{EncoderOptions, PageEncoder};
+    use checkpoint::EncoderOptions;
 
     fn ram() -> Vec<RamRange> {
         vec![

@@ -22,6 +22,6 @@ pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
 pub use kept::{KEPT_MAX, Kept};
 pub use mark::Mark;
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
-pub use store::{Handover, ReplicaStore, StoreError, VmStore};
+pub use store::{Handover, MemoryStore, ReplicaStore, Retention, Snapshot, StoreError, VmStore};
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Fork, History, Member, View, VmRecord, VmShape};

@@ -1,6 +1,8 @@
 //! What a replica keeps of a VM, as the server sees it; [`VmStore`] is the one that VMs are resumed from.
 
 mod copy;
+mod memory;
+mod query;
 mod vm;
 
 use std::os::fd::OwnedFd;
@@ -11,6 +13,8 @@ use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
 use crate::image::ImageError;
 use crate::kept::Kept;
 use crate::mark::Mark;
+pub use memory::MemoryStore;
+pub use query::{History, Retention, Snapshot};
 pub use vm::VmStore;
 
 /// Why a replica cannot go on with a VM.
@@ -55,6 +59,9 @@ pub enum StoreError {
     /// Messages out of order.
     #[error("no checkpoint is open")]
     NotOpen,
+    /// A checkpoint that is not kept, or not any more.
+    #[error("checkpoint {0} is not kept here; ask which are")]
+    NotRetained(Mark),
 }
 
 impl StoreError {
@@ -69,7 +76,8 @@ impl StoreError {
             | Self::DiskRange { .. }
             | Self::Machine { .. }
             | Self::End(_)
-            | Self::NotOpen => false,
+            | Self::NotOpen
+            | Self::NotRetained(_) => false,
         }
     }
 }
@@ -169,6 +177,11 @@ pub trait ReplicaStore: Send {
 
     /// Encoded machine state of the newest committed checkpoint.
     fn machine_state(&self) -> Option<&[u8]>;
+
+    /// Queries of the checkpoints kept; `None` if this store answers none.
+    fn history(&mut self) -> Option<&mut dyn History> {
+        None
+    }
 
     /// Makes everything ready to be run from, as the owner's of `generation`.
     ///

@@ -18,8 +18,8 @@ pub(crate) struct Batch {
     pub journal: Option<Arc<dyn LayerFile>>,
     /// Says in the journal that the entries are synced: the file, where, and what.
     pub voucher: Option<(Arc<dyn LayerFile>, u64, Entry)>,
-    /// The entries.
-    pub entries: Vec<Entry>,
+    /// The entries; whoever reads the disks meanwhile looks at them too.
+    pub entries: Arc<Vec<Entry>>,
     /// All mirrors.
     pub mirrors: Arc<Vec<Mirror>>,
     /// The mirrors' writes need a sync even without entries (after the first filling).
@@ -45,10 +45,10 @@ impl Batch {
         }
         if !self.entries.is_empty() {
             let mut touched = vec![self.sync_all; self.mirrors.len()];
-            for entry in &self.entries {
+            for entry in self.entries.iter() {
                 apply_all(&self.mirrors, entry.payload(), &mut touched)?;
             }
-            self.entries.clear();
+            self.entries = Arc::default();
             self.sync_all = false;
             for (mirror, _) in self.mirrors.iter().zip(touched).filter(|(_, t)| *t) {
                 mirror

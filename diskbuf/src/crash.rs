@@ -46,7 +46,7 @@ fn writes(rng: &mut Rng, model: &mut Disks) -> Vec<Vec<u8>> {
         let at = rng.below(SECTORS - sectors) * 512;
         let len = sectors * 512;
         let range = at as usize..(at + len) as usize;
-        let data: Vec<u8> = (0..len).map(|_| rng.next() as u8).collect();
+        let data: Vec<u8> = (0..len).map(|_| rng.draw() as u8).collect();
         let op = match rng.below(8) {
             0 => DiskOp::Discard,
             1 => DiskOp::WriteZeroes,
@@ -344,7 +344,7 @@ fn i7_damage_at_any_byte_of_the_journal_is_found_or_of_no_account() {
         }
     }
     assert!(found > 100, "{found}");
-    disk.remove(&path);
+    disk.lose(&path);
     let opened = open(&disk, options(Durability::Disk, Mutants::default()));
     assert!(matches!(opened, Err(DiskbufError::Damaged { .. })));
 }

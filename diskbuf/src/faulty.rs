@@ -1,10 +1,11 @@
-//! A disk in memory that keeps only what it must: for the crash tests.
+//! A disk in memory that keeps only what it must: for the crash tests, here and in the chain's store.
 //!
 //! What was not synced may be there after a crash or not, in any combination, per operation and per 512-byte sector, and
 //! a sector may be half old and half new. A file whose directory was not synced may be gone. From the operation chosen
 //! on, everything fails, as it would for a program that is no more.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,10 +13,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::layer::{FileLayer, LayerFile};
 
 /// A small generator (splitmix64): the tests print its seed.
-pub(crate) struct Rng(pub u64);
+pub struct Rng(pub u64);
 
 impl Rng {
-    pub(crate) fn next(&mut self) -> u64 {
+    /// The next number.
+    #[must_use]
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,14 +26,16 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+    /// A number below `n`.
+    #[must_use]
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.draw() % n
     }
 }
 
 /// How a crash treats what was not synced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Crash {
+pub enum Crash {
     /// All of it is lost.
     LoseAll,
     /// None is: only the program died.
@@ -57,6 +62,8 @@ struct Content {
 #[derive(Default)]
 struct Inner {
     files: BTreeMap<PathBuf, Content>,
+    /// Removed, while the directory still has them on the disk.
+    removed: BTreeMap<PathBuf, Content>,
     ops: u64,
     crash_at: Option<u64>,
     syncs: u64,
@@ -65,7 +72,7 @@ struct Inner {
 
 /// The disk. Clones are the same disk.
 #[derive(Clone, Default)]
-pub(crate) struct MemDisk(Arc<Mutex<Inner>>);
+pub struct MemDisk(Arc<Mutex<Inner>>);
 
 struct MemFile(MemDisk, PathBuf);
 
@@ -98,30 +105,36 @@ impl MemDisk {
     }
 
     /// Operations so far (those that change anything).
-    pub(crate) fn ops(&self) -> u64 {
+    pub fn ops(&self) -> u64 {
         self.lock().ops
     }
 
     /// Operation number `at` (and all later ones) fails; it may have been half done.
-    pub(crate) fn crash_at(&self, at: u64) {
+    pub fn crash_at(&self, at: u64) {
         self.lock().crash_at = Some(at);
     }
 
     /// The n-th sync from now fails, and what it should have written is never written.
-    pub(crate) fn fail_sync(&self, n: u64) {
+    pub fn fail_sync(&self, n: u64) {
         let mut inner = self.lock();
         inner.fail_sync = Some(inner.syncs + n);
     }
 
     /// Syncs so far.
-    pub(crate) fn syncs(&self) -> u64 {
+    pub fn syncs(&self) -> u64 {
         self.lock().syncs
     }
 
     /// What is there after a crash now.
-    pub(crate) fn after(&self, how: Crash, rng: &mut Rng) -> Self {
+    pub fn after(&self, how: Crash, rng: &mut Rng) -> Self {
         let mut inner = Inner::default();
-        for (path, content) in &self.lock().files {
+        let locked = self.lock();
+        let back = locked.removed.iter().filter(|(path, _)| {
+            !locked.files.contains_key(*path)
+                && (how == Crash::LoseAll || how == Crash::Any && rng.below(2) == 0)
+        });
+        let back: Vec<_> = back.collect();
+        for (path, content) in locked.files.iter().chain(back) {
             if !content.entered && (how == Crash::LoseAll || how == Crash::Any && rng.below(2) == 0)
             {
                 continue;
@@ -160,16 +173,18 @@ impl MemDisk {
     }
 
     /// The disk as the next program finds it: all is there, what was not synced still is not.
-    pub(crate) fn killed(&self) -> Self {
+    pub fn killed(&self) -> Self {
+        let locked = self.lock();
         let inner = Inner {
-            files: self.lock().files.clone(),
+            files: locked.files.clone(),
+            removed: locked.removed.clone(),
             ..Inner::default()
         };
         Self(Arc::new(Mutex::new(inner)))
     }
 
     /// A file's content as a reader sees it.
-    pub(crate) fn content(&self, path: &Path) -> Vec<u8> {
+    pub fn content(&self, path: &Path) -> Vec<u8> {
         self.lock()
             .files
             .get(path)
@@ -177,7 +192,7 @@ impl MemDisk {
     }
 
     /// A copy of the disk with one file's content changed behind everybody's back.
-    pub(crate) fn with(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) -> Self {
+    pub fn with(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) -> Self {
         let disk = self.after(Crash::KeepAll, &mut Rng(0));
         {
             let mut inner = disk.lock();
@@ -188,9 +203,15 @@ impl MemDisk {
         disk
     }
 
-    /// Removes a file.
-    pub(crate) fn remove(&self, path: &Path) {
+    /// Removes a file behind everybody's back.
+    pub fn lose(&self, path: &Path) {
         self.lock().files.remove(path);
+    }
+
+    /// The files there are.
+    #[must_use]
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.lock().files.keys().cloned().collect()
     }
 
     /// Counts an operation; true if the program dies in it.
@@ -233,7 +254,26 @@ impl FileLayer for MemDisk {
         for (path, content) in &mut inner.files {
             content.entered |= path.parent() == Some(dir);
         }
+        inner.removed.retain(|path, _| path.parent() != Some(dir));
         Ok(())
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<OsString>> {
+        let inner = self.lock();
+        let here = inner.files.keys().filter(|p| p.parent() == Some(dir));
+        Ok(here
+            .filter_map(|p| p.file_name().map(OsString::from))
+            .collect())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut inner = self.lock();
+        let died = MemDisk::dies(&mut inner)?;
+        let content = inner.files.remove(path).ok_or(io::ErrorKind::NotFound)?;
+        if content.entered {
+            inner.removed.insert(path.into(), content);
+        }
+        if died { Err(dead()) } else { Ok(()) }
     }
 }
 

@@ -1,6 +1,7 @@
-//! The few file operations that this crate's promises rest on, behind a trait, so that tests can put a disk underneath
-//! that loses what was not synced and tears what was being written.
+//! The few file operations that the promises of this crate and of the chain's store rest on, behind a trait, so that
+//! tests can put a disk underneath that loses what was not synced and tears what was being written.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
@@ -10,35 +11,76 @@ use std::sync::Arc;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 /// A place with files.
-pub(crate) trait FileLayer: Send + Sync {
+pub trait FileLayer: Send + Sync {
     /// Makes the directory with its parents; no error if it is there.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// Opens for reading and writing; makes an empty file first if `create` and there is none.
+    ///
+    /// # Errors
+    /// The kernel's answer; [`io::ErrorKind::NotFound`] if there is none and it was not to be made.
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn LayerFile>>;
+    /// Names of the files in `dir`, in any order; none if there is no such directory.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    fn list(&self, dir: &Path) -> io::Result<Vec<OsString>>;
+    /// Removes a file. Durable only after [`FileLayer::sync_dir`]: until then a crash may bring it back.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes the directory's entries durable.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
 
 /// An open file. Operations at positions only, so that threads can share it.
-pub(crate) trait LayerFile: Send + Sync {
+#[allow(clippy::len_without_is_empty)] // A length in bytes that may fail, not a collection's.
+pub trait LayerFile: Send + Sync {
     /// Fills `buf` from `offset`; [`io::ErrorKind::UnexpectedEof`] at the file's end.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
     /// Writes all of `data` at `offset`; durable only after [`LayerFile::sync`].
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Makes the range read as zero and frees its blocks where the file system can.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Cuts off or extends (sparse) to `len` bytes.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Length in bytes.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn len(&self) -> io::Result<u64>;
     /// fdatasync: content and length are durable afterwards. After an error nothing may be assumed of the file.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn sync(&self) -> io::Result<()>;
     /// Takes the exclusive lock, until the file is closed; false if another open file has it.
+    ///
+    /// # Errors
+    /// The kernel's answer.
     fn try_lock(&self) -> io::Result<bool>;
 }
 
 /// The machine's own files.
-pub(crate) struct OsLayer;
+pub struct OsLayer;
 
 struct OsFile(File);
 
@@ -62,6 +104,17 @@ impl FileLayer for OsLayer {
             .create(create)
             .truncate(false);
         Ok(Arc::new(OsFile(options.open(path)?)))
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<OsString>> {
+        match std::fs::read_dir(dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            entries => entries?.map(|entry| Ok(entry?.file_name())).collect(),
+        }
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

@@ -12,10 +12,11 @@ mod batch;
 mod error;
 pub mod held;
 mod journal;
-mod layer;
+pub mod layer;
 pub mod mirror;
 mod open;
 pub mod owner;
+mod preimage;
 pub mod record;
 pub mod replica;
 
@@ -23,8 +24,8 @@ pub mod replica;
 mod crash;
 #[cfg(test)]
 mod failed_sync;
-#[cfg(test)]
-mod faulty;
+#[cfg(any(test, feature = "faulty"))]
+pub mod faulty;
 
 pub use error::DiskbufError;
 pub use held::{HeldError, HeldWrites};

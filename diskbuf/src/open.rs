@@ -86,6 +86,7 @@ impl ReplicaDisks {
             batch_seq: 0,
             pending: Vec::new(),
             pending_bytes: 0,
+            flying: Arc::default(),
             oldest: None,
             unsynced: 0,
             poisoned: None,

@@ -117,6 +117,8 @@ pub struct ReplicaDisks {
     pub(crate) batch_seq: u64,
     pub(crate) pending: Vec<Entry>,
     pub(crate) pending_bytes: u64,
+    /// Entries of the batch under way: in the mirrors or not, nobody knows.
+    pub(crate) flying: Arc<Vec<Entry>>,
     pub(crate) oldest: Option<Instant>,
     /// Bytes written while filling since the mirrors were last synced.
     pub(crate) unsynced: u64,
@@ -151,6 +153,36 @@ impl ReplicaDisks {
         Self::open_with(Arc::new(OsLayer), dir, vm, sizes, Options::new(durability))
     }
 
+    /// As [`ReplicaDisks::open`], on another layer and with small batches that go one step at each epoch: so that a
+    /// crash test of something built on it meets every stage, and the same ones each time.
+    ///
+    /// # Errors
+    /// As [`ReplicaDisks::open`].
+    #[cfg(any(test, feature = "faulty"))]
+    pub fn open_stepped(
+        layer: Arc<dyn FileLayer>,
+        dir: &Path,
+        vm: VmId,
+        sizes: &[u64],
+        durability: Durability,
+    ) -> Result<Self, DiskbufError> {
+        let options = Options {
+            batch_bytes: 9 << 10,
+            batch_age: Duration::from_secs(1 << 30),
+            high_water: 30 << 10,
+            journal_keep: 4 << 10,
+            stepped: true,
+            ..Options::new(durability)
+        };
+        Self::open_with(layer, dir, vm, sizes, options)
+    }
+
+    /// Sizes of the disks in bytes, in order.
+    #[must_use]
+    pub fn sizes(&self) -> &[u64] {
+        &self.sizes
+    }
+
     /// The newest durable record.
     #[must_use]
     pub fn record(&self) -> Option<ActivationRecord> {
@@ -180,6 +212,7 @@ impl ReplicaDisks {
         }
         self.worker.wait()?;
         self.pending.clear();
+        self.flying = Arc::default();
         self.pending_bytes = 0;
         self.oldest = None;
         self.generation = generation;
@@ -409,7 +442,7 @@ impl ReplicaDisks {
         Batch {
             journal: None,
             voucher: None,
-            entries: Vec::new(),
+            entries: Arc::default(),
             mirrors: self.mirrors.clone(),
             sync_all: true,
             file: self.record.clone(),
@@ -422,11 +455,12 @@ impl ReplicaDisks {
         let journal = &self.journals[self.current];
         let unsynced = self.durable < self.seq && !self.pending.is_empty();
         self.batch_seq = self.seq;
+        self.flying = Arc::new(std::mem::take(&mut self.pending));
         let voucher = unsynced.then(|| (journal.clone(), self.end, self.voucher()));
         let batch = Batch {
             journal: (unsynced && !self.options.mutants.no_journal_sync).then(|| journal.clone()),
             voucher,
-            entries: std::mem::take(&mut self.pending),
+            entries: self.flying.clone(),
             mirrors: self.mirrors.clone(),
             sync_all: false,
             file: self.record.clone(),
@@ -449,6 +483,7 @@ impl ReplicaDisks {
         self.worker.poll()?;
         if !self.worker.busy() {
             self.durable = self.durable.max(self.batch_seq);
+            self.flying = Arc::default();
         }
         Ok(())
     }

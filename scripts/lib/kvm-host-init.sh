@@ -40,6 +40,7 @@ mount -t overlay -o lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work root /ne
 mkdir -p /new/proc /new/sys /new/dev /new/run /new/tmp
 mount -t proc proc /new/proc
 mount -t sysfs sysfs /new/sys
+mount -t debugfs debugfs /new/sys/kernel/debug 2>/dev/null
 mount -t cgroup2 cgroup /new/sys/fs/cgroup 2>/dev/null
 mount -o bind /dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm

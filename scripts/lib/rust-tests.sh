@@ -105,8 +105,8 @@ run_tier2() {
         for attempt in 1 2 3; do
             if UNDERSTUDY_BIN="$(target_dir)/release/understudy" \
                 UNDERSTUDY_STOCK_VMLINUZ="$VMLINUZ" UNDERSTUDY_STOCK_INITRD="$INITRD" \
-                UNDERSTUDY_STOCK_DISK="$work/disk.raw" UNDERSTUDY_STOCK_HOSTS="$PWD/tests/stock/hosts" \
-                scripts/kvm-host --cpus 2 --mem 4096 --timeout 420 \
+                UNDERSTUDY_STOCK_DISK="$work/disk.raw" \
+                scripts/kvm-host --cpus 2 --mem 4096 --timeout 900 \
                 "$program" --include-ignored --test-threads=1 --exact "$case"; then
                 passed=1
                 break

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use crate::net::{HOST_BRIDGE, Network, repl_addr};
 use crate::serial::{Turn, turn};
 use crate::vmfile::{GUEST, VmFile};
-use crate::{require_everything, wait};
+use crate::{diagnosis, require_everything, wait};
 
 /// The VM's name.
 pub const VM: &str = "vm";
@@ -32,13 +32,23 @@ pub struct Options<'a> {
     pub hosts: &'a [&'a str],
     /// Mechanisms switched off: host and `UNDERSTUDY_BREAK`.
     pub broken: &'a [(&'a str, &'a str)],
+    /// Milliseconds between heartbeats.
+    pub heartbeat_ms: u64,
+    /// Heartbeats missed before a host is suspected.
+    pub missed: u32,
 }
 
 impl<'a> Options<'a> {
-    /// These hosts, everything switched on.
+    /// These hosts, everything switched on. More patient than the agent's defaults: the machine is small, and no test
+    /// measures time.
     #[must_use]
     pub fn of(hosts: &'a [&'a str]) -> Self {
-        Self { hosts, broken: &[] }
+        Self {
+            hosts,
+            broken: &[],
+            heartbeat_ms: 10,
+            missed: 30,
+        }
     }
 }
 
@@ -116,8 +126,11 @@ impl Cluster {
             _turn: turn,
         };
         for (i, name) in names.iter().enumerate() {
-            fs::write(cluster.path(&format!("{name}.toml")), cluster.host_toml(i))
-                .expect("writing a host's configuration");
+            fs::write(
+                cluster.path(&format!("{name}.toml")),
+                cluster.host_toml(i, &options),
+            )
+            .expect("writing a host's configuration");
         }
         // The master first: the others ask it.
         for name in names.iter().rev() {
@@ -129,7 +142,7 @@ impl Cluster {
 
     /// `host.toml` of host number `i`.
     #[must_use]
-    pub fn host_toml(&self, i: usize) -> String {
+    pub fn host_toml(&self, i: usize, options: &Options<'_>) -> String {
         let dir = self.dir().display();
         let name = &self.hosts[i].name;
         let master = format!("{}:7690", repl_addr(self.hosts.len() - 1));
@@ -143,12 +156,16 @@ impl Cluster {
             .filter(|j| *j != i)
             .map(|j| format!("{} = \"{}\"\n", self.hosts[j].name, addr(j)))
             .collect();
-        // More patient than the defaults: the machine is small, and no test measures time.
+        let Options {
+            heartbeat_ms,
+            missed,
+            ..
+        } = options;
         format!(
             "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{}\"\n\n\
              [master]\nconnect = \"{master}\"\n{serve}\n[peers]\n{peers}\n\
              [networks.lan]\nbridge = \"{HOST_BRIDGE}\"\ntap_prefix = \"tap\"\n\n\
-             [detection]\nheartbeat_ms = 10\nmissed = 30\n",
+             [detection]\nheartbeat_ms = {heartbeat_ms}\nmissed = {missed}\n",
             addr(i)
         )
     }
@@ -258,15 +275,30 @@ impl Cluster {
     /// # Panics
     /// With the agent's refusal.
     pub fn protect(&self, vm: &VmFile, backups: &[&str]) {
-        let owner = &self.hosts[0].name;
-        let mut control = self.control(owner);
-        control
+        self.start_vm(vm.write(self.dir()));
+        self.protect_vm(backups);
+    }
+
+    /// Boots the VM of `toml` on the first host.
+    ///
+    /// # Panics
+    /// With the agent's refusal.
+    pub fn start_vm(&self, toml: String) {
+        self.control(&self.hosts[0].name)
             .order(&Request::Start {
-                toml: vm.write(self.dir()),
+                toml,
                 name: "vm.toml".into(),
             })
             .unwrap_or_else(|e| panic!("starting the VM: {e}"));
-        control
+    }
+
+    /// Protects the first host's VM by `backups`, in this order; waits until it is.
+    ///
+    /// # Panics
+    /// With the agent's refusal.
+    pub fn protect_vm(&self, backups: &[&str]) {
+        let owner = &self.hosts[0].name;
+        self.control(owner)
             .order(&Request::Protect {
                 vm: VM.into(),
                 backups: backups.iter().map(|b| (*b).into()).collect(),
@@ -367,11 +399,12 @@ impl Cluster {
         self.hosts
             .iter()
             .map(|h| {
-                let text =
-                    fs::read_to_string(self.path(&format!("{}.log", h.name))).unwrap_or_default();
-                let lines: Vec<&str> = text.lines().collect();
-                let tail = &lines[lines.len().saturating_sub(12)..];
-                format!("--- {}\n{}\n", h.name, tail.join("\n"))
+                let log = self.path(&format!("{}.log", h.name));
+                format!(
+                    "--- log of host {}\n{}\n",
+                    h.name,
+                    diagnosis::tail(&log, 12)
+                )
             })
             .collect()
     }
@@ -380,6 +413,16 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         let failed = std::thread::panicking();
+        if failed {
+            let hosts: Vec<_> = self
+                .hosts
+                .iter()
+                .filter(|host| host.agent.is_some())
+                .map(|host| (host.name.clone(), host.control.clone()))
+                .collect();
+            let console = self.path("console.log");
+            eprintln!("{}", diagnosis::of_hosts(&hosts, VM, &console));
+        }
         for host in &self.hosts {
             host.strike();
         }

@@ -11,8 +11,10 @@
 
 pub mod capture;
 pub mod cluster;
+pub mod diagnosis;
 pub mod net;
 pub mod serial;
+pub mod stock;
 pub mod vmfile;
 
 pub use capture::{Capture, Injector};
@@ -25,13 +27,22 @@ use std::time::{Duration, Instant};
 /// Generous bound for anything that should take milliseconds or seconds.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// [`PATIENCE`], or more on an emulated KVM host, where a guest is emulated twice.
+#[must_use]
+pub fn patience() -> Duration {
+    match std::env::var_os("UNDERSTUDY_KVM_HOST") {
+        Some(_) => 4 * PATIENCE,
+        None => PATIENCE,
+    }
+}
+
 /// Polls until `ready` answers.
 ///
 /// # Panics
-/// After [`PATIENCE`], naming `what`.
+/// After [`patience`], naming `what`.
 #[track_caller]
 pub fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(value) = ready() {
             return value;
@@ -39,7 +50,7 @@ pub fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
         assert!(
             Instant::now() < deadline,
             "waited {} s in vain for {what}",
-            PATIENCE.as_secs()
+            patience().as_secs()
         );
         std::thread::sleep(Duration::from_millis(5));
     }

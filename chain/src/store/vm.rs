@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
-use checkpoint::{CheckpointEnd, Epoch, Generation, Stage, StageError, StageLimits, VmId};
+use checkpoint::{CheckpointEnd, Epoch, Generation, Stage, StageError, StageLimits, VmId, Whole};
 use checkpoint::{MachineState, disk_records};
 use diskbuf::{Durability, ReplicaDisks};
 
@@ -20,10 +20,10 @@ const DISK_LIMIT: u64 = 1 << 30;
 /// Image, mirrors and machine state of one VM at one replica.
 #[derive(Debug)]
 pub struct VmStore {
-    shape: VmShape,
-    image: Image,
-    disks: ReplicaDisks,
-    machine: Option<(Mark, Vec<u8>)>,
+    pub(super) shape: VmShape,
+    pub(super) image: Image,
+    pub(super) disks: ReplicaDisks,
+    pub(super) machine: Option<(Mark, Vec<u8>)>,
     open: Option<(Stage, bool)>,
     prepared: Option<Vec<u8>>,
     copy: Option<Copy>,
@@ -40,12 +40,16 @@ impl VmStore {
         shape: VmShape,
         durability: Durability,
     ) -> Result<Self, StoreError> {
-        let image = Image::new(&shape.ram)?;
         let disks = ReplicaDisks::open(dir, vm, &shape.disks, durability)
             .map_err(|e| StoreError::Disks(e.to_string()))?;
+        Self::over(shape, disks)
+    }
+
+    /// An empty store over mirrors that are open.
+    pub(super) fn over(shape: VmShape, disks: ReplicaDisks) -> Result<Self, StoreError> {
         Ok(Self {
+            image: Image::new(&shape.ram)?,
             shape,
-            image,
             disks,
             machine: None,
             open: None,
@@ -58,6 +62,33 @@ impl VmStore {
     #[must_use]
     pub fn ram_fds(&self) -> Vec<BorrowedFd<'_>> {
         self.image.fds()
+    }
+
+    /// The first half of `prepare`: checks that what arrived is whole. Nothing has changed yet.
+    pub(super) fn verify(&mut self, end: &CheckpointEnd) -> Result<Whole, StoreError> {
+        let (stage, _) = self.open.take().ok_or(StoreError::NotOpen)?;
+        let whole = stage.finish(end)?;
+        let epoch = whole.epoch;
+        MachineState::decode(&whole.machine)
+            .map_err(|source| StoreError::Machine { epoch, source })?;
+        Ok(whole)
+    }
+
+    /// The second half: the disk writes.
+    pub(super) fn process(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+        whole: Whole,
+    ) -> Result<(), StoreError> {
+        self.disks
+            .process(epoch, generation, &whole.disk)
+            .map_err(|e| StoreError::Disks(e.to_string()))?;
+        if let Some(copy) = &mut self.copy {
+            copy.disk_changed(&whole.disk);
+        }
+        self.prepared = Some(whole.machine);
+        Ok(())
     }
 }
 
@@ -136,18 +167,8 @@ impl ReplicaStore for VmStore {
         epoch: Epoch,
         end: &CheckpointEnd,
     ) -> Result<(), StoreError> {
-        let (stage, _) = self.open.take().ok_or(StoreError::NotOpen)?;
-        let whole = stage.finish(end)?;
-        MachineState::decode(&whole.machine)
-            .map_err(|source| StoreError::Machine { epoch, source })?;
-        self.disks
-            .process(epoch, generation, &whole.disk)
-            .map_err(|e| StoreError::Disks(e.to_string()))?;
-        if let Some(copy) = &mut self.copy {
-            copy.disk_changed(&whole.disk);
-        }
-        self.prepared = Some(whole.machine);
-        Ok(())
+        let whole = self.verify(end)?;
+        self.process(generation, epoch, whole)
     }
 
     fn commit(&mut self, mark: Mark) {

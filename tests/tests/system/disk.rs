@@ -16,8 +16,8 @@ fn disk_after_failover(broken: &[(&str, &str)]) -> (u64, u64, u64) {
     let mut cluster = Cluster::launch(
         PROGRAM,
         Options {
-            hosts: &hosts,
             broken,
+            ..Options::of(&hosts)
         },
     );
     cluster.protect(&VmFile::default(), &["b"]);

@@ -49,8 +49,8 @@ fn unheard(broken: &[(&str, &str)]) -> Outcome {
     let mut cluster = Cluster::launch(
         PROGRAM,
         Options {
-            hosts: &hosts,
             broken,
+            ..Options::of(&hosts)
         },
     );
     cluster.protect(&SEALING, &["b", "c"]);

@@ -32,8 +32,8 @@ fn partition(broken: &[(&str, &str)]) -> Partition {
     let cluster = Cluster::launch(
         PROGRAM,
         Options {
-            hosts: &hosts,
             broken,
+            ..Options::of(&hosts)
         },
     );
     cluster.protect(&VmFile::default(), &["b", "c"]);
