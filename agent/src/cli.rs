@@ -121,6 +121,8 @@ pub enum Victim {
     Owner,
     /// The first backup.
     Head,
+    /// The second of three or more.
+    Middle,
     /// The last backup.
     Tail,
 }
@@ -240,6 +242,9 @@ pub struct FailoverArgs {
     /// Failovers.
     #[arg(long, default_value_t = 10)]
     pub runs: u32,
+    /// One VM and one connection through all of them: each dead host comes back and joins again before the next dies.
+    #[arg(long)]
+    pub alternate: bool,
     /// Backups.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]
     pub backups: u8,

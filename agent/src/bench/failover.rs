@@ -1,5 +1,7 @@
 //! `understudy bench failover`: the owner's death, many times over.
 
+mod alternate;
+
 use std::time::Duration;
 
 use serde::Serialize;
@@ -36,6 +38,9 @@ struct Report {
 /// What keeps a run from completing; requests lost or connections broken are an error too, after the report.
 pub fn run(args: &FailoverArgs) -> Outcome<()> {
     cluster::check_host()?;
+    if args.alternate {
+        return alternate::run(args);
+    }
     let mut runs: Vec<Failover> = Vec::new();
     let (mut acknowledged, mut lost, mut broken, mut not_verified) = (0, 0, 0, 0);
     for number in 1..=args.runs {
@@ -57,12 +62,13 @@ pub fn run(args: &FailoverArgs) -> Outcome<()> {
             )
             .into());
         }
-        let failover = scenario::kill_owner_and_wait(&cluster, "demo", &traffic).map_err(|e| {
-            format!(
-                "run {number}: {e} (logs: {})",
-                cluster.keep_logs().display()
-            )
-        })?;
+        let failover =
+            scenario::kill_owner_and_wait(&cluster, "demo", 0, &traffic).map_err(|e| {
+                format!(
+                    "run {number}: {e} (logs: {})",
+                    cluster.keep_logs().display()
+                )
+            })?;
         let target = traffic.acked() + 20;
         let _ = traffic.wait_acked(target, Duration::from_secs(10));
         let end = traffic.stop();

@@ -150,36 +150,60 @@ impl Cluster {
             let toml = host_toml(&cluster.dir, &with_master, i);
             let path = cluster.dir.join(format!("{name}.toml"));
             fs::write(&path, toml)?;
-            let log = File::create(cluster.dir.join(format!("{name}.log")))?;
-            let mut command = Command::new(std::env::current_exe()?);
-            command
-                .args(["agent", "--config"])
-                .arg(&path)
-                .stdin(Stdio::null())
-                .stdout(log.try_clone()?)
-                .stderr(log)
-                .process_group(0);
-            // An interrupted demo leaves no agents behind; their VM processes end with them.
-            // SAFETY: only an async-signal-safe call (prctl) between fork and exec.
-            unsafe {
-                command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
-            }
-            let agent = command.spawn()?;
+            let agent = cluster.spawn_agent(name)?;
             let control = cluster.dir.join(format!("{name}.sock"));
-            cluster.hosts.borrow_mut().insert(
-                0,
-                Host {
-                    name: name.clone(),
-                    control: control.clone(),
-                    agent,
-                },
-            );
-            wait("its agent to listen", || {
-                ControlClient::connect(&control).ok().map(drop)
-            })
-            .map_err(|e| format!("host {name}: {e}; its log says: {}", cluster.log_tail(name)))?;
+            let host = Host {
+                name: name.clone(),
+                control: control.clone(),
+                agent,
+            };
+            cluster.hosts.borrow_mut().insert(0, host);
+            cluster.wait_for_agent(name, &control)?;
         }
         Ok(cluster)
+    }
+
+    fn spawn_agent(&self, name: &str) -> Outcome<Child> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join(format!("{name}.log")))?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["agent", "--config"])
+            .arg(self.dir.join(format!("{name}.toml")))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0);
+        // An interrupted demo leaves no agents behind; their VM processes end with them.
+        // SAFETY: only an async-signal-safe call (prctl) between fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+        }
+        Ok(command.spawn()?)
+    }
+
+    fn wait_for_agent(&self, name: &str, control: &Path) -> Outcome<()> {
+        wait("its agent to listen", || {
+            ControlClient::connect(control).ok().map(drop)
+        })
+        .map_err(|e| format!("host {name}: {e}; its log says: {}", self.log_tail(name)).into())
+    }
+
+    /// Host number `i`, which was killed, comes back: its agent starts again, with what its disk still has.
+    ///
+    /// # Errors
+    /// When the agent does not start.
+    pub fn restart(&self, i: usize) -> Outcome<()> {
+        let (name, control) = {
+            let mut hosts = self.hosts.borrow_mut();
+            let host = hosts.get_mut(i).ok_or("no such host")?;
+            host.wait_gone();
+            host.agent = self.spawn_agent(&host.name)?;
+            (host.name.clone(), host.control.clone())
+        };
+        self.wait_for_agent(&name, &control)
     }
 
     /// The hosts' names, owner first.
@@ -297,21 +321,29 @@ impl Cluster {
         self.protect(vm)
     }
 
-    /// The status of `vm` on the surviving host that owns it, once a failover to it is complete.
+    /// The status of `vm` on the host that owns it in a generation after `generation`, once its failover is complete.
     ///
     /// # Errors
     /// That it took too long.
-    pub fn wait_failover(&self, vm: &str) -> Outcome<(usize, VmStatus)> {
+    pub fn wait_failover(&self, vm: &str, generation: u64) -> Outcome<(usize, VmStatus)> {
         wait("a backup to take the VM over", || {
-            (1..self.names.len()).find_map(|i| {
-                let status = self.control(i).ok()?.status().ok()?;
-                status
-                    .into_iter()
-                    .find(|s| s.name == vm && s.role == "owner" && s.failover.is_some())
-                    .map(|s| (i, s))
+            (0..self.names.len()).find_map(|i| {
+                let status = self.status(i, vm)?;
+                let new = status
+                    .failover
+                    .as_ref()
+                    .is_some_and(|f| f.generation > generation);
+                (status.role == "owner" && new).then_some((i, status))
             })
         })
         .map_err(|e| self.with_logs(&e.to_string()))
+    }
+
+    /// What host number `i` knows of `vm`.
+    #[must_use]
+    pub fn status(&self, i: usize, vm: &str) -> Option<VmStatus> {
+        let list = self.control(i).ok()?.status().ok()?;
+        list.into_iter().find(|s| s.name == vm)
     }
 }
 

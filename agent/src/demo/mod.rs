@@ -70,12 +70,21 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
     let (mut failover, mut loss) = (None, None);
     if args.kill == Victim::Owner {
         say("Now host a dies: SIGKILL to its agent and its VM process at once.".into());
-        failover = Some(scenario::kill_owner_and_wait(&cluster, "demo", &traffic)?);
+        failover = Some(scenario::kill_owner_and_wait(
+            &cluster, "demo", 0, &traffic,
+        )?);
     } else {
-        let i = if args.kill == Victim::Head {
-            1
-        } else {
-            names.len() - 1
+        let i = match args.kill {
+            Victim::Head => 1,
+            Victim::Middle => {
+                if names.len() < 4 {
+                    return Err(
+                        "a chain with a middle has three backups at least: --backups 3".into(),
+                    );
+                }
+                2
+            }
+            _ => names.len() - 1,
         };
         say(format!(
             "Now backup {} dies: SIGKILL to its agent and its standby at once.",

@@ -153,15 +153,21 @@ impl Traffic {
     }
 }
 
-/// Kills host a, the owner, and waits for the client's first reply from whoever takes over.
+/// Kills host number `owner`, which owns the VM, and waits for the client's first reply from whoever takes over.
 ///
 /// # Errors
 /// When nobody takes over, or no reply comes.
-pub fn kill_owner_and_wait(cluster: &Cluster, vm: &str, traffic: &Traffic) -> Outcome<Failover> {
+pub fn kill_owner_and_wait(
+    cluster: &Cluster,
+    vm: &str,
+    owner: usize,
+    traffic: &Traffic,
+) -> Outcome<Failover> {
+    let before = cluster.status(owner, vm).map_or(0, |s| s.generation);
     let origin = (Instant::now(), monotonic_us());
     let killed_us = monotonic_us();
-    cluster.kill(0);
-    let (owner, status) = cluster.wait_failover(vm)?;
+    cluster.kill(owner);
+    let (owner, status) = cluster.wait_failover(vm, before)?;
     let report = status
         .failover
         .ok_or("the new owner has no report of its failover")?;
@@ -179,7 +185,9 @@ pub fn kill_owner_and_wait(cluster: &Cluster, vm: &str, traffic: &Traffic) -> Ou
             let events = control.events(0).ok()?;
             events
                 .iter()
-                .find(|e| e.kind == EventKind::Protected && e.vm == vm)
+                .find(|e| {
+                    e.kind == EventKind::Protected && e.vm == vm && e.at_us >= report.decided_us
+                })
                 .map(|e| e.at_us)
         })
         .ok()
