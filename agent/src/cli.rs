@@ -64,6 +64,9 @@ pub enum Command {
         /// As JSON.
         #[arg(long)]
         json: bool,
+        /// Again every second, until interrupted.
+        #[arg(long)]
+        watch: bool,
         /// How the agent is reached.
         #[command(flatten)]
         control: Control,
@@ -79,8 +82,19 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
-    /// Take a VM over on this host, which holds a replica of it.
+    /// Take a VM over on this host, which holds a replica of it; or, with --planned, hand one over that runs here.
     Failover {
+        /// The VM's name.
+        vm: String,
+        /// On its owner: stop it at the end of an epoch, and let the first backup take it over. Nothing is lost.
+        #[arg(long)]
+        planned: bool,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Kill the process of a VM that runs here, to see a backup take it over.
+    Drill {
         /// The VM's name.
         vm: String,
         /// How the agent is reached.
@@ -89,6 +103,9 @@ pub enum Command {
     },
     /// What has happened on this host.
     Events {
+        /// Go on with what happens, until interrupted.
+        #[arg(long, short)]
+        follow: bool,
         /// As JSON, one event a line.
         #[arg(long)]
         json: bool,

@@ -2,13 +2,17 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 
 use crate::cli::{BenchCommand, Cli, Command};
 use crate::config::{HostConfig, VmConfig};
-use crate::control::{ControlClient, Request};
+use crate::control::{ControlClient, ControlError, Reply, Request, VmStatus};
 use crate::{bench, child, daemon, demo};
+
+/// Between two looks of `status --watch` and `events --follow`.
+const PERIOD: Duration = Duration::from_secs(1);
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -52,12 +56,28 @@ fn run(command: Command) -> Outcome {
         Command::Stop { vm, control } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Stop { vm })?)
         }
-        Command::Status { json, control } => status(&control.control, json),
+        Command::Status {
+            json,
+            watch,
+            control,
+        } => status(&control.control, json, watch),
         Command::Inspect { vm, json, control } => inspect(&control.control, &vm, json),
-        Command::Failover { vm, control } => {
+        Command::Failover {
+            vm,
+            planned: true,
+            control,
+        } => switch(&control.control, &vm, Request::HandOver { vm: vm.clone() }),
+        Command::Failover { vm, control, .. } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Failover { vm })?)
         }
-        Command::Events { json, control } => events(&control.control, json),
+        Command::Drill { vm, control } => {
+            switch(&control.control, &vm, Request::Drill { vm: vm.clone() })
+        }
+        Command::Events {
+            follow,
+            json,
+            control,
+        } => events(&control.control, json, follow),
         Command::Demo(args) => demo::run(&args),
         Command::Bench {
             bench: BenchCommand::Pause(args),
@@ -125,8 +145,32 @@ fn protect(control: &Path, vm: &str, backups: Vec<String>) -> Outcome {
     }
 }
 
-fn status(control: &Path, json: bool) -> Outcome {
-    let list = ControlClient::connect(control)?.status()?;
+fn switch(control: &Path, vm: &str, request: Request) -> Outcome {
+    match ControlClient::connect(control)?.call(&request)? {
+        Reply::Switched(s) => {
+            println!(
+                "{} owns {vm} in generation {}, decided after {:.1} ms (`understudy status` there has the phases)",
+                s.owner, s.generation, s.decided_ms
+            );
+            Ok(())
+        }
+        _ => Err(ControlError::Unexpected.into()),
+    }
+}
+
+fn status(control: &Path, json: bool, watch: bool) -> Outcome {
+    let mut client = ControlClient::connect(control)?;
+    loop {
+        print_status(client.status()?, json)?;
+        if !watch {
+            return Ok(());
+        }
+        std::thread::sleep(PERIOD);
+        println!();
+    }
+}
+
+fn print_status(list: Vec<VmStatus>, json: bool) -> Outcome {
     if json {
         println!("{}", serde_json::to_string_pretty(&list)?);
         return Ok(());
@@ -142,10 +186,10 @@ fn status(control: &Path, json: bool) -> Outcome {
             vm.name,
             vm.role,
             vm.owner,
-            if chain.is_empty() {
-                "-".into()
-            } else {
-                chain.join(" -> ")
+            match (chain.is_empty(), &vm.joining) {
+                (true, _) => "-".into(),
+                (false, None) => chain.join(" -> "),
+                (false, Some(joining)) => format!("{} (+ {joining})", chain.join(" -> ")),
             },
             vm.generation,
             vm.epoch,
@@ -167,19 +211,27 @@ fn inspect(control: &Path, vm: &str, json: bool) -> Outcome {
     Ok(())
 }
 
-fn events(control: &Path, json: bool) -> Outcome {
-    for event in ControlClient::connect(control)?.events(0)? {
-        if json {
-            println!("{}", serde_json::to_string(&event)?);
-        } else {
-            println!(
-                "{:>14.6}  {:<12} {:<16} {}",
-                event.at_us as f64 / 1e6,
-                format!("{:?}", event.kind),
-                event.vm,
-                event.text
-            );
+fn events(control: &Path, json: bool, follow: bool) -> Outcome {
+    let mut client = ControlClient::connect(control)?;
+    let mut seen = 0;
+    loop {
+        for event in client.events(seen)? {
+            seen = event.number;
+            if json {
+                println!("{}", serde_json::to_string(&event)?);
+            } else {
+                println!(
+                    "{:>14.6}  {:<12} {:<16} {}",
+                    event.at_us as f64 / 1e6,
+                    format!("{:?}", event.kind),
+                    event.vm,
+                    event.text
+                );
+            }
         }
+        if !follow {
+            return Ok(());
+        }
+        std::thread::sleep(PERIOD);
     }
-    Ok(())
 }

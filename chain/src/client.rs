@@ -406,6 +406,16 @@ impl ChainClient {
         Ok(())
     }
 
+    /// The VM has been stopped for good at `epoch`, which is committed: asks the head to take it over.
+    ///
+    /// # Errors
+    /// [`ClientError::NoChain`] without a connection, [`ClientError::Send`].
+    pub fn yield_at(&self, epoch: Epoch) -> Result<(), ClientError> {
+        let connection = self.sending().connection.clone();
+        let connection = connection.ok_or(ClientError::NoChain)?;
+        connection.forward(Kind::Yield, epoch, 0, &Payload::default())
+    }
+
     /// Whole checkpoints that are kept because the chain has not acknowledged them.
     #[must_use]
     pub fn unacknowledged(&self) -> usize {

@@ -341,6 +341,14 @@ impl Replica {
                     self.complete(epoch, actions);
                 }
             }
+            Event::Yield { generation, epoch } => {
+                let last = self.hist.is_some_and(|hist| hist.epoch == epoch);
+                let head = matches!(self.part, Part::Member { position: 0, .. });
+                if self.accepts(generation, actions) && head && last && self.state().could_resume()
+                {
+                    actions.push_back(Action::Suspect(0));
+                }
+            }
             Event::Prepared { digest } => self.prepared(digest, actions),
             Event::StoreFailed { why, damaged } => self.fail(why, damaged, actions),
             Event::NextUp { generation, holds } => self.next_up(generation, holds, actions),

@@ -46,7 +46,7 @@ pub enum ServerEvent {
     Suspect {
         /// The VM.
         vm: VmId,
-        /// How long, in milliseconds.
+        /// How long, in milliseconds; 0: the owner has stopped the VM and yields it.
         silence_ms: u64,
     },
     /// A replica has declared itself failed.

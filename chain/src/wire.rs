@@ -56,6 +56,8 @@ pub enum Kind {
     Complete = 13,
     /// The joining replica has everything and can become the tail. Up the chain, to the owner.
     JoinerReady = 14,
+    /// The owner has stopped the VM for good at `epoch`, which is committed: the head is to take it over.
+    Yield = 15,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
@@ -80,6 +82,7 @@ impl Kind {
             12 => Self::Broken,
             13 => Self::Complete,
             14 => Self::JoinerReady,
+            15 => Self::Yield,
             _ => return None,
         })
     }

@@ -149,6 +149,8 @@ impl Child {
                 ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
                 ToChild::Inspect => self.inspect(&machine.vm),
                 ToChild::Fence
+                | ToChild::HandOver
+                | ToChild::RunOn
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
                 | ToChild::EpochMs { .. } => {
@@ -305,6 +307,8 @@ impl Child {
             match ipc::recv::<ToChild>(socket)?.0 {
                 ToChild::Protect(view) => protector.protect(*view),
                 ToChild::Fence => owner.fence(),
+                ToChild::HandOver => protector.hand_over()?,
+                ToChild::RunOn => owner.run_on(),
                 ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
                 ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
                     longest: Duration::from_millis(ms),

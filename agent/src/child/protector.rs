@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use chain::{ChainClient, ClientError, ClientEvent, Connection, Mark, View};
@@ -120,6 +121,27 @@ impl Protector {
             self.reporter
                 .send(&FromChild::Fatal(format!("starting a thread: {e}")));
         }
+    }
+
+    /// Stops the guest at the end of an epoch; once that is committed, the head is asked to take over.
+    ///
+    /// # Errors
+    /// When there is no thread to wait.
+    pub fn hand_over(&self) -> std::io::Result<()> {
+        let (sender, stopped) = channel();
+        self.owner.quiesce(sender);
+        let (client, reporter) = (self.client.clone(), self.reporter.clone());
+        std::thread::Builder::new()
+            .name("hand-over".into())
+            .spawn(move || {
+                let Ok(epoch) = stopped.recv() else { return };
+                match client.map(|client| client.yield_at(epoch)) {
+                    Some(Ok(())) => reporter.send(&FromChild::HandedOver { epoch }),
+                    Some(Err(e)) => tracing::warn!("handing over: {e}"),
+                    None => {}
+                }
+            })
+            .map(drop)
     }
 
     fn attempt(&self, client: Arc<ChainClient>, view: View, anew: Option<u64>) -> Attempt {

@@ -50,6 +50,10 @@ pub enum ToChild {
     Activate(Box<Activate>),
     /// Protect by this configuration (or, with an empty chain, stop holding output).
     Protect(Box<chain::View>),
+    /// Planned switchover: stop the guest at the end of an epoch, and once that is committed ask the head to take over.
+    HandOver,
+    /// Nobody has taken it over: run on.
+    RunOn,
     /// Another host owns the VM: stop for good, drop what is held.
     Fence,
     /// Bench only: harvest the dirty log every `ms` without copying or sending (0: stop).
@@ -131,6 +135,11 @@ pub enum FromChild {
     JoinerReady {
         /// Generation in which it has.
         generation: Generation,
+    },
+    /// The guest stands still at this checkpoint, which is committed; the head has been asked to take over.
+    HandedOver {
+        /// The checkpoint.
+        epoch: Epoch,
     },
     /// Answer to [`ToChild::TakeStats`].
     Stats(Box<EpochStats>),

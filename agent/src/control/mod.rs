@@ -4,4 +4,6 @@ mod client;
 mod proto;
 
 pub use client::{ControlClient, ControlError};
-pub use proto::{Event, EventKind, FailoverReport, MemberStatus, Reply, Request, VmStatus};
+pub use proto::{
+    Event, EventKind, FailoverReport, MemberStatus, Reply, Request, Switched, VmStatus,
+};

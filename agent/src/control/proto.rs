@@ -43,6 +43,16 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Planned switchover of a VM of this host to its head; answers with [`Reply::Switched`].
+    HandOver {
+        /// The VM.
+        vm: String,
+    },
+    /// Kill the process of a VM of this host, to see a backup take over; answers with [`Reply::Switched`].
+    Drill {
+        /// The VM.
+        vm: String,
+    },
     /// Events after number `since` (0: all kept).
     Events {
         /// The last number seen.
@@ -73,6 +83,8 @@ pub enum Reply {
     Ok,
     /// Not done, and why.
     Error(String),
+    /// Another host owns the VM now.
+    Switched(Switched),
     /// Answer to [`Request::Status`].
     Status(Vec<VmStatus>),
     /// Answer to [`Request::Stats`].
@@ -81,6 +93,17 @@ pub enum Reply {
     Vcpus(Vec<vmm::VcpuReport>),
     /// Answer to [`Request::Events`].
     Events(Vec<Event>),
+}
+
+/// A VM that this host gave away.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Switched {
+    /// Who owns it now.
+    pub owner: String,
+    /// The new generation.
+    pub generation: u64,
+    /// Milliseconds from the order, or from the kill, until the master had decided.
+    pub decided_ms: f64,
 }
 
 /// One replica as its host or the owner sees it.
@@ -167,6 +190,8 @@ pub enum EventKind {
     ChainLost,
     /// A replica that was joining a chain has everything.
     Joined,
+    /// This host gave its VM away, by an administrator's wish.
+    HandedOver,
     /// This host's VM was superseded and has been stopped.
     Superseded,
     /// The guest ended.

@@ -13,7 +13,7 @@ use chain::replica::State;
 use checkpoint::HostId;
 
 use super::vms::{Entry, Part};
-use super::{AgentError, Daemon, failover, lock, reconcile};
+use super::{AgentError, Daemon, failover, lock, reconcile, switch};
 use crate::child::proto::ToChild;
 use crate::config::VmConfig;
 use crate::control::{MemberStatus, Reply, Request, VmStatus};
@@ -73,6 +73,8 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
         }
         Request::Inspect { vm } => return inspect(daemon, &vm).map(Reply::Vcpus),
         Request::Failover { vm } => failover::by_order(daemon, &vm)?,
+        Request::HandOver { vm } => return switch::hand_over(daemon, &vm).map(Reply::Switched),
+        Request::Drill { vm } => return switch::drill(daemon, &vm).map(Reply::Switched),
         Request::Events { since } => return Ok(Reply::Events(daemon.events.since(since))),
         Request::HarvestOnly { vm, ms } => tell(daemon, &vm, &ToChild::HarvestOnly { ms })?,
         Request::EpochMs { vm, ms, min_ms } => tell(daemon, &vm, &ToChild::EpochMs { ms, min_ms })?,
@@ -80,7 +82,7 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
     Ok(Reply::Ok)
 }
 
-fn owned<'a>(entry: Option<&'a mut Entry>, name: &str) -> Result<&'a mut Entry, String> {
+pub(super) fn owned<'a>(entry: Option<&'a mut Entry>, name: &str) -> Result<&'a mut Entry, String> {
     match entry {
         Some(entry) if entry.part == Part::Owner => Ok(entry),
         Some(entry) => Err(format!(

@@ -29,12 +29,15 @@ pub(super) fn run(daemon: &Arc<Daemon>, events: &Receiver<ServerEvent>) {
         match event {
             ServerEvent::Suspect { vm, silence_ms } => {
                 let name = daemon.name_of(vm);
-                daemon.events.add(
-                    EventKind::Suspected,
-                    &name,
-                    format!("silence on the checkpoint stream for {silence_ms} ms"),
-                );
-                let cause = format!("silence for {silence_ms} ms");
+                let text = match silence_ms {
+                    0 => "the owner has stopped the VM and hands it over".to_string(),
+                    ms => format!("silence on the checkpoint stream for {ms} ms"),
+                };
+                daemon.events.add(EventKind::Suspected, &name, text);
+                let cause = match silence_ms {
+                    0 => "handed over by its owner".to_string(),
+                    ms => format!("silence for {ms} ms"),
+                };
                 if let Err(why) = take_over(daemon, vm, &cause, silence_ms) {
                     daemon.events.add(EventKind::Refused, &name, why);
                 }

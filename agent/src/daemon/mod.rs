@@ -8,6 +8,7 @@ mod failover;
 mod reconcile;
 mod repair;
 mod reprotect;
+mod switch;
 mod vms;
 
 use std::io;

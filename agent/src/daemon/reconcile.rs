@@ -356,6 +356,11 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
                 let _ = waiting.send((*stats).clone());
             }
         }
+        Some(FromChild::HandedOver { epoch }) => {
+            if let Some(waiting) = entry.waiting.handed_over.take() {
+                let _ = waiting.send(epoch);
+            }
+        }
         Some(FromChild::Inspected(reports)) => {
             for waiting in entry.waiting.inspected.drain(..) {
                 let _ = waiting.send(reports.clone());

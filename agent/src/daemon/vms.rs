@@ -80,6 +80,7 @@ pub(super) struct Waiting {
     pub stats: Vec<Sender<EpochStats>>,
     pub inspected: Vec<Sender<Result<Vec<VcpuReport>, String>>>,
     pub activated: Option<Sender<FromChild>>,
+    pub handed_over: Option<Sender<checkpoint::Epoch>>,
 }
 
 /// All VMs here.

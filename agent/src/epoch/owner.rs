@@ -2,6 +2,7 @@
 //! threads that ship, receive acks and do the devices' I/O.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -65,6 +66,8 @@ struct Signals {
     unprotect: Option<Generation>,
     harvest_only: Option<Duration>,
     options: Option<EpochOptions>,
+    quiesce: Option<Sender<Epoch>>,
+    go_on: bool,
     stop: bool,
 }
 
@@ -189,6 +192,16 @@ impl Owner {
     /// Replaces the epoch lengths.
     pub fn set_options(&self, options: EpochOptions) {
         self.signal(|s| s.options = Some(options));
+    }
+
+    /// Stops the guest at the end of an epoch and tells `stopped` which, once it is committed. For a planned switchover.
+    pub fn quiesce(&self, stopped: Sender<Epoch>) {
+        self.signal(|s| s.quiesce = Some(stopped));
+    }
+
+    /// Nobody has taken a stopped guest over: it runs on.
+    pub fn run_on(&self) {
+        self.signal(|s| s.go_on = true);
     }
 
     /// Ends the loop.
@@ -351,6 +364,10 @@ impl Owner {
                 lock(&self.pipeline).begin_held();
                 last = Instant::now();
             }
+            if let Some(stopped) = signals.quiesce {
+                self.stop_at_commit(&view, &mut dirty, &stopped)?;
+                last = Instant::now();
+            }
             let mode = lock(&self.pipeline).mode();
             match mode {
                 Mode::Fenced => {
@@ -359,7 +376,7 @@ impl Owner {
                 }
                 Mode::Protected => {
                     if self.wait_for_epoch_end(last, &options) {
-                        self.checkpoint(&view, &mut dirty)?;
+                        self.checkpoint(&view, &mut dirty, true)?;
                         last = Instant::now();
                     }
                 }
@@ -440,8 +457,60 @@ impl Owner {
         OwnerError::Vm(error.to_string())
     }
 
-    /// One checkpoint: the only part of an epoch during which the guest does not run.
-    fn checkpoint(&self, view: &RamView, dirty: &mut PageBitmap) -> Result<(), OwnerError> {
+    /// Waits for something to change; false if this state of affairs is over.
+    fn quiet(&self, until: impl Fn(&Pipeline) -> bool) -> bool {
+        let mut pipeline = lock(&self.pipeline);
+        loop {
+            if pipeline.mode() != Mode::Protected || lock(&self.signals).any() {
+                return false;
+            }
+            if until(&pipeline) {
+                return true;
+            }
+            pipeline = self
+                .changed
+                .wait_timeout(pipeline, Duration::from_millis(100))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// The guest's last epoch here: it stands still from its end on, until it is told to run on.
+    fn stop_at_commit(
+        &self,
+        view: &RamView,
+        dirty: &mut PageBitmap,
+        stopped: &Sender<Epoch>,
+    ) -> Result<(), OwnerError> {
+        if !self.quiet(Pipeline::may_capture) {
+            return Ok(());
+        }
+        let last = lock(&self.pipeline).open();
+        self.checkpoint(view, dirty, false)?;
+        if self.quiet(|pipeline| pipeline.committed() >= last) {
+            let _ = stopped.send(last);
+            // Until something else is wanted of it.
+            self.quiet(|_| false);
+        }
+        let mode = lock(&self.pipeline).mode();
+        let go_on = {
+            let signals = lock(&self.signals);
+            signals.go_on || signals.unprotect.is_some()
+        };
+        if mode != Mode::Fenced && go_on {
+            self.vm.resume();
+        }
+        Ok(())
+    }
+
+    /// One checkpoint: the only part of an epoch during which the guest does not run. Afterwards it does, unless `resume`
+    /// says otherwise.
+    fn checkpoint(
+        &self,
+        view: &RamView,
+        dirty: &mut PageBitmap,
+        resume: bool,
+    ) -> Result<(), OwnerError> {
         let mut staging = self.queue.take_staging();
         dirty.clear();
         self.output_waiting.store(false, Ordering::Release);
@@ -474,7 +543,9 @@ impl Owner {
                 .barrier()
                 .checkpoint(epoch, staging, Box::new(machine));
         }
-        self.vm.resume();
+        if resume {
+            self.vm.resume();
+        }
         let resumed = Instant::now();
         let mut r = lock(&self.recorder);
         let us = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
@@ -535,7 +606,7 @@ impl Owner {
         }
         // What the last harvest took out of the log is still to be sent.
         self.vm.dirty().merge_back(dirty);
-        self.checkpoint(view, dirty)
+        self.checkpoint(view, dirty, true)
     }
 
     /// Ends holding: what is held goes out in order, and later frames at once.
@@ -625,6 +696,8 @@ impl Signals {
             || self.unprotect.is_some()
             || self.harvest_only.is_some()
             || self.options.is_some()
+            || self.quiesce.is_some()
+            || self.go_on
             || self.stop
     }
 }

@@ -60,6 +60,13 @@ pub enum Event {
         /// Its newest checkpoint then.
         epoch: Epoch,
     },
+    /// The owner has stopped the VM for good at `epoch` and wants the head to take it over.
+    Yield {
+        /// The sender's generation.
+        generation: Generation,
+        /// The VM's last checkpoint there.
+        epoch: Epoch,
+    },
     /// Outcome of [`Action::Prepare`], fed back before anything else: whole, verified and durable.
     Prepared {
         /// Digest of the checkpoint.
@@ -154,7 +161,7 @@ pub enum Action {
     AckOwner(Epoch),
     /// Tell the sender of the frame in hand that its generation is over.
     Refuse(Generation),
-    /// The predecessor has been silent for this many milliseconds.
+    /// The VM should be taken over: the predecessor has been silent for this many milliseconds, or (0) yields.
     Suspect(u64),
     /// This replica has declared itself failed (invariant I7): tell predecessor and agent.
     Failed(String),

@@ -64,6 +64,7 @@ fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
             base: base_of(frame.flags, payload).ok_or(WireError::Payload(Kind::Begin))?,
         },
         Kind::Complete => Event::Complete { generation, epoch },
+        Kind::Yield => Event::Yield { generation, epoch },
         Kind::Pages | Kind::Disk | Kind::Machine => Event::Data { generation, epoch },
         Kind::End => Event::End {
             generation,

@@ -11,6 +11,7 @@ mod output_commit;
 mod partition;
 mod rejoin;
 mod superseded;
+mod switch;
 mod unprotected;
 
 /// The program, able to have a mechanism switched off.
