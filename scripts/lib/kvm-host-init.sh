@@ -72,7 +72,9 @@ err=$!
 mkdir -p /new/run/kvm-host
 cp /job/command /new/run/kvm-host/command
 : >/job/out/started
-chroot /new /bin/sh /run/kvm-host/command </dev/null >/stdout 2>/stderr
+# All processors but the first, as a mask: QEMU's TCG has every processor write the first one's SVM flags when it loads
+# floating point state, without a lock. A nested guest that runs there loses nested paging or the masking of interrupts.
+taskset "$(printf '%x' $(((1 << $(nproc)) - 2)))" chroot /new /bin/sh /run/kvm-host/command </dev/null >/stdout 2>/stderr
 status=$?
 # A process that the command left behind may hold the pipes for ever: what has been written by now is read within this
 # time, what comes later is not the command's output.
