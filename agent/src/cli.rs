@@ -101,6 +101,17 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// Which checkpoints of a VM its chain's tail has.
+    Points {
+        /// The VM's name.
+        vm: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
     /// What has happened on this host.
     Events {
         /// Go on with what happens, until interrupted.

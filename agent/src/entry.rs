@@ -73,6 +73,7 @@ fn run(command: Command) -> Outcome {
         Command::Drill { vm, control } => {
             switch(&control.control, &vm, Request::Drill { vm: vm.clone() })
         }
+        Command::Points { vm, json, control } => points(&control.control, vm, json),
         Command::Events {
             follow,
             json,
@@ -156,6 +157,25 @@ fn switch(control: &Path, vm: &str, request: Request) -> Outcome {
         }
         _ => Err(ControlError::Unexpected.into()),
     }
+}
+
+fn points(control: &Path, vm: String, json: bool) -> Outcome {
+    let reply = ControlClient::connect(control)?.call(&Request::Points { vm })?;
+    let Reply::Points(points) = reply else {
+        return Err(ControlError::Unexpected.into());
+    };
+    if json {
+        println!("{}", serde_json::to_string_pretty(&points)?);
+        return Ok(());
+    }
+    println!("{:>12} {:>10}  DIGEST", "EPOCH", "GENERATION");
+    for point in points {
+        println!(
+            "{:>12} {:>10}  {:08x}",
+            point.epoch, point.generation, point.digest
+        );
+    }
+    Ok(())
 }
 
 fn status(control: &Path, json: bool, watch: bool) -> Outcome {

@@ -25,6 +25,8 @@ pub enum Role {
     Update,
     /// The owner's connection to the tail: acks only.
     Acks,
+    /// Anybody's connection to the tail: queries and answers.
+    Query,
 }
 
 /// Payload of [`wire::Kind::Hello`].

@@ -58,6 +58,10 @@ pub enum Kind {
     JoinerReady = 14,
     /// The owner has stopped the VM for good at `epoch`, which is committed: the head is to take it over.
     Yield = 15,
+    /// To the tail: which checkpoints are there? First and last epoch (u64 each); zero and zero: the newest.
+    Query = 16,
+    /// Answer: [`crate::Mark`]s, oldest first.
+    Answer = 17,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
@@ -83,6 +87,8 @@ impl Kind {
             13 => Self::Complete,
             14 => Self::JoinerReady,
             15 => Self::Yield,
+            16 => Self::Query,
+            17 => Self::Answer,
             _ => return None,
         })
     }

@@ -5,5 +5,5 @@ mod proto;
 
 pub use client::{ControlClient, ControlError};
 pub use proto::{
-    Event, EventKind, FailoverReport, MemberStatus, Reply, Request, Switched, VmStatus,
+    Event, EventKind, FailoverReport, MemberStatus, Point, Reply, Request, Switched, VmStatus,
 };

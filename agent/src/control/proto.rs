@@ -53,6 +53,11 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Which checkpoints of a VM the chain's tail has; answers with [`Reply::Points`].
+    Points {
+        /// The VM.
+        vm: String,
+    },
     /// Events after number `since` (0: all kept).
     Events {
         /// The last number seen.
@@ -85,6 +90,8 @@ pub enum Reply {
     Error(String),
     /// Another host owns the VM now.
     Switched(Switched),
+    /// Answer to [`Request::Points`], oldest first.
+    Points(Vec<Point>),
     /// Answer to [`Request::Status`].
     Status(Vec<VmStatus>),
     /// Answer to [`Request::Stats`].
@@ -93,6 +100,17 @@ pub enum Reply {
     Vcpus(Vec<vmm::VcpuReport>),
     /// Answer to [`Request::Events`].
     Events(Vec<Event>),
+}
+
+/// A checkpoint that the chain's tail has.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Point {
+    /// Its epoch.
+    pub epoch: u64,
+    /// The generation it was sent in.
+    pub generation: u64,
+    /// Its digest.
+    pub digest: u32,
 }
 
 /// A VM that this host gave away.

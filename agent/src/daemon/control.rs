@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use chain::Member;
 use chain::master::Command;
 use chain::replica::State;
-use checkpoint::HostId;
+use chain::{Member, Query};
+use checkpoint::{Epoch, HostId};
 
 use super::vms::{Entry, Part};
 use super::{AgentError, Daemon, failover, lock, reconcile, switch};
 use crate::child::proto::ToChild;
 use crate::config::VmConfig;
-use crate::control::{MemberStatus, Reply, Request, VmStatus};
+use crate::control::{MemberStatus, Point, Reply, Request, VmStatus};
 use crate::ipc;
 
 /// How long a VM process may take to answer a question.
@@ -75,6 +75,7 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
         Request::Failover { vm } => failover::by_order(daemon, &vm)?,
         Request::HandOver { vm } => return switch::hand_over(daemon, &vm).map(Reply::Switched),
         Request::Drill { vm } => return switch::drill(daemon, &vm).map(Reply::Switched),
+        Request::Points { vm } => return points(daemon, &vm).map(Reply::Points),
         Request::Events { since } => return Ok(Reply::Events(daemon.events.since(since))),
         Request::HarvestOnly { vm, ms } => tell(daemon, &vm, &ToChild::HarvestOnly { ms })?,
         Request::EpochMs { vm, ms, min_ms } => tell(daemon, &vm, &ToChild::EpochMs { ms, min_ms })?,
@@ -110,6 +111,34 @@ fn inspect(daemon: &Daemon, name: &str) -> Result<Vec<vmm::VcpuReport>, String> 
     receiver
         .recv_timeout(INSPECT_PATIENCE)
         .map_err(|_| "the VM's process does not answer".to_string())?
+}
+
+/// Asks the chain's tail, wherever it is; any host of the cluster may.
+fn points(daemon: &Daemon, name: &str) -> Result<Vec<Point>, String> {
+    let snapshot = daemon.master.read().map_err(|e| e.to_string())?;
+    let record = snapshot
+        .records
+        .iter()
+        .find(|r| r.view.name == name)
+        .ok_or_else(|| format!("the master knows no VM named {name:?}"))?;
+    let everything = Query::Range(Epoch::ZERO, Epoch(u64::MAX));
+    let vm = record.view.vm;
+    let marks = chain::query(
+        daemon.master.as_ref(),
+        vm,
+        &daemon.host,
+        everything,
+        PATIENCE,
+    )
+    .map_err(|e| e.to_string())?;
+    Ok(marks
+        .iter()
+        .map(|mark| Point {
+            epoch: mark.epoch.0,
+            generation: mark.generation.0,
+            digest: mark.digest,
+        })
+        .collect())
 }
 
 fn tell(daemon: &Daemon, vm: &str, message: &ToChild) -> Result<(), String> {

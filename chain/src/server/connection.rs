@@ -79,12 +79,15 @@ fn frames(
     loop {
         let mut payload = slot.buffers.take();
         let frame = wire::read(&mut stream, &mut payload)?;
-        if role == Role::Acks {
-            return Err(WireError::OutOfPlace(
-                frame.kind,
-                "this connection is for acks only",
-            ));
+        match role {
+            Role::Update => slot.frame(shared, &frame, payload, link)?,
+            Role::Query => slot.query(&frame, &payload, link)?,
+            Role::Acks => {
+                return Err(WireError::OutOfPlace(
+                    frame.kind,
+                    "this connection is for acks only",
+                ));
+            }
         }
-        slot.frame(shared, &frame, payload, link)?;
     }
 }

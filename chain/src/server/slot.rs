@@ -10,6 +10,7 @@ use super::{ReplicaStatus, ServerError, ServerOptions, Shared, lock};
 use crate::kept::Buffers;
 use crate::link::{HELLO_LIMIT, Hello, Link, Role, Trouble};
 use crate::mark::Mark;
+use crate::query::{Query, answer_payload};
 use crate::replica::{Event, FreezeError, Replica};
 use crate::store::{Handover, ReplicaStore, StoreError};
 use crate::view::View;
@@ -152,6 +153,7 @@ impl Slot {
         let acked = match hello.role {
             Role::Update => state.replica.acked_up(),
             Role::Acks => state.replica.acked(),
+            Role::Query => None,
         };
         if let Some(acked) = acked {
             link.send(&state.own_frame(Kind::Ack, acked), &[])?;
@@ -159,6 +161,7 @@ impl Slot {
         match hello.role {
             Role::Update => state.up = Some(link.clone()),
             Role::Acks => state.owners.push(link.clone()),
+            Role::Query => {}
         }
         Ok(true)
     }
@@ -183,6 +186,44 @@ impl Slot {
         let result = lock(&self.state).frame(shared, frame, payload, link);
         self.busy.store(false, Ordering::Release);
         result
+    }
+
+    /// Answers a query from what has been processed, if this is (still) the tail in the asker's generation.
+    pub(super) fn query(
+        &self,
+        frame: &Frame,
+        payload: &[u8],
+        link: &Arc<Link>,
+    ) -> Result<(), WireError> {
+        if frame.kind != Kind::Query {
+            return Err(WireError::OutOfPlace(
+                frame.kind,
+                "this connection is for queries only",
+            ));
+        }
+        let query = Query::from_bytes(payload).ok_or(WireError::Payload(Kind::Query))?;
+        let (answer, frame) = {
+            let mut state = lock(&self.state);
+            let replica = &state.replica;
+            if frame.generation != replica.generation()
+                || !replica.is_tail()
+                || !replica.state().could_resume()
+            {
+                let refusal = Frame {
+                    generation: replica.generation(),
+                    ..state.own_frame(Kind::Refused, Epoch::ZERO)
+                };
+                return Ok(link.send(&refusal, &[])?);
+            }
+            let newest = replica.hist();
+            let kept = state.store.as_mut().and_then(|store| store.history());
+            let marks = kept.map_or_else(|| newest.into_iter().collect(), |past| past.range());
+            (
+                query.pick(&marks),
+                state.own_frame(Kind::Answer, Epoch::ZERO),
+            )
+        };
+        Ok(link.send(&frame, &answer_payload(&answer))?)
     }
 
     pub(super) fn tick(&self, shared: &Shared) {
@@ -243,7 +284,11 @@ fn obstacle(
                 None => here("is not connected to the next replica yet".into()),
             }
         }
-        Role::Acks if !state.replica.is_tail() => here("is not the tail".into()),
+        Role::Acks | Role::Query if !state.replica.is_tail() => here("is not the tail".into()),
+        Role::Query if !state.replica.state().could_resume() => {
+            here("holds no complete checkpoint yet".into())
+        }
+        Role::Query => None,
         Role::Acks if hello.from != state.view.owner => {
             let owner = &state.view.owner;
             here(format!("{} is not the owner, {owner} is", hello.from))
