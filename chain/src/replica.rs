@@ -529,7 +529,13 @@ impl Replica {
                 actions.push_back(Action::Keep);
                 self.sent.push(mark);
             }
-            _ => self.sent = Sent::after(mark),
+            _ => {
+                if self.sent.range().is_some() {
+                    // What was kept does not reach this one: with a hole it is of no use to anybody.
+                    actions.push_back(Action::TrimAll);
+                }
+                self.sent = Sent::after(mark);
+            }
         }
         actions.push_back(Action::Commit(mark));
         if what == What::Full {
@@ -566,6 +572,10 @@ impl Replica {
         if self.is_tail() {
             self.acked = Some(hist.epoch);
             self.acknowledge(hist.epoch, actions);
+            if self.has_joiner && self.linked && self.joiner_target.is_none() {
+                // Said before, but perhaps lost with an earlier connection further up.
+                actions.push_back(Action::JoinerReady);
+            }
         }
     }
 
