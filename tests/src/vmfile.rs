@@ -24,6 +24,8 @@ pub struct VmFile {
     pub epoch_ms: u64,
     /// Checkpoints under way at most.
     pub max_in_flight: u32,
+    /// What it does without a backup: run or freeze.
+    pub alone: &'static str,
 }
 
 impl Default for VmFile {
@@ -35,6 +37,7 @@ impl Default for VmFile {
             work: 20_000,
             epoch_ms: 25,
             max_in_flight: 3,
+            alone: "run",
         }
     }
 }
@@ -57,6 +60,7 @@ impl VmFile {
             work,
             epoch_ms,
             max_in_flight,
+            alone,
         } = self;
         let mac: Vec<String> = GUEST_MAC.iter().map(|b| format!("{b:02x}")).collect();
         format!(
@@ -78,6 +82,7 @@ path = "{disk}"
 [protect]
 epoch_ms = {epoch_ms}
 max_in_flight = {max_in_flight}
+alone = "{alone}"
 "#,
             console = dir.join("console.log").display(),
             mac = mac.join(":"),

@@ -151,6 +151,7 @@ impl Child {
                 ToChild::Fence
                 | ToChild::HandOver
                 | ToChild::RunOn
+                | ToChild::Freeze
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
                 | ToChild::EpochMs { .. } => {
@@ -309,6 +310,7 @@ impl Child {
                 ToChild::Fence => owner.fence(),
                 ToChild::HandOver => protector.hand_over()?,
                 ToChild::RunOn => owner.run_on(),
+                ToChild::Freeze => owner.freeze(),
                 ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
                 ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
                     longest: Duration::from_millis(ms),

@@ -52,6 +52,8 @@ pub enum ToChild {
     Protect(Box<chain::View>),
     /// Planned switchover: stop the guest at the end of an epoch, and once that is committed ask the head to take over.
     HandOver,
+    /// The last backup is lost: stand still, output held, until the next [`ToChild::Protect`].
+    Freeze,
     /// Nobody has taken it over: run on.
     RunOn,
     /// Another host owns the VM: stop for good, drop what is held.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 pub use host::{Detection, HostConfig, MasterConfig, Network};
 pub use vm::{
-    BUILTIN_PROBE, DiskConfig, Durability, NetConfig, ProtectConfig, VmConfig, parse_mac,
+    Alone, BUILTIN_PROBE, DiskConfig, Durability, NetConfig, ProtectConfig, VmConfig, parse_mac,
 };
 
 /// Why a configuration file was not accepted.

@@ -87,6 +87,17 @@ pub enum Durability {
     Disk,
 }
 
+/// What a VM does once its last backup is lost.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Alone {
+    /// It runs on, unprotected; the master records that first, so that nothing from before is ever resumed.
+    #[default]
+    Run,
+    /// It stands still with its output held until a backup is there and has everything.
+    Freeze,
+}
+
 /// How the VM is protected.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -112,6 +123,9 @@ pub struct ProtectConfig {
     /// What an ack promises.
     #[serde(default)]
     pub durability: Durability,
+    /// What the VM does once its last backup is lost.
+    #[serde(default)]
+    pub alone: Alone,
     /// Try LZ4 on pages for which a delta does not pay.
     #[serde(default = "yes")]
     pub lz4: bool,
@@ -127,6 +141,7 @@ impl Default for ProtectConfig {
             output_limit_kib: default_output_kib(),
             disk_limit_kib: default_disk_kib(),
             durability: Durability::default(),
+            alone: Alone::default(),
             lz4: true,
         }
     }

@@ -71,6 +71,7 @@ pub(super) fn apply_locked(daemon: &Arc<Daemon>, record: &VmRecord) {
                 entry.record = record.clone();
                 entry.trouble = None;
                 entry.proposing = None;
+                entry.frozen = false;
                 if !view.in_place() {
                     entry.bridge = None;
                 }

@@ -11,6 +11,7 @@ use checkpoint::{Generation, HostId, VmId};
 
 use super::vms::Part;
 use super::{Daemon, lock, reconcile};
+use crate::child::proto::ToChild;
 use crate::control::EventKind;
 
 /// A host that accepts no connection for this long is lost.
@@ -34,6 +35,9 @@ pub(super) fn chain_lost(daemon: &Arc<Daemon>, vm: VmId, trouble: &Trouble) {
     let Some((view, in_place)) = owned_view(daemon, vm, trouble.generation) else {
         return;
     };
+    if lock(&daemon.vms).map.get(&vm).is_some_and(|e| e.frozen) {
+        return;
+    }
     let kept = |m: &&Member| Some(&m.host) != trouble.named.as_ref() && answers(m);
     let left: Vec<Member> = view.chain.iter().filter(kept).cloned().collect();
     let joining = view.joining.as_ref().filter(kept).cloned();
@@ -71,7 +75,27 @@ pub(super) fn chain_lost(daemon: &Arc<Daemon>, vm: VmId, trouble: &Trouble) {
         ),
     };
     daemon.events.add(EventKind::ChainLost, &view.name, text);
+    if left.is_empty() && in_place && freeze(daemon, vm) {
+        return;
+    }
     reconfigure(daemon, &view, left, joining.filter(|_| !anew), anew);
+}
+
+/// A VM that is not to run without a backup stands still; the master's record stays as it is.
+fn freeze(daemon: &Daemon, vm: VmId) -> bool {
+    let mut vms = lock(&daemon.vms);
+    let Some(entry) = vms.map.get_mut(&vm) else {
+        return false;
+    };
+    if !entry.freezes_alone() {
+        return false;
+    }
+    entry.frozen = true;
+    entry.trouble = Some("frozen: its last backup is lost, and protect.alone is \"freeze\"".into());
+    if let Err(e) = entry.child.send(&ToChild::Freeze) {
+        tracing::warn!("{}: the VM's process is gone: {e}", entry.record.view.name);
+    }
+    true
 }
 
 /// Asks the master for another chain of a VM owned by this host, and follows its decision. Output stays held until it has
@@ -120,7 +144,7 @@ pub(super) fn owned_view(
     let vms = lock(&daemon.vms);
     let entry = vms.map.get(&vm)?;
     let view = &entry.record.view;
-    (entry.part == Part::Owner && view.generation == generation)
+    (entry.part == Part::Owner && view.generation == generation && !entry.ended)
         .then(|| (view.clone(), entry.chain_is_filled()))
 }
 

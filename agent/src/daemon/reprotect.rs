@@ -42,19 +42,22 @@ impl Retries {
 pub(super) fn run(daemon: &Arc<Daemon>) {
     loop {
         std::thread::sleep(PERIOD);
-        let wanting: Vec<(View, Vec<Member>)> = {
+        let wanting: Vec<(View, bool, Vec<Member>)> = {
             let vms = lock(&daemon.vms);
             vms.map
                 .values()
-                .filter_map(|entry| Some((entry.record.view.clone(), missing(daemon, entry)?)))
+                .filter_map(|entry| {
+                    let view = entry.record.view.clone();
+                    Some((view, entry.frozen, missing(daemon, entry)?))
+                })
                 .collect()
         };
-        for (view, missing) in wanting {
+        for (view, frozen, missing) in wanting {
             let up: Vec<Member> = missing.into_iter().filter(repair::answers).collect();
             if up.is_empty() {
                 continue;
             }
-            if view.chain.is_empty() {
+            if view.chain.is_empty() || frozen {
                 repair::reconfigure(daemon, &view, up, None, true);
             } else {
                 let joining = up.into_iter().next();
@@ -67,7 +70,7 @@ pub(super) fn run(daemon: &Arc<Daemon>) {
 /// The backups that a VM of this host should have and has not, if now is the time for one.
 fn missing(daemon: &Daemon, entry: &Entry) -> Option<Vec<Member>> {
     let view = &entry.record.view;
-    let settled = view.chain.is_empty() || entry.protected == Some(view.generation);
+    let settled = view.chain.is_empty() || entry.frozen || entry.protected == Some(view.generation);
     if entry.part != Part::Owner || view.joining.is_some() || !settled || entry.ended {
         return None;
     }
@@ -75,7 +78,8 @@ fn missing(daemon: &Daemon, entry: &Entry) -> Option<Vec<Member>> {
         .wanted
         .iter()
         .filter(|host| {
-            **host != daemon.host && view.position(host).is_none() && entry.retries.due(host)
+            let there = view.position(host).is_some() && !entry.frozen;
+            **host != daemon.host && !there && entry.retries.due(host)
         })
         .filter_map(|host| {
             let addr = daemon.config.peers.get(host.as_str())?;

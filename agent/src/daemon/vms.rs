@@ -1,6 +1,7 @@
 //! What this host is to each VM: owner, standby, or nothing any more.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -12,6 +13,7 @@ use super::bridge::Bridge;
 use super::child::ChildHandle;
 use super::reprotect::Retries;
 use crate::child::proto::FromChild;
+use crate::config::{Alone, VmConfig};
 use crate::control::FailoverReport;
 use crate::epoch::EpochStats;
 
@@ -42,6 +44,8 @@ pub(super) struct Entry {
     pub bridge: Option<Bridge>,
     /// Owner: the generation it has asked the master for, until it knows the outcome.
     pub proposing: Option<Generation>,
+    /// Owner: it stands still, because its last backup is lost.
+    pub frozen: bool,
     /// The guest, or its process, has ended.
     pub ended: bool,
     /// Who waits for an answer of the process.
@@ -62,9 +66,17 @@ impl Entry {
             retries: Retries::default(),
             bridge: None,
             proposing: None,
+            frozen: false,
             ended: false,
             waiting: Waiting::default(),
         }
+    }
+
+    /// Whether it stands still rather than run without a backup.
+    pub fn freezes_alone(&self) -> bool {
+        let view = &self.record.view;
+        VmConfig::from_text(Path::new(&view.name), &self.record.shape.config_toml)
+            .is_ok_and(|config| config.protect.alone == Alone::Freeze)
     }
 
     /// Whether the chain holds this VM's history, so that what is left of it can go on in place.

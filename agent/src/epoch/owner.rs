@@ -22,6 +22,8 @@ const SYNC_CHUNK: u64 = 1024;
 const SYNC_SMALL: u64 = 2048;
 /// Or after this many rounds: a guest that dirties faster than the link carries is caught by the pause all the same.
 const SYNC_ROUNDS: u32 = 8;
+/// Nothing happens by itself.
+const FOREVER: Duration = Duration::from_secs(3600);
 /// Block size of the disks' initial copy.
 const COPY_BLOCK: usize = 256 << 10;
 
@@ -68,6 +70,7 @@ struct Signals {
     options: Option<EpochOptions>,
     quiesce: Option<Sender<Epoch>>,
     go_on: bool,
+    freeze: bool,
     stop: bool,
 }
 
@@ -197,6 +200,11 @@ impl Owner {
     /// Stops the guest at the end of an epoch and tells `stopped` which, once it is committed. For a planned switchover.
     pub fn quiesce(&self, stopped: Sender<Epoch>) {
         self.signal(|s| s.quiesce = Some(stopped));
+    }
+
+    /// The last backup is lost: the guest stands still, its output held, until there is another one.
+    pub fn freeze(&self) {
+        self.signal(|s| s.freeze = true);
     }
 
     /// Nobody has taken a stopped guest over: it runs on.
@@ -338,6 +346,7 @@ impl Owner {
         let view = RamView::new(self.vm.memory());
         let mut dirty = PageBitmap::new(&view.ranges());
         let mut harvesting = Duration::ZERO;
+        let mut frozen = false;
         let mut last = Instant::now();
         loop {
             let signals = std::mem::take(&mut *lock(&self.signals));
@@ -352,12 +361,20 @@ impl Owner {
                 harvesting = period;
                 last = Instant::now();
             }
+            if signals.freeze {
+                self.vm.pause().map_err(Self::vm_error)?;
+                frozen = true;
+            }
             if let Some(generation) = signals.unprotect {
+                if std::mem::take(&mut frozen) {
+                    self.vm.resume();
+                }
                 self.release_all(generation)?;
             }
             if let Some(begin) = signals.begin {
                 harvesting = Duration::ZERO;
-                self.synchronise(&view, &mut dirty, begin)?;
+                self.synchronise(&view, &mut dirty, begin, frozen)?;
+                frozen = false;
                 last = Instant::now();
             }
             if signals.begin_held {
@@ -374,6 +391,9 @@ impl Owner {
                     self.vm.pause().map_err(|e| OwnerError::Vm(e.to_string()))?;
                     return Ok(());
                 }
+                Mode::Protected if frozen => {
+                    self.idle(last + FOREVER);
+                }
                 Mode::Protected => {
                     if self.wait_for_epoch_end(last, &options) {
                         self.checkpoint(&view, &mut dirty, true)?;
@@ -382,7 +402,7 @@ impl Owner {
                 }
                 Mode::Unprotected | Mode::Syncing => {
                     let wait = if harvesting.is_zero() {
-                        Duration::from_secs(3600)
+                        FOREVER
                     } else {
                         harvesting
                     };
@@ -558,12 +578,14 @@ impl Owner {
         Ok(())
     }
 
-    /// The first checkpoint of a configuration: everything, streamed while the guest runs; only the last round pauses.
+    /// The first checkpoint of a configuration: everything, streamed while the guest runs; only the last round pauses. A
+    /// frozen guest stands still until its end, and what is held stays so.
     fn synchronise(
         &self,
         view: &RamView,
         dirty: &mut PageBitmap,
         begin: Begin,
+        frozen: bool,
     ) -> Result<(), OwnerError> {
         let started = Instant::now();
         let epoch = {
@@ -575,7 +597,9 @@ impl Owner {
             pipeline.open()
         };
         // Until the new chain has this checkpoint the VM is not protected, and held output would wait for nothing.
-        self.flow();
+        if !frozen {
+            self.flow();
+        }
         *lock(&self.sync_started) = Some((epoch, started));
         lock(&self.captured_at).clear();
         self.queue.activate(epoch);
@@ -698,6 +722,7 @@ impl Signals {
             || self.options.is_some()
             || self.quiesce.is_some()
             || self.go_on
+            || self.freeze
             || self.stop
     }
 }

@@ -29,6 +29,7 @@ const SEALING: VmFile = VmFile {
     work: 20_000,
     epoch_ms: 100,
     max_in_flight: 64,
+    alone: "run",
 };
 
 struct Outcome {

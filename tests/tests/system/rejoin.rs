@@ -1,7 +1,7 @@
 //! Back to as many backups as wanted, whoever was lost: what is left of a chain goes on in place, and hosts that return
 //! join at its tail while the VM runs.
 
-use understudy_tests::{Cluster, Options, VmFile};
+use understudy_tests::{Cluster, Options, VmFile, wait};
 
 use crate::PROGRAM;
 use crate::kill::{check_disk, check_survived, more_answers};
@@ -88,4 +88,49 @@ fn hosts_take_turns_and_the_vm_is_protected_again_after_each() {
         check_disk(&client);
     }
     check_survived(&cluster.stop_client(client));
+}
+
+/// `protect.alone`: what a VM does once its last backup is lost, and that it is protected again when one is back.
+fn alone(policy: &'static str) {
+    let mut cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
+    let vm = VmFile {
+        alone: policy,
+        ..VmFile::default()
+    };
+    cluster.protect(&vm, &["b"]);
+    let client = cluster.client();
+    cluster.kill("b");
+    if policy == "run" {
+        wait("the VM to run unprotected", || {
+            let status = cluster.status("a")?;
+            (status.chain.is_empty() && !status.protected).then_some(())
+        });
+        more_answers(&client, 50);
+    } else {
+        wait("the VM to stand still", || {
+            let status = cluster.status("a")?;
+            status.state.contains("frozen").then_some(())
+        });
+        let before = client.progress().acked;
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        assert_eq!(client.progress().acked, before, "a frozen VM says nothing");
+    }
+    cluster.start_agent("b", None);
+    cluster.wait_protected("a", &["b"]);
+    more_answers(&client, 50);
+    cluster.kill("a");
+    cluster.wait_owner("b");
+    more_answers(&client, 50);
+    check_disk(&client);
+    check_survived(&cluster.stop_client(client));
+}
+
+#[test]
+fn without_a_backup_a_vm_runs_on_if_it_may() {
+    alone("run");
+}
+
+#[test]
+fn without_a_backup_a_vm_stands_still_if_it_must() {
+    alone("freeze");
 }
