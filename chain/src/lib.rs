@@ -21,7 +21,8 @@ pub use client::{ChainClient, ClientError, ClientEvent};
 pub use mark::Mark;
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{
-    Handover, History, MemoryStore, ReplicaStore, Retention, Snapshot, StoreError, VmStore,
+    DurableStore, Handover, History, LogError, MemoryStore, ReplicaStore, Retention, Snapshot,
+    StoreError, StoreOptions, VmStore,
 };
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Member, View, VmRecord, VmShape};

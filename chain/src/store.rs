@@ -1,7 +1,12 @@
 //! What a replica keeps of a VM, as the server sees it; [`VmStore`] is the one that VMs are resumed from.
 
+mod choose;
+mod durable;
+mod log;
 mod memory;
 mod query;
+#[cfg(test)]
+mod tests;
 mod vm;
 
 use std::os::fd::OwnedFd;
@@ -11,6 +16,9 @@ use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
 
 use crate::image::ImageError;
 use crate::mark::Mark;
+pub use choose::{StoreOptions, create};
+pub use durable::DurableStore;
+pub use log::LogError;
 pub use memory::MemoryStore;
 pub use query::{History, Retention, Snapshot};
 pub use vm::VmStore;
@@ -60,6 +68,9 @@ pub enum StoreError {
     /// A checkpoint that is not kept, or not any more.
     #[error("checkpoint {0} is not kept here; ask which are")]
     NotRetained(Mark),
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
 }
 
 impl StoreError {
@@ -69,6 +80,7 @@ impl StoreError {
         match self {
             // A page that cannot be given back leaves an image that is neither old nor new.
             Self::Image(error) => matches!(error, ImageError::Memory { .. }),
+            Self::Log(error) => !matches!(error, LogError::NotRetained(_) | LogError::TooLong(_)),
             Self::Disks(_) | Self::Empty | Self::Descriptor(_) => true,
             Self::Stage(_)
             | Self::DiskRange { .. }
