@@ -169,3 +169,59 @@ impl Commit {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use checkpoint::{Epoch, Generation};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mark(n: u64) -> Mark {
+        Mark {
+            generation: Generation(n),
+            epoch: Epoch(n << 32),
+            digest: n as u32,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_frame_comes_back_and_a_flipped_bit_is_found(
+            salt in any::<u64>(), lsn in any::<u64>(), durable in any::<u64>(), index in any::<u32>(),
+            kind in 0usize..6, payload in proptest::collection::vec(any::<u8>(), 0..300), flip in 0usize..512,
+        ) {
+            let kinds = [Kind::Pages, Kind::Disk, Kind::Machine, Kind::Undo, Kind::Commit, Kind::Voucher];
+            let head = Head { kind: kinds[kind], salt, lsn, durable, index, len: 0, crc: 0 };
+            let mut frame = head.frame(&payload);
+            let len = payload.len() as u32;
+            let want = Head { len, crc: crc32c::crc32c(&payload), ..head };
+            prop_assert_eq!(Head::parse(&frame, salt), Some(want));
+            prop_assert_eq!(frame.len() as u64, want.span());
+            prop_assert_eq!(Head::parse(&frame, salt.wrapping_add(1)), None);
+            frame[flip / 8] ^= 1 << (flip % 8);
+            prop_assert_eq!(Head::parse(&frame, salt), None);
+        }
+
+        #[test]
+        fn a_commit_comes_back_and_hostile_bytes_do_no_harm(
+            n in any::<u32>(), first in any::<bool>(), undo in any::<bool>(), bytes in any::<u64>(),
+            noise in proptest::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let commit = Commit {
+                mark: mark(u64::from(n)),
+                prev: (!first).then(|| mark(u64::from(n) + 1)),
+                frames: n,
+                undo,
+                bytes,
+                pages: bytes ^ 5,
+                digest: n,
+            };
+            let encoded = commit.to_bytes();
+            prop_assert_eq!(Commit::from_bytes(&encoded), Some(commit));
+            prop_assert_eq!(Commit::from_bytes(&encoded[1..]), None);
+            let _ = Commit::from_bytes(&noise);
+            let _ = Head::parse(&noise, 0);
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use diskbuf::faulty::{Crash, MemDisk, Rng};
+use proptest::prelude::*;
 
 use super::model::{DIR, Told, open, options};
 use crate::store::StoreError;
@@ -110,6 +111,42 @@ fn i7_a_missing_file_is_damage() {
             "file {n}: {error:?}"
         );
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+    /// Several things at once: bits flipped, bytes cut off or put in anywhere, in any of the files.
+    #[test]
+    fn any_damage_is_an_error_or_a_complete_checkpoint(
+        harm in proptest::collection::vec((any::<u16>(), any::<u32>(), 0u8..4, any::<u8>()), 1..5),
+    ) {
+        let (mut disk, mut told) = SAMPLE.with(|(disk, told)| {
+            (disk.killed(), Told { history: told.history.clone(), ..Told::new() })
+        });
+        for (file, at, what, value) in harm {
+            let files = files(&disk);
+            let path = &files[usize::from(file) % files.len()];
+            disk = disk.with(path, |bytes| {
+                let at = at as usize % bytes.len().max(1);
+                match what {
+                    _ if bytes.is_empty() => {}
+                    0 => bytes[at] ^= value | 1,
+                    1 => bytes.truncate(at),
+                    2 => drop(bytes.splice(at..at, [value; 64])),
+                    _ => drop(bytes.drain(at..(at + 64).min(bytes.len()))),
+                }
+            });
+        }
+        // What was promised is judged where one thing is harmed at a time.
+        told.filling = true;
+        if let Err(e) = judge(&disk, &told) {
+            return Err(TestCaseError::fail(e));
+        }
+    }
+}
+
+thread_local! {
+    static SAMPLE: (MemDisk, Told) = sample();
 }
 
 #[test]
