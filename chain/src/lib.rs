@@ -24,6 +24,9 @@ pub use kept::{KEPT_MAX, Kept};
 pub use mark::Mark;
 pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
-pub use store::{Handover, MemoryStore, ReplicaStore, Retention, Snapshot, StoreError, VmStore};
+pub use store::{
+    DurableStore, Handover, LogError, MemoryStore, ReplicaStore, Retention, Snapshot, StoreError,
+    StoreOptions, VmStore,
+};
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Fork, History, Member, View, VmRecord, VmShape};

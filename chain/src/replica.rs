@@ -228,6 +228,23 @@ impl Replica {
         self.open.is_none()
     }
 
+    /// The name that the checkpoint being received will have if that is its digest.
+    #[must_use]
+    pub fn name_of_open(&self, digest: u32) -> Option<Mark> {
+        let Open { epoch, what } = self.open?;
+        let name = |generation| Mark {
+            generation,
+            epoch,
+            digest,
+        };
+        match what {
+            What::Duplicate | What::Install(None) => None,
+            What::Full => Some(name(self.generation)),
+            What::Install(Some(mark)) => Some(mark),
+            What::Next(origin) => Some(name(origin)),
+        }
+    }
+
     fn is_complete(&self) -> bool {
         match self.part {
             Part::Member { since, .. } => self.complete_in.is_some_and(|then| then >= since),
@@ -505,20 +522,11 @@ impl Replica {
     }
 
     fn prepared(&mut self, digest: u32, actions: &mut VecDeque<Action>) {
-        let Some(Open { epoch, what }) = self.open.take() else {
+        let Some(mark) = self.name_of_open(digest) else {
             return;
         };
-        let name = |generation| Mark {
-            generation,
-            epoch,
-            digest,
-        };
-        let mark = match what {
-            What::Duplicate => return,
-            What::Full => name(self.generation),
-            What::Install(Some(mark)) => mark,
-            What::Install(None) => return,
-            What::Next(origin) => name(origin),
+        let Some(Open { epoch, what }) = self.open.take() else {
+            return;
         };
         self.hist = Some(mark);
         if self.linked {

@@ -17,11 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Generation, HostId, VmId};
-use diskbuf::Durability;
 
 use crate::mark::Mark;
 use crate::replica::State;
-use crate::store::{Handover, ReplicaStore, StoreError, VmStore};
+use crate::store::{self, Handover, ReplicaStore, StoreError, StoreOptions};
 use crate::view::{View, VmShape};
 use slot::Slot;
 pub(crate) use successor::{GreetError, greet};
@@ -31,7 +30,7 @@ pub(crate) use successor::{GreetError, greet};
 pub struct ServerOptions {
     /// This host.
     pub host: HostId,
-    /// Mirrors and activation records go below this directory.
+    /// Mirrors, activation records and logs go below this directory.
     pub data_dir: PathBuf,
     /// Time between heartbeats.
     pub heartbeat: Duration,
@@ -221,7 +220,7 @@ impl ReplicaServer {
         &self,
         view: View,
         shape: VmShape,
-        durability: Durability,
+        options: impl Into<StoreOptions>,
     ) -> Result<Vec<OwnedFd>, ServerError> {
         let mut parts = Path::new(&view.name).components();
         if !matches!(
@@ -236,14 +235,8 @@ impl ReplicaServer {
             old.close();
         }
         let dir = self.shared.options.data_dir.join(&view.name);
-        let store = VmStore::new(&dir, view.vm, shape, durability)?;
-        let fds = store
-            .ram_fds()
-            .into_iter()
-            .map(|fd| fd.try_clone_to_owned())
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(StoreError::from)?;
-        self.create_with(view, Box::new(store));
+        let (store, fds) = store::create(&dir, view.vm, shape, options.into())?;
+        self.create_with(view, store);
         Ok(fds)
     }
 

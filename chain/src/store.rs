@@ -1,8 +1,13 @@
 //! What a replica keeps of a VM, as the server sees it; [`VmStore`] is the one that VMs are resumed from.
 
+mod choose;
 mod copy;
+mod durable;
+mod log;
 mod memory;
 mod query;
+#[cfg(test)]
+mod tests;
 mod vm;
 
 use std::os::fd::OwnedFd;
@@ -13,6 +18,9 @@ use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
 use crate::image::ImageError;
 use crate::kept::Kept;
 use crate::mark::Mark;
+pub use choose::{StoreOptions, create};
+pub use durable::DurableStore;
+pub use log::LogError;
 pub use memory::MemoryStore;
 pub use query::{History, Retention, Snapshot};
 pub use vm::VmStore;
@@ -62,6 +70,9 @@ pub enum StoreError {
     /// A checkpoint that is not kept, or not any more.
     #[error("checkpoint {0} is not kept here; ask which are")]
     NotRetained(Mark),
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
 }
 
 impl StoreError {
@@ -71,6 +82,7 @@ impl StoreError {
         match self {
             // A page that cannot be given back leaves an image that is neither old nor new.
             Self::Image(error) => matches!(error, ImageError::Memory { .. }),
+            Self::Log(error) => !matches!(error, LogError::NotRetained(_) | LogError::TooLong(_)),
             Self::Disks(_) | Self::Empty | Self::Descriptor(_) => true,
             Self::Stage(_)
             | Self::DiskRange { .. }
@@ -140,15 +152,15 @@ pub trait ReplicaStore: Send {
     fn machine(&mut self, payload: &[u8]) -> Result<(), StoreError>;
 
     /// The checkpoint is complete, says the sender: verifies that it is whole and makes it durable to the degree
-    /// configured. Afterwards [`ReplicaStore::commit`] cannot fail. `epoch` is the one it was begun with, except for what
-    /// fills a joining replica: what that is becomes known at the end only.
+    /// configured. Afterwards [`ReplicaStore::commit`] cannot fail. It is `mark` then: of the epoch it was
+    /// begun with, except for what fills a joining replica, of which that becomes known at the end only.
     ///
     /// # Errors
     /// [`StoreError`].
     fn prepare(
         &mut self,
         generation: Generation,
-        epoch: Epoch,
+        mark: Mark,
         end: &CheckpointEnd,
     ) -> Result<(), StoreError>;
 

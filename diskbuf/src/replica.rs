@@ -196,6 +196,12 @@ impl ReplicaDisks {
         self.epoch
     }
 
+    /// The newest generation in which something was processed, or filling begun.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
     /// Begins to fill the mirrors: what they hold is forgotten, and they are not valid until the first
     /// [`ReplicaDisks::process`].
     ///

@@ -83,7 +83,7 @@ pub enum Durability {
     /// The checkpoint is in every replica's memory.
     #[default]
     Memory,
-    /// And its disk writes are on every replica's disk.
+    /// And all of it, memory and disk writes, is on every replica's disk.
     Disk,
 }
 

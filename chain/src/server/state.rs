@@ -322,9 +322,9 @@ impl State {
                     }));
                 }
             }
-            Action::Prepare { epoch } => {
+            Action::Prepare { .. } => {
                 if let Some(hand) = hand {
-                    return Ok(Some(self.prepare(epoch, hand)));
+                    return Ok(Some(self.prepare(hand)));
                 }
             }
             Action::Commit(mark) => {
@@ -370,15 +370,24 @@ impl State {
         })
     }
 
-    fn prepare(&mut self, epoch: Epoch, hand: InHand<'_>) -> Event {
+    fn prepare(&mut self, hand: InHand<'_>) -> Event {
         let generation = self.replica.generation();
-        let mut digest = 0;
+        let end = end_of(hand.frame.flags, hand.payload).map_or(&[][..], |(_, end)| end);
+        let end: CheckpointEnd = match codec::from_bytes(end, HELLO_LIMIT) {
+            Ok(end) => end,
+            Err(e) => {
+                let why = StoreError::End(e);
+                return Event::StoreFailed {
+                    damaged: why.damages(),
+                    why: why.to_string(),
+                };
+            }
+        };
+        let digest = end.digest;
+        let mark = self.replica.name_of_open(digest);
         let failed = self.on_store(|store| {
-            let end = end_of(hand.frame.flags, hand.payload).map_or(&[][..], |(_, end)| end);
-            let end: CheckpointEnd =
-                codec::from_bytes(end, HELLO_LIMIT).map_err(StoreError::End)?;
-            digest = end.digest;
-            store.prepare(generation, epoch, &end)
+            let mark = mark.ok_or(StoreError::NotOpen)?;
+            store.prepare(generation, mark, &end)
         });
         failed.unwrap_or(Event::Prepared { digest })
     }

@@ -121,7 +121,7 @@ impl ReplicaStore for MemoryStore {
     fn prepare(
         &mut self,
         generation: Generation,
-        epoch: Epoch,
+        mark: Mark,
         end: &CheckpointEnd,
     ) -> Result<(), StoreError> {
         let whole = self.inner.verify(end)?;
@@ -134,7 +134,7 @@ impl ReplicaStore for MemoryStore {
                 .pre_images(&whole.disk, limit)
                 .map_err(|e| StoreError::Disks(e.to_string()))?;
         }
-        self.inner.process(generation, epoch, whole)
+        self.inner.process(generation, mark.epoch, whole)
     }
 
     fn commit(&mut self, mark: Mark) {

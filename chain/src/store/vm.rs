@@ -164,11 +164,11 @@ impl ReplicaStore for VmStore {
     fn prepare(
         &mut self,
         generation: Generation,
-        epoch: Epoch,
+        mark: Mark,
         end: &CheckpointEnd,
     ) -> Result<(), StoreError> {
         let whole = self.verify(end)?;
-        self.process(generation, epoch, whole)
+        self.process(generation, mark.epoch, whole)
     }
 
     fn commit(&mut self, mark: Mark) {
