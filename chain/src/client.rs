@@ -236,7 +236,9 @@ impl ChainClient {
             events: Mutex::new(events),
             acked: self.acked.clone(),
         });
-        if view.in_place() {
+        // Connected again in the generation in which the chain began, it goes on from what it has been sent.
+        let begun = |base: Mark| up.holds.is_some() && view.history.contains(base);
+        if view.in_place() || sending.base.is_some_and(begun) {
             self.go_on(&mut sending, &connection, up.holds)?;
         } else {
             *sending = Sending::default();
@@ -556,7 +558,16 @@ fn wait_for(mut stream: &TcpStream, link: &Link, epoch: Epoch) -> io::Result<()>
 fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<ClientEvent>) {
     let mut payload = Payload::default();
     loop {
-        let event = match wire::read(&mut stream, &mut payload) {
+        let read = wire::read(&mut stream, &mut payload);
+        // Another replica that is lost is not the end of this connection: a joining one may come back.
+        let over = !matches!(
+            &read,
+            Ok(frame) if matches!(
+                frame.kind,
+                Kind::Ack | Kind::Refused | Kind::JoinerReady | Kind::Broken
+            )
+        );
+        let event = match read {
             Ok(Frame {
                 kind: Kind::Ack,
                 epoch,
@@ -597,7 +608,6 @@ fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<
                 why: e.to_string(),
             },
         };
-        let over = matches!(event, ClientEvent::Lost { .. });
         if events.send(event).is_err() || over {
             return;
         }

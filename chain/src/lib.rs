@@ -12,6 +12,7 @@ pub(crate) mod link;
 pub mod mark;
 pub mod master;
 pub mod query;
+mod queue;
 pub mod replica;
 pub mod server;
 pub mod store;

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
 use checkpoint::HostId;
@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
+use crate::queue::Queue;
 use crate::wire::{self, Frame, Payload};
 
 /// A peer that takes nothing for this long is lost.
@@ -47,9 +48,11 @@ pub const HELLO_LIMIT: usize = 4096;
 /// The sending half.
 #[derive(Debug)]
 pub struct Link {
-    stream: Mutex<TcpStream>,
+    stream: Arc<Mutex<TcpStream>>,
     /// The same socket, for what needs no turn: looking and shutting down.
     socket: TcpStream,
+    /// Set: frames wait here, not the sender.
+    queue: OnceLock<Arc<Queue>>,
 }
 
 impl Link {
@@ -64,8 +67,9 @@ impl Link {
         let _ = setsockopt(stream, sockopt::SndBuf, &BUFFER);
         let _ = setsockopt(stream, sockopt::RcvBuf, &BUFFER);
         Ok(Self {
-            stream: Mutex::new(stream.try_clone()?),
+            stream: Arc::new(Mutex::new(stream.try_clone()?)),
             socket: stream.try_clone()?,
+            queue: OnceLock::new(),
         })
     }
 
@@ -78,11 +82,36 @@ impl Link {
         Ok((Self::new(&stream)?, stream))
     }
 
+    /// From here on sending does not wait for the peer, but for room in a queue of [`crate::queue::QUEUE_MAX`] bytes: for a peer that
+    /// nobody waits for.
+    ///
+    /// # Errors
+    /// Starting a thread.
+    pub fn set_queued(&self) -> io::Result<()> {
+        if self.queue.get().is_none() {
+            let queue = Arc::<Queue>::default();
+            let (stream, waiting) = (self.stream.clone(), queue.clone());
+            std::thread::Builder::new()
+                .name("chain-queue".into())
+                .spawn(move || waiting.drain(&stream))?;
+            // Whoever was faster has a queue of its own; this one's thread ends with it.
+            if let Err(queue) = self.queue.set(queue) {
+                queue.end();
+            }
+        }
+        Ok(())
+    }
+
     /// Sends one frame, waiting for room.
     ///
     /// # Errors
     /// The connection's; it is of no use afterwards.
     pub fn send(&self, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+        if let Some(queue) = self.queue.get() {
+            let mut copy = Payload::default();
+            copy.fill(payload);
+            return queue.push(*frame, copy);
+        }
         self.with(|stream| wire::write(stream, frame, payload))
     }
 
@@ -91,17 +120,14 @@ impl Link {
     /// # Errors
     /// As [`Link::send`].
     pub fn forward(&self, frame: &Frame, payload: &Payload) -> io::Result<()> {
+        if let Some(queue) = self.queue.get() {
+            return queue.push(*frame, payload.clone());
+        }
         self.with(|stream| wire::forward(stream, frame, payload))
     }
 
     fn with(&self, write: impl FnOnce(&mut TcpStream) -> io::Result<()>) -> io::Result<()> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = write(&mut stream);
-        if result.is_err() {
-            // Part of a frame may be out: nothing that follows could be understood.
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        result
+        with(&self.stream, write)
     }
 
     /// Sends a frame without payload if that needs no waiting; if other traffic is under way it is not needed.
@@ -125,8 +151,11 @@ impl Link {
         result
     }
 
-    /// Ends the connection in both directions.
+    /// Ends the connection in both directions; what waits to be sent is not sent.
     pub fn close(&self) {
+        if let Some(queue) = self.queue.get() {
+            queue.end();
+        }
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
@@ -137,4 +166,26 @@ impl Link {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         matches!(recv(self.socket.as_raw_fd(), &mut byte, flags), Ok(1))
     }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(queue) = self.queue.get() {
+            queue.end();
+        }
+    }
+}
+
+/// Writes to a connection that several threads write to.
+pub(crate) fn with(
+    stream: &Mutex<TcpStream>,
+    write: impl FnOnce(&mut TcpStream) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+    let result = write(&mut stream);
+    if result.is_err() {
+        // Part of a frame may be out: nothing that follows could be understood.
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+    result
 }

@@ -258,14 +258,15 @@ impl ReplicaServer {
             .ok_or(ServerError::Unknown(vm))
     }
 
-    /// Follows a newer configuration in which this host is still a member.
+    /// Follows a newer configuration in which this host is still a member. Told again, it changes nothing.
     ///
     /// # Errors
     /// [`ServerError::Unknown`].
     pub fn adopt(&self, view: View) -> Result<(), ServerError> {
         let slot = self.slot(view.vm)?;
-        slot.adopt(view);
-        successor::connect(&slot, &self.shared);
+        if slot.adopt(view) {
+            successor::connect(&slot, &self.shared);
+        }
         Ok(())
     }
 

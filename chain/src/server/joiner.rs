@@ -162,6 +162,10 @@ pub(super) fn send_the_rest(state: &mut State, shared: &Shared) {
         return;
     };
     let generation = filling.frame.generation;
+    // Nobody waits for a joining replica, least of all with the lock held.
+    if let Err(e) = filling.link.set_queued() {
+        return state.lost_next(&e.to_string());
+    }
     if let Err(e) = rest(state, filling) {
         return state.lost_next(&e.to_string());
     }

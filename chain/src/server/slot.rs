@@ -56,12 +56,14 @@ impl Slot {
         }
     }
 
-    pub(super) fn adopt(&self, view: View) {
+    /// Follows a newer configuration; false if it is none.
+    pub(super) fn adopt(&self, view: View) -> bool {
         let mut state = lock(&self.state);
-        if view.generation <= state.replica.generation() {
-            return;
+        let newer = view.generation > state.replica.generation();
+        if newer {
+            state.adopt(view);
         }
-        state.adopt(view);
+        newer
     }
 
     pub(super) fn retire(&self, generation: Generation) {
@@ -104,7 +106,12 @@ impl Slot {
     }
 
     pub(super) fn unfreeze(&self) {
-        lock(&self.state).replica.unfreeze();
+        let mut state = lock(&self.state);
+        state.replica.unfreeze();
+        if state.down.is_some() && !state.replica.is_linked() {
+            // A connection made meanwhile was not heeded: once more.
+            state.hang_up();
+        }
     }
 
     pub(super) fn hand_over(&self, view: &View) -> Result<Handover, ServerError> {

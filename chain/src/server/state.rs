@@ -290,8 +290,10 @@ impl State {
             Action::Keep => self.keep = true,
             Action::Resend { after } => {
                 let generation = self.replica.generation();
+                let joins = self.replica.is_tail();
                 if let Some(down) = &self.down
-                    && let Err(e) = self.kept.resend(down, after, generation)
+                    && let Err(e) = if joins { down.set_queued() } else { Ok(()) }
+                        .and_then(|()| self.kept.resend(down, after, generation))
                 {
                     self.lost_next(&e.to_string());
                 }

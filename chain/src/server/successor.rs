@@ -45,8 +45,11 @@ pub(super) fn connect(slot: &Arc<Slot>, shared: &Arc<Shared>) {
         while follows(&slot, view.generation) {
             match greet(member.addr, &view, Role::Update, &shared.options.host) {
                 Ok(peer) => {
-                    (pause, waited) = (RETRY.0, Duration::ZERO);
-                    listen(&slot, &shared, &view, peer);
+                    // One that holds nothing fitting is there, but it is of no use to ask it all the time.
+                    if listen(&slot, &shared, &view, peer) {
+                        pause = RETRY.0;
+                    }
+                    waited = Duration::ZERO;
                 }
                 Err(e) => {
                     tracing::debug!("next replica {}: {e}", member.host);
@@ -75,13 +78,14 @@ fn follows(slot: &Slot, generation: Generation) -> bool {
     state.replica.generation() == generation && state.store.is_some()
 }
 
-/// Reads the next replica's acks until the connection ends.
-fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) {
+/// Reads the next replica's acks until the connection ends; false if it was of no use from the beginning.
+fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) -> bool {
     let link = Arc::new(peer.link);
     {
         let mut state = lock(&slot.state);
         if state.replica.generation() != view.generation || state.store.is_none() {
-            return link.close();
+            link.close();
+            return false;
         }
         state.down = Some(link.clone());
         state.down_trouble = None;
@@ -94,6 +98,9 @@ fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) {
         if let Err(e) = state.run(shared, up, None) {
             state.lost_next(&e.to_string());
         }
+        if !state.is_down(&link) {
+            return false;
+        }
     }
     super::joiner::begin_if_wanted(slot, shared, &link);
     let mut payload = Payload::default();
@@ -104,7 +111,7 @@ fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) {
         };
         let mut state = lock(&slot.state);
         if !state.is_down(&link) {
-            return;
+            return true;
         }
         match frame.kind {
             Kind::Ack => {
@@ -133,6 +140,7 @@ fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) {
     if state.is_down(&link) {
         state.lost_next(&why);
     }
+    true
 }
 
 /// A peer that took the connection.

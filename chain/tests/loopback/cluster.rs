@@ -1,56 +1,40 @@
-//! Replicas in this process, over real sockets of the loopback interface, and an owner whose VM is a few pages.
+//! Replicas in this process, over real sockets of the loopback interface. What they are configured to be is decided by the
+//! master's own state machine: no test builds a configuration that cannot be.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::net::SocketAddr;
+use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use chain::master::{Command, MasterState};
 use chain::{
-    ChainClient, ClientError, ClientEvent, Handover, Member, ReplicaServer, ServerEvent,
-    ServerOptions, View, VmShape,
+    ChainClient, ClientError, ClientEvent, Connection, Handover, Mark, Member, ReplicaServer,
+    ServerEvent, ServerOptions, View,
 };
-use checkpoint::{
-    DiskOp, DiskRecord, EncoderOptions, Epoch, Generation, HostId, MachineState, PageEncoder,
-    RamRange, VmId,
-};
+use checkpoint::{Epoch, Generation, HostId, VmId};
 use diskbuf::Durability;
 use tempfile::TempDir;
 
-pub const VM: VmId = VmId(7);
-pub const PAGES: usize = 64;
-pub const DISK: u64 = 1 << 20;
+pub use crate::vm::{Vm, shape};
+use crate::wire::Wire;
+
+pub const VM: VmId = VmId(1);
 /// A bound on how long something that must happen may take, on however busy a machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Nobody suspects anybody.
+const NEVER: u32 = 1_000_000;
 
 pub fn host(name: &str) -> HostId {
     HostId::new(name).unwrap()
 }
 
-pub fn shape() -> VmShape {
-    VmShape {
-        ram: vec![
-            RamRange {
-                start: 0,
-                len: (PAGES as u64 / 2) * 4096,
-            },
-            RamRange {
-                start: 1 << 32,
-                len: (PAGES as u64 / 2) * 4096,
-            },
-        ],
-        vcpus: 1,
-        disks: vec![DISK],
-        config_toml: String::new(),
-    }
-}
-
-/// Frame number of the n-th page of RAM.
-pub fn gfn(n: usize) -> u64 {
-    if n < PAGES / 2 {
-        n as u64
-    } else {
-        (1 << 20) + (n - PAGES / 2) as u64
+/// Waits for something that must happen.
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -58,10 +42,39 @@ pub struct Host {
     pub server: Option<ReplicaServer>,
     pub events: Receiver<ServerEvent>,
     pub member: Member,
+    pub wire: Wire,
+    options: ServerOptions,
     _dir: TempDir,
 }
 
+fn serve(options: &ServerOptions) -> (ReplicaServer, Receiver<ServerEvent>) {
+    let (sender, events) = channel();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    let server = ReplicaServer::bind(any, options.clone(), sender).unwrap();
+    (server, events)
+}
+
 impl Host {
+    fn new(name: &str, missed: u32) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let options = ServerOptions {
+            host: host(name),
+            data_dir: dir.path().into(),
+            heartbeat: Duration::from_millis(10),
+            missed,
+        };
+        let (server, events) = serve(&options);
+        let wire = Wire::to(server.addr());
+        Self {
+            member: Member::new(options.host.clone(), wire.addr),
+            server: Some(server),
+            events,
+            wire,
+            options,
+            _dir: dir,
+        }
+    }
+
     pub fn server(&self) -> &ReplicaServer {
         self.server.as_ref().expect("this host has been killed")
     }
@@ -71,6 +84,14 @@ impl Host {
         self.server = None;
     }
 
+    /// The process is started again: it holds nothing but what is on its disk.
+    pub fn restart(&mut self) {
+        self.kill();
+        let (server, events) = serve(&self.options);
+        self.wire.point_to(server.addr());
+        (self.server, self.events) = (Some(server), events);
+    }
+
     pub fn epoch(&self) -> Option<Epoch> {
         self.server().status(VM).unwrap().epoch
     }
@@ -78,231 +99,198 @@ impl Host {
     pub fn failed(&self) -> Option<String> {
         self.server().status(VM).unwrap().failed
     }
+
+    pub fn could_resume(&self) -> bool {
+        self.server().status(VM).unwrap().state.could_resume()
+    }
 }
 
 pub struct Cluster {
     pub hosts: Vec<Host>,
     pub view: View,
+    master: MasterState,
+    pub durability: Durability,
 }
 
 impl Cluster {
-    /// Hosts `r0`, `r1` ...: the chain of a VM that `owner` owns, in generation 2. Nobody suspects anybody.
+    /// Hosts `r0`, `r1` ...: the chain of a VM that `owner` owns, in generation 2.
     pub fn new(count: usize) -> Self {
-        let mut cluster = Self::bare(count, 1_000_000);
+        Self::with_spares(count, 0)
+    }
+
+    /// The same, and hosts that are in no chain yet.
+    pub fn with_spares(count: usize, spares: usize) -> Self {
+        let mut cluster = Self::servers(count + spares, NEVER);
+        cluster.decide_chain(&(0..count).collect::<Vec<_>>(), None, true);
         cluster.create(0..count);
         cluster
     }
 
-    /// Servers without replicas.
-    pub fn bare(count: usize, missed: u32) -> Self {
-        let hosts: Vec<Host> = (0..count)
-            .map(|i| {
-                let dir = tempfile::tempdir().unwrap();
-                let options = ServerOptions {
-                    host: host(&format!("r{i}")),
-                    data_dir: dir.path().into(),
-                    heartbeat: Duration::from_millis(10),
-                    missed,
-                };
-                let (sender, events) = channel();
-                let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-                let server = ReplicaServer::bind(any, options.clone(), sender).unwrap();
-                let member = Member {
-                    host: options.host,
-                    addr: server.addr(),
-                };
-                Host {
-                    server: Some(server),
-                    events,
-                    member,
-                    _dir: dir,
-                }
-            })
-            .collect();
-        let view = View {
-            vm: VM,
+    /// Servers without replicas, and a VM that is registered.
+    pub fn servers(count: usize, missed: u32) -> Self {
+        let mut master = MasterState::default();
+        let register = Command::Register {
             name: "vm".into(),
-            generation: Generation(2),
             owner: host("owner"),
-            chain: hosts.iter().map(|h| h.member.clone()).collect(),
+            shape: shape(),
         };
-        Self { hosts, view }
+        let view = master.apply(&register).unwrap().view;
+        assert_eq!(view.vm, VM);
+        Self {
+            hosts: (0..count)
+                .map(|i| Host::new(&format!("r{i}"), missed))
+                .collect(),
+            view,
+            master,
+            durability: Durability::Disk,
+        }
+    }
+
+    /// Servers without replicas, whose chain is decided.
+    pub fn bare(count: usize, missed: u32) -> Self {
+        let mut cluster = Self::servers(count, missed);
+        cluster.decide_chain(&(0..count).collect::<Vec<_>>(), None, true);
+        cluster
+    }
+
+    fn decide_chain(&mut self, chain: &[usize], joining: Option<usize>, anew: bool) {
+        let member = |i: usize| self.hosts[i].member.clone();
+        let command = Command::Reconfigure {
+            vm: VM,
+            expect: self.view.generation,
+            by: self.view.owner.clone(),
+            chain: chain.iter().map(|i| member(*i)).collect(),
+            joining: joining.map(member),
+            anew,
+        };
+        self.view = self.master.apply(&command).unwrap().view;
     }
 
     pub fn create(&mut self, which: impl IntoIterator<Item = usize>) {
         for i in which {
             let host = self.hosts[i].server();
-            host.create(self.view.clone(), shape(), Durability::Disk)
+            host.create(self.view.clone(), shape(), self.durability)
                 .unwrap();
         }
     }
 
-    /// The next configuration: these hosts, which adopt it in place.
-    pub fn reconfigure(&mut self, owner: &str, chain: &[usize]) {
-        self.view.generation = self.view.generation.next();
-        self.view.owner = host(owner);
-        self.view.chain = chain
-            .iter()
-            .map(|i| self.hosts[*i].member.clone())
-            .collect();
-        for i in chain {
-            self.hosts[*i].server().adopt(self.view.clone()).unwrap();
+    /// Every host that lives hears of what has been decided.
+    pub fn tell(&mut self) {
+        for host in &self.hosts {
+            let Some(server) = &host.server else { continue };
+            let (there, wanted) = (
+                server.status(VM).is_some(),
+                self.view.holds(&host.member.host),
+            );
+            match (there, wanted) {
+                (true, true) => server.adopt(self.view.clone()).unwrap(),
+                (true, false) => server.remove(VM, self.view.generation),
+                (false, true) => server
+                    .create(self.view.clone(), shape(), self.durability)
+                    .map(drop)
+                    .unwrap(),
+                (false, false) => {}
+            }
         }
     }
 
-    pub fn connect(&self) -> ChainClient {
-        connect(&self.view)
+    /// The owner goes on in place, with these.
+    pub fn reconfigure(&mut self, chain: &[usize], joining: Option<usize>) {
+        self.decide_chain(chain, joining, false);
+        self.tell();
+    }
+
+    /// The owner begins anew, with these.
+    pub fn anew(&mut self, chain: &[usize]) {
+        self.decide_chain(chain, None, true);
+        self.tell();
+    }
+
+    /// This host takes over. The others are not told yet.
+    pub fn take_over_silently(&mut self, taker: usize) -> Handover {
+        let server = self.hosts[taker].server();
+        let at = server.freeze(VM).unwrap();
+        let command = Command::TakeOver {
+            vm: VM,
+            expect: self.view.generation,
+            by: self.hosts[taker].member.host.clone(),
+            at,
+        };
+        self.view = self.master.apply(&command).unwrap().view;
+        let handover = server.hand_over(&self.view).unwrap();
+        assert_eq!(handover.mark, at, "nothing moves in a frozen replica");
+        handover
+    }
+
+    /// This host takes over.
+    pub fn take_over(&mut self, taker: usize) -> Handover {
+        let handover = self.take_over_silently(taker);
+        self.tell();
+        handover
+    }
+
+    /// Waits until the head, whose successor is sent nothing, has all that an owner sends without being acknowledged.
+    pub fn wait_ahead(&self) {
+        let epoch = |i: usize| self.hosts[i].epoch().map_or(0, |epoch| epoch.0);
+        until("the head is ahead", || {
+            epoch(0) == epoch(1) + crate::flow::IN_FLIGHT as u64
+        });
+    }
+
+    pub fn connect(&self) -> Owner {
+        Owner::new(&self.view, None)
+    }
+
+    /// Full checkpoints that have been sent to any host.
+    pub fn fulls(&self) -> usize {
+        self.hosts.iter().map(|h| h.wire.full()).sum()
     }
 }
 
 /// Connects as the owner, once the chain is up.
-pub fn connect(view: &View) -> ChainClient {
+pub fn connect(client: &ChainClient, view: &View) -> Arc<Connection> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match ChainClient::connect(&view.owner, view) {
-            Ok(client) => return client,
+        match client.connect(view) {
+            Ok(connection) => return connection,
+            Err(e @ (ClientError::Unfit { .. } | ClientError::Refused { .. })) => panic!("{e}"),
             Err(e) => assert!(Instant::now() < deadline, "the chain does not come up: {e}"),
         }
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// A VM that does not run: its memory, its disk and what a replica should make of them.
-#[derive(Clone)]
-pub struct Vm {
-    pub ram: Vec<[u8; 4096]>,
-    shadow: Vec<[u8; 4096]>,
-    pub disk: Vec<u8>,
-    pub epoch: Epoch,
-    written: Vec<(u64, u8)>,
+/// An owner whose chain is up.
+pub struct Owner {
+    pub client: ChainClient,
+    pub connection: Arc<Connection>,
 }
 
-impl Vm {
-    pub fn new() -> Self {
-        Self {
-            ram: vec![[0; 4096]; PAGES],
-            shadow: vec![[0; 4096]; PAGES],
-            disk: vec![0; DISK as usize],
-            epoch: Epoch::ZERO,
-            written: Vec::new(),
-        }
+impl Owner {
+    pub fn new(view: &View, base: Option<Mark>) -> Self {
+        let client = ChainClient::new(VM, view.owner.clone(), view.generation, base);
+        let connection = connect(&client, view);
+        Self { client, connection }
     }
 
-    /// Something happens: some pages and disk blocks change.
-    pub fn run(&mut self, seed: u64) {
-        let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        for _ in 0..10 {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            let page = &mut self.ram[x as usize % PAGES];
-            match x >> 60 {
-                0..4 => page.fill((x >> 8) as u8),
-                _ => page[(x >> 20) as usize % 4096] ^= 0x5a,
-            }
-            let block = (x >> 32) % (DISK / 512);
-            let value = (x >> 40) as u8;
-            self.disk[block as usize * 512..][..512].fill(value);
-            self.written.push((block * 512, value));
-        }
+    /// Connects again, perhaps to another chain.
+    pub fn reconnect(&mut self, view: &View) {
+        self.connection = connect(&self.client, view);
     }
+}
 
-    pub fn machine(&self) -> Vec<u8> {
-        let state = MachineState {
-            vm: self.epoch.0.to_le_bytes().to_vec(),
-            ..MachineState::default()
-        };
-        state.encode().unwrap()
-    }
+impl Deref for Owner {
+    type Target = ChainClient;
 
-    /// Page and disk records of the next checkpoint.
-    fn records(&mut self, full: bool) -> (Vec<u8>, Vec<u8>) {
-        let mut encoder = PageEncoder::new(EncoderOptions { lz4: true });
-        let mut pages = Vec::new();
-        if full {
-            self.shadow.fill([0; 4096]);
-        }
-        for (n, page) in self.ram.iter().enumerate() {
-            encoder.encode(gfn(n), page, Some(&self.shadow[n]), &mut pages);
-        }
-        self.shadow.clone_from(&self.ram);
-        let mut disk = Vec::new();
-        let mut write = |offset: u64, data: &[u8]| {
-            DiskRecord {
-                disk: 0,
-                op: DiskOp::Write,
-                offset,
-                len: data.len() as u32,
-                data,
-            }
-            .encode(&mut disk);
-        };
-        if full {
-            for offset in (0..DISK).step_by(64 << 10) {
-                write(offset, &self.disk[offset as usize..][..64 << 10]);
-            }
-        } else {
-            for (offset, value) in &self.written {
-                write(*offset, &[*value; 512]);
-            }
-        }
-        self.written.clear();
-        (pages, disk)
-    }
-
-    /// Sends everything of the next checkpoint but its end.
-    pub fn send_body(&mut self, client: &ChainClient, full: bool) -> Result<(), ClientError> {
-        self.epoch = self.epoch.next();
-        let (pages, disk) = self.records(full);
-        client.begin(self.epoch, full)?;
-        if full {
-            for block in disk.chunks(24 + (64 << 10)) {
-                client.disk(self.epoch, block)?;
-            }
-        } else {
-            for blocks in disk.chunks(4 * (24 + 512)) {
-                client.disk(self.epoch, blocks)?;
-            }
-        }
-        client.pages(self.epoch, &pages)?;
-        client.machine(self.epoch, &self.machine())
-    }
-
-    pub fn try_checkpoint(&mut self, client: &ChainClient, full: bool) -> Result<(), ClientError> {
-        self.send_body(client, full)?;
-        client.end(self.epoch)
-    }
-
-    pub fn checkpoint(&mut self, client: &ChainClient, full: bool) {
-        self.try_checkpoint(client, full).unwrap();
-    }
-
-    /// Checks that what a replica hands over is this VM.
-    pub fn check(&self, handover: &Handover) {
-        assert_eq!(handover.epoch, self.epoch);
-        assert_eq!(handover.mark.epoch, self.epoch);
-        assert_eq!(handover.machine, self.machine());
-        let half = PAGES / 2;
-        for (fd, pages) in handover
-            .ram
-            .iter()
-            .zip([&self.ram[..half], &self.ram[half..]])
-        {
-            let mut file = File::from(fd.try_clone().unwrap());
-            file.seek(SeekFrom::Start(0)).unwrap();
-            let mut bytes = Vec::new();
-            file.read_to_end(&mut bytes).unwrap();
-            assert!(bytes == pages.concat(), "memory differs");
-        }
-        let disk = std::fs::read(&handover.disks[0]).unwrap();
-        assert!(disk == self.disk, "disk differs");
+    fn deref(&self) -> &ChainClient {
+        &self.client
     }
 }
 
 /// Waits for the ack of `epoch`; nothing beyond it may be acknowledged, and nothing else may happen.
-pub fn committed(client: &ChainClient, epoch: Epoch, generation: Generation) {
+pub fn committed(owner: &Owner, epoch: Epoch, generation: Generation) {
     loop {
-        match client.next_event() {
+        match owner.connection.next_event() {
             Some(ClientEvent::Ack {
                 epoch: acked,
                 generation: of,
@@ -319,9 +307,9 @@ pub fn committed(client: &ChainClient, epoch: Epoch, generation: Generation) {
 }
 
 /// The first thing that the chain says apart from acks, of which none may go beyond `limit`.
-pub fn trouble(client: &ChainClient, limit: Epoch) -> ClientEvent {
+pub fn trouble(owner: &Owner, limit: Epoch) -> ClientEvent {
     loop {
-        match client.next_event() {
+        match owner.connection.next_event() {
             Some(ClientEvent::Ack { epoch, .. }) => {
                 assert!(
                     epoch <= limit,

@@ -1,7 +1,16 @@
 //! Chains over real sockets: what is acknowledged is held by every replica, whoever dies and whatever arrives.
 
+mod bridge;
 mod cluster;
 mod faults;
+mod flow;
+mod hostile;
+mod joining;
+mod known;
+mod links;
+mod lost;
 mod proxy;
 mod repair;
 mod takeover;
+mod vm;
+mod wire;

@@ -1,6 +1,6 @@
 //! From acks to a resumed VM, at every place of chains of one to three.
 
-use chain::{ClientEvent, ServerEvent};
+use chain::{ChainClient, ClientError, ClientEvent, ServerEvent};
 use checkpoint::{Epoch, Generation};
 
 use crate::cluster::{Cluster, PATIENCE, VM, Vm, committed, trouble};
@@ -9,35 +9,28 @@ use crate::cluster::{Cluster, PATIENCE, VM, Vm, committed, trouble};
 fn i5_whoever_takes_over_has_everything_that_was_acknowledged() {
     for length in 1..=3 {
         for taker in 0..length {
-            let cluster = Cluster::new(length);
-            let client = cluster.connect();
-            assert_eq!(client.held(), None, "new replicas hold nothing");
+            let mut cluster = Cluster::new(length);
+            let owner = cluster.connect();
             let mut vm = Vm::new();
             vm.run(1);
-            vm.checkpoint(&client, true);
+            vm.checkpoint(&owner, true);
             for seed in 2..8 {
                 vm.run(seed);
-                vm.checkpoint(&client, false);
+                vm.checkpoint(&owner, false);
             }
-            committed(&client, vm.epoch, Generation(2));
+            committed(&owner, vm.epoch, Generation(2));
             // What is under way when the owner dies must leave no trace.
             let resumed = vm.clone();
             vm.run(99);
-            vm.send_body(&client, false).unwrap();
-            let server = cluster.hosts[taker].server();
-            assert_eq!(server.freeze(VM).unwrap(), resumed.epoch);
-            let mut view = cluster.view.clone();
-            view.generation = view.generation.next();
-            view.owner = cluster.hosts[taker].member.host.clone();
-            view.chain.remove(taker);
-            let handover = server.hand_over(&view).unwrap();
+            vm.send_body(&owner, false).unwrap();
+            let handover = cluster.take_over(taker);
             resumed.check(&handover);
+            assert_eq!(cluster.view.chain.len(), length - 1 - taker);
             // The old owner is told, by heartbeat at the latest. It may have lost the connection to the tail first.
-            let head = taker == 0;
-            while head && client.heartbeat().is_ok() {
-                match trouble(&client, resumed.epoch) {
+            while owner.connection.heartbeat().is_ok() {
+                match trouble(&owner, resumed.epoch) {
                     ClientEvent::Refused { generation } => {
-                        assert_eq!(generation, view.generation);
+                        assert_eq!(generation, cluster.view.generation);
                         break;
                     }
                     ClientEvent::Lost { .. } => {}
@@ -51,64 +44,63 @@ fn i5_whoever_takes_over_has_everything_that_was_acknowledged() {
 #[test]
 fn i1_an_ack_comes_after_the_end_and_not_before() {
     let cluster = Cluster::new(2);
-    let client = cluster.connect();
+    let owner = cluster.connect();
     let mut vm = Vm::new();
-    vm.checkpoint(&client, true);
-    committed(&client, Epoch(1), Generation(2));
+    vm.checkpoint(&owner, true);
+    committed(&owner, Epoch(1), Generation(2));
     vm.run(1);
-    vm.send_body(&client, false).unwrap();
+    vm.send_body(&owner, false).unwrap();
     // Whatever of it has arrived by now: without its end it counts for nothing.
     assert!(cluster.hosts.iter().all(|h| h.epoch() == Some(Epoch(1))));
-    client.end(vm.epoch).unwrap();
-    committed(&client, Epoch(2), Generation(2));
+    owner.end().unwrap();
+    committed(&owner, Epoch(2), Generation(2));
     assert!(cluster.hosts.iter().all(|h| h.epoch() == Some(Epoch(2))));
 }
 
 #[test]
 fn i4_a_superseded_owner_is_refused_when_it_connects_and_when_it_speaks() {
-    let mut cluster = Cluster::new(2);
+    let mut cluster = Cluster::new(3);
     let old_view = cluster.view.clone();
-    let client = cluster.connect();
+    let owner = cluster.connect();
     let mut vm = Vm::new();
-    vm.checkpoint(&client, true);
-    committed(&client, vm.epoch, Generation(2));
-    cluster.reconfigure("other", &[0, 1]);
+    vm.checkpoint(&owner, true);
+    committed(&owner, vm.epoch, Generation(2));
+    cluster.take_over(0);
     // The connection to the tail for acks may end first; the head's answer is what counts.
     vm.run(1);
-    vm.checkpoint(&client, false);
-    let refused = trouble(&client, vm.epoch);
-    assert_eq!(
-        refused,
-        ClientEvent::Refused {
-            generation: Generation(3)
-        }
-    );
-    assert!(cluster.hosts.iter().all(|h| h.epoch() == Some(Epoch(1))));
-    let error = chain::ChainClient::connect(&old_view.owner, &old_view).unwrap_err();
+    vm.checkpoint(&owner, false);
+    let refused = ClientEvent::Refused {
+        generation: Generation(3),
+    };
+    assert_eq!(trouble(&owner, Epoch(1)), refused);
     assert!(
-        matches!(
-            error,
-            chain::ClientError::Refused {
-                generation: Generation(3),
-                ..
-            }
-        ),
-        "{error}"
+        cluster.hosts[1..]
+            .iter()
+            .all(|h| h.epoch() == Some(Epoch(1)))
     );
+    let stale = || {
+        let client = ChainClient::new(VM, old_view.owner.clone(), Generation(2), None);
+        client.connect(&old_view).unwrap_err()
+    };
+    let error = stale();
+    let ClientError::Refused { generation, .. } = error else {
+        panic!("{error}")
+    };
+    assert_eq!(generation, Generation(3));
     // A replica that was taken away remembers too.
     cluster.hosts[0].server().remove(VM, Generation(9));
-    let error = chain::ChainClient::connect(&old_view.owner, &old_view).unwrap_err();
-    assert!(error.to_string().contains("newer generation 9"), "{error}");
+    let error = stale().to_string();
+    assert!(error.contains("newer generation 9"), "{error}");
 }
 
 #[test]
 fn silence_makes_the_head_suspect_the_owner_and_tells_how_long_it_was() {
     let mut cluster = Cluster::bare(2, 6);
     cluster.create([0, 1]);
-    let client = cluster.connect();
+    let owner = cluster.connect();
     let mut vm = Vm::new();
-    vm.checkpoint(&client, true);
-    committed(&client, vm.epoch, Generation(2));
+    vm.checkpoint(&owner, true);
+    committed(&owner, vm.epoch, Generation(2));
     // Not another word, and no end of the connection either: a host that lost power.
     let event = cluster.hosts[0].events.recv_timeout(PATIENCE).unwrap();
     let ServerEvent::Suspect { vm: id, silence_ms } = event else {
@@ -130,13 +122,36 @@ fn silence_makes_the_head_suspect_the_owner_and_tells_how_long_it_was() {
 fn when_the_head_dies_with_the_owner_the_next_one_notices() {
     let mut cluster = Cluster::bare(2, 6);
     cluster.create([0, 1]);
-    let client = cluster.connect();
+    let owner = cluster.connect();
     let mut vm = Vm::new();
-    vm.checkpoint(&client, true);
-    committed(&client, vm.epoch, Generation(2));
+    vm.checkpoint(&owner, true);
+    committed(&owner, vm.epoch, Generation(2));
     cluster.hosts[0].kill();
-    drop(client);
+    drop(owner);
     let event = cluster.hosts[1].events.recv_timeout(PATIENCE).unwrap();
     assert!(matches!(event, ServerEvent::Suspect { .. }), "{event:?}");
-    assert_eq!(cluster.hosts[1].server().freeze(VM).unwrap(), vm.epoch);
+    vm.check(&cluster.take_over(1));
+}
+
+#[test]
+fn a_takeover_that_was_not_granted_leaves_a_chain_that_goes_on() {
+    // A link that breaks while the replica is frozen comes back to one that must still be heard afterwards.
+    for frozen in 0..2 {
+        let cluster = Cluster::new(3);
+        let mut owner = cluster.connect();
+        let mut vm = Vm::new();
+        vm.checkpoint(&owner, true);
+        committed(&owner, vm.epoch, Generation(2));
+        let server = cluster.hosts[frozen].server();
+        server.freeze(VM).unwrap();
+        let next = &cluster.hosts[frozen + 1].wire;
+        let greetings = next.greetings();
+        next.cut();
+        crate::cluster::until("it connects again", || next.greetings() > greetings);
+        server.unfreeze(VM).unwrap();
+        owner.reconnect(&cluster.view);
+        vm.run(1);
+        vm.checkpoint(&owner, false);
+        committed(&owner, Epoch(2), Generation(2));
+    }
 }
