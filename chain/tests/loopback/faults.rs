@@ -150,7 +150,7 @@ impl ReplicaStore for Failing {
     fn machine(&mut self, _: &[u8]) -> Result<(), StoreError> {
         Ok(())
     }
-    fn prepare(&mut self, _: Generation, _: Epoch, _: &CheckpointEnd) -> Result<(), StoreError> {
+    fn prepare(&mut self, _: Generation, _: Mark, _: &CheckpointEnd) -> Result<(), StoreError> {
         if self.open == self.at {
             return Err(StoreError::Disks("fdatasync: it failed".into()));
         }
