@@ -8,8 +8,8 @@ use std::time::Duration;
 use chain::master::{
     Command, LocalMaster, Master, MasterError, MasterServer, Rejection, RemoteMaster,
 };
-use chain::{Member, VmShape};
-use checkpoint::{Generation, HostId, VmId};
+use chain::{Mark, Member, VmShape};
+use checkpoint::{Epoch, Generation, HostId, VmId};
 use proptest::prelude::*;
 
 fn host(name: &str) -> HostId {
@@ -34,15 +34,22 @@ fn register(name: &str) -> Command {
 }
 
 fn reconfigure(vm: VmId, expect: Generation, chain: &[&str]) -> Command {
-    let member = |name: &&str| Member {
-        host: host(name),
-        addr: "127.0.0.1:1".parse().unwrap(),
-    };
+    let member = |name: &&str| Member::new(host(name), "127.0.0.1:1".parse().unwrap());
     Command::Reconfigure {
         vm,
         expect,
         by: host("a"),
         chain: chain.iter().map(member).collect(),
+        joining: None,
+        anew: true,
+    }
+}
+
+fn checkpoint_of(generation: Generation) -> Mark {
+    Mark {
+        generation,
+        epoch: Epoch(7),
+        digest: 0,
     }
 }
 
@@ -75,6 +82,7 @@ fn i4_of_many_hosts_asking_at_once_one_is_given_the_vm() {
                     vm,
                     expect: Generation(2),
                     by: host(&name),
+                    at: checkpoint_of(Generation(2)),
                 })
             })
         })
@@ -93,7 +101,12 @@ fn i4_of_many_hosts_asking_at_once_one_is_given_the_vm() {
         panic!("granted to {}", granted.len())
     };
     assert_eq!(&master.read().unwrap().records[0], record);
-    assert_eq!(record.view.chain.len(), 7);
+    // Those after it stay, in their order; those before it may hold what is no part of the history any more.
+    let taker = record.view.owner.as_str()[1..].parse::<usize>().unwrap();
+    let left: Vec<&str> = record.view.chain.iter().map(|m| m.host.as_str()).collect();
+    let after: Vec<String> = (taker + 1..8).map(|n| format!("r{n}")).collect();
+    assert_eq!(left, after);
+    assert_eq!(record.view.in_place(), taker < 7);
 }
 
 #[test]
@@ -112,9 +125,60 @@ fn an_empty_chain_is_recorded_and_nobody_takes_over_then() {
         vm,
         expect: Generation(3),
         by: host("b"),
+        at: checkpoint_of(Generation(2)),
     };
     let error = master.propose(&take).unwrap_err();
     assert!(error.to_string().contains("no member"), "{error}");
+}
+
+#[test]
+fn i5_what_replicas_hold_counts_until_the_chain_begins_anew_and_survives_the_master() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = {
+        let master = LocalMaster::open(dir.path()).unwrap();
+        let vm = master.propose(&register("vm")).unwrap().view.vm;
+        master
+            .propose(&reconfigure(vm, Generation(1), &["b", "c", "d"]))
+            .unwrap();
+        let take = Command::TakeOver {
+            vm,
+            expect: Generation(2),
+            by: host("b"),
+            at: checkpoint_of(Generation(2)),
+        };
+        master.propose(&take).unwrap();
+        vm
+    };
+    // Started again, it knows what had been decided on the history, too.
+    let master = LocalMaster::open(dir.path()).unwrap();
+    let take = |by, epoch| Command::TakeOver {
+        vm,
+        expect: Generation(3),
+        by: host(by),
+        at: Mark {
+            epoch: Epoch(epoch),
+            ..checkpoint_of(Generation(2))
+        },
+    };
+    let error = master.propose(&take("d", 8)).unwrap_err();
+    assert!(
+        matches!(error, MasterError::Rejected(Rejection::Outdated { .. })),
+        "{error}"
+    );
+    assert!(error.to_string().contains("not part of its history"));
+    let record = master.propose(&take("c", 7)).unwrap();
+    assert!(record.view.in_place());
+    let anew = Command::Reconfigure {
+        vm,
+        expect: Generation(4),
+        by: host("c"),
+        chain: record.view.chain.clone(),
+        joining: None,
+        anew: true,
+    };
+    let record = master.propose(&anew).unwrap();
+    assert!(!record.view.in_place());
+    assert!(!record.view.history.contains(checkpoint_of(Generation(2))));
 }
 
 #[test]

@@ -240,6 +240,87 @@ fn a_foreign_image_is_not_overwritten() {
     );
 }
 
+fn read(disks: &ReplicaDisks, disk: usize, offset: u64) -> [u8; 512] {
+    let mut block = [0; 512];
+    disks.mirrors()[disk].read_at(offset, &mut block).unwrap();
+    block
+}
+
+#[test]
+fn a_flush_brings_everything_processed_into_the_mirrors() {
+    for durability in [Durability::Memory, Durability::Disk] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut disks = filled(dir.path(), durability);
+        disks.flush().unwrap();
+        for epoch in 2..40u64 {
+            let block = [epoch as u8; 512];
+            let writes = [
+                encoded(0, epoch * 512, &block),
+                encoded(1, 0, &block),
+                encoded(0, 4 << 20, &vec![epoch as u8; 256 << 10]),
+            ];
+            disks.process(Epoch(epoch), GEN, &writes).unwrap();
+            // Every third time: in between it finds several epochs, and perhaps a batch under way.
+            if epoch % 3 == 0 {
+                disks.flush().unwrap();
+                for earlier in 2..=epoch {
+                    assert_eq!(read(&disks, 0, earlier * 512), [earlier as u8; 512]);
+                }
+                assert_eq!(read(&disks, 1, 0), block);
+                assert_eq!(read(&disks, 0, 4 << 20), block);
+                // The record says the same: nothing of it depends on the journal any more.
+                let record = ActivationRecord::read(dir.path()).unwrap().unwrap();
+                assert_eq!((record.role, record.epoch), (Role::Replica, Epoch(epoch)));
+            }
+        }
+        // Once more, with nothing to do, and then the process is gone.
+        disks.flush().unwrap();
+        disks.flush().unwrap();
+        drop(disks);
+        let mut disks = ReplicaDisks::open(dir.path(), VM, &SIZES, durability).unwrap();
+        assert_eq!(disks.epoch(), Epoch(39));
+        assert_eq!(read(&disks, 1, 0), [39; 512]);
+        // It goes on as before.
+        disks
+            .process(Epoch(40), GEN, &[encoded(1, 0, &[40; 512])])
+            .unwrap();
+        disks.flush().unwrap();
+        assert_eq!(read(&disks, 1, 0), [40; 512]);
+        disks.activate(GEN, Epoch(40)).unwrap();
+    }
+}
+
+#[test]
+fn mirrors_are_there_for_reading_until_a_vm_runs_on_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut disks = filled(dir.path(), Durability::Memory);
+    let sizes: Vec<u64> = disks.mirrors().iter().map(Mirror::size).collect();
+    assert_eq!(sizes, SIZES);
+    // While being filled, what was written is in them; there is no checkpoint to flush.
+    disks.begin_full(Generation(2)).unwrap();
+    let data = [9; 512];
+    let record = DiskRecord {
+        disk: 1,
+        op: DiskOp::Write,
+        offset: 512,
+        len: 512,
+        data: &data,
+    };
+    disks.write_full(&record).unwrap();
+    disks.flush().unwrap();
+    assert_eq!(read(&disks, 1, 512), data);
+    disks.process(Epoch(7), Generation(2), &[]).unwrap();
+    disks.flush().unwrap();
+    disks.activate(Generation(3), Epoch(7)).unwrap();
+    assert!(disks.mirrors().is_empty(), "another process's now");
+    disks.flush().unwrap();
+    assert_eq!(
+        disks.record().unwrap().role,
+        Role::Owner,
+        "and they stay so"
+    );
+}
+
 #[test]
 fn handles_cross_threads() {
     fn send<T: Send>() {}

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use chain::master::{Command, MasterState};
@@ -264,18 +264,51 @@ pub fn connect(client: &ChainClient, view: &View) -> Arc<Connection> {
 pub struct Owner {
     pub client: ChainClient,
     pub connection: Arc<Connection>,
+    said: Receiver<ClientEvent>,
 }
 
 impl Owner {
     pub fn new(view: &View, base: Option<Mark>) -> Self {
         let client = ChainClient::new(VM, view.owner.clone(), view.generation, base);
         let connection = connect(&client, view);
-        Self { client, connection }
+        let said = hear(&connection);
+        Self {
+            client,
+            connection,
+            said,
+        }
     }
 
     /// Connects again, perhaps to another chain.
     pub fn reconnect(&mut self, view: &View) {
         self.connection = connect(&self.client, view);
+        self.said = hear(&self.connection);
+    }
+
+    /// The next thing the chain says; `None` once the connections are over.
+    pub fn next_event(&self) -> Option<ClientEvent> {
+        match self.said.recv_timeout(PATIENCE) {
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("the chain says nothing"),
+        }
+    }
+}
+
+fn hear(connection: &Arc<Connection>) -> Receiver<ClientEvent> {
+    let (sender, said) = channel();
+    let connection = connection.clone();
+    std::thread::spawn(move || {
+        while let Some(event) = connection.next_event() {
+            let _ = sender.send(event);
+        }
+    });
+    said
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.connection.close();
     }
 }
 
@@ -290,7 +323,7 @@ impl Deref for Owner {
 /// Waits for the ack of `epoch`; nothing beyond it may be acknowledged, and nothing else may happen.
 pub fn committed(owner: &Owner, epoch: Epoch, generation: Generation) {
     loop {
-        match owner.connection.next_event() {
+        match owner.next_event() {
             Some(ClientEvent::Ack {
                 epoch: acked,
                 generation: of,
@@ -309,7 +342,7 @@ pub fn committed(owner: &Owner, epoch: Epoch, generation: Generation) {
 /// The first thing that the chain says apart from acks, of which none may go beyond `limit`.
 pub fn trouble(owner: &Owner, limit: Epoch) -> ClientEvent {
     loop {
-        match owner.connection.next_event() {
+        match owner.next_event() {
             Some(ClientEvent::Ack { epoch, .. }) => {
                 assert!(
                     epoch <= limit,

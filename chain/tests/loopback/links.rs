@@ -2,7 +2,7 @@
 
 use chain::ClientError;
 
-use crate::cluster::{Cluster, Vm, connect, until};
+use crate::cluster::{Cluster, Vm, committed, until};
 use crate::flow::Flow;
 
 #[test]
@@ -91,7 +91,7 @@ fn a_head_that_lost_what_it_held_is_not_taken_for_one_that_has_just_begun() {
     let mut owner = cluster.connect();
     let mut vm = Vm::new();
     vm.checkpoint(&owner, true);
-    crate::cluster::committed(&owner, vm.epoch, cluster.view.generation);
+    committed(&owner, vm.epoch, cluster.view.generation);
     cluster.reconfigure(&[0, 1], None);
     owner.reconnect(&cluster.view);
     cluster.hosts[0].restart();
@@ -109,10 +109,9 @@ fn a_head_that_lost_what_it_held_is_not_taken_for_one_that_has_just_begun() {
     });
     assert!(unfit);
     cluster.reconfigure(&[1], None);
-    let connection = connect(&owner.client, &cluster.view);
-    owner.connection = connection;
+    owner.reconnect(&cluster.view);
     vm.run(1);
     vm.checkpoint(&owner, false);
-    crate::cluster::committed(&owner, vm.epoch, cluster.view.generation);
+    committed(&owner, vm.epoch, cluster.view.generation);
     vm.check(&cluster.take_over(1));
 }
