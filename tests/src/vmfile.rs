@@ -26,6 +26,10 @@ pub struct VmFile {
     pub max_in_flight: u32,
     /// What it does without a backup: run or freeze.
     pub alone: &'static str,
+    /// Checkpoints kept.
+    pub retain: u64,
+    /// What an ack promises: memory or disk.
+    pub durability: &'static str,
 }
 
 impl Default for VmFile {
@@ -38,6 +42,8 @@ impl Default for VmFile {
             epoch_ms: 25,
             max_in_flight: 3,
             alone: "run",
+            retain: 1,
+            durability: "memory",
         }
     }
 }
@@ -61,6 +67,8 @@ impl VmFile {
             epoch_ms,
             max_in_flight,
             alone,
+            retain,
+            durability,
         } = self;
         let mac: Vec<String> = GUEST_MAC.iter().map(|b| format!("{b:02x}")).collect();
         format!(
@@ -83,6 +91,8 @@ path = "{disk}"
 epoch_ms = {epoch_ms}
 max_in_flight = {max_in_flight}
 alone = "{alone}"
+retain = {retain}
+durability = "{durability}"
 "#,
             console = dir.join("console.log").display(),
             mac = mac.join(":"),

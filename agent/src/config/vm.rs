@@ -126,6 +126,12 @@ pub struct ProtectConfig {
     /// What the VM does once its last backup is lost.
     #[serde(default)]
     pub alone: Alone,
+    /// Checkpoints that replicas keep to be asked for, the newest included. In memory each costs what it changed.
+    #[serde(default = "default_retain")]
+    pub retain: u64,
+    /// And how much that may take on each replica, in MiB.
+    #[serde(default = "default_retain_mib")]
+    pub retain_mib: u64,
     /// Try LZ4 on pages for which a delta does not pay.
     #[serde(default = "yes")]
     pub lz4: bool,
@@ -142,6 +148,8 @@ impl Default for ProtectConfig {
             disk_limit_kib: default_disk_kib(),
             durability: Durability::default(),
             alone: Alone::default(),
+            retain: default_retain(),
+            retain_mib: default_retain_mib(),
             lz4: true,
         }
     }
@@ -164,6 +172,12 @@ fn default_in_flight() -> u32 {
 }
 fn default_output_kib() -> u64 {
     16 * 1024
+}
+fn default_retain() -> u64 {
+    1
+}
+fn default_retain_mib() -> u64 {
+    256
 }
 fn default_disk_kib() -> u64 {
     64 * 1024
@@ -244,6 +258,8 @@ impl VmConfig {
                 4 * 1024 * 1024,
             ),
             ("protect.disk_limit_kib", p.disk_limit_kib, 2048, 512 * 1024),
+            ("protect.retain", p.retain, 1, 100_000),
+            ("protect.retain_mib", p.retain_mib, 1, 1024 * 1024),
         ] {
             if !(low..=high).contains(&value) {
                 return Err(value_error(

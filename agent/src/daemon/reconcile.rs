@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chain::master::{Command, MasterError};
-use chain::{VmRecord, VmShape};
+use chain::{Retention, StoreOptions, VmRecord, VmShape};
 use checkpoint::{Generation, VmId};
 
 use super::child::ChildHandle;
@@ -303,9 +303,16 @@ fn try_standby(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
         Durability::Memory => diskbuf::Durability::Memory,
         Durability::Disk => diskbuf::Durability::Disk,
     };
+    let options = StoreOptions {
+        durability,
+        retention: Retention {
+            checkpoints: usize::try_from(config.protect.retain).unwrap_or(usize::MAX),
+            bytes: config.protect.retain_mib << 20,
+        },
+    };
     let ram = daemon
         .replicas
-        .create(view.clone(), shape.clone(), durability)
+        .create(view.clone(), shape.clone(), options)
         .map_err(|e| e.to_string())?;
     let role = Role::Standby {
         disk_sizes: shape.disks.clone(),

@@ -9,6 +9,7 @@ mod inspect;
 mod kill;
 mod output_commit;
 mod partition;
+mod points;
 mod rejoin;
 mod superseded;
 mod switch;

@@ -30,6 +30,8 @@ const SEALING: VmFile = VmFile {
     epoch_ms: 100,
     max_in_flight: 64,
     alone: "run",
+    retain: 1,
+    durability: "memory",
 };
 
 struct Outcome {
