@@ -248,6 +248,38 @@ mod tests {
     }
 
     #[test]
+    fn payloads_are_as_documented() {
+        let base = Mark {
+            generation: Generation(0x0102),
+            epoch: Epoch(0x0304),
+            digest: 0x0506_0708,
+        };
+        let origin = Generation(0x090a);
+        let mark = [
+            2, 1, 0, 0, 0, 0, 0, 0, 4, 3, 0, 0, 0, 0, 0, 0, 8, 7, 6, 5, 0, 0, 0, 0,
+        ];
+        let begin = [&mark[..], &[10, 9, 0, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(begin_payload(Base::On { base, origin }), (0, begin));
+        let end = checkpoint::CheckpointEnd {
+            pages: 1,
+            disk_records: 2,
+            bytes: 3,
+            digest: 4,
+        };
+        let end = checkpoint::codec::to_bytes(&end, 4096).unwrap();
+        let mut wanted = [0; 28];
+        (wanted[0], wanted[8], wanted[16], wanted[24]) = (1, 2, 3, 4);
+        assert_eq!(end, wanted);
+        assert_eq!(end_of(0, &end), Some((None, &end[..])));
+        let installs = [&mark[..], &end].concat();
+        assert_eq!(
+            end_of(FLAG_INSTALL, &installs),
+            Some((Some(base), &end[..]))
+        );
+        assert_eq!(end_of(FLAG_INSTALL, &installs[..23]), None);
+    }
+
+    #[test]
     fn what_is_kept_reaches_from_its_base_to_its_end_and_is_bounded_by_acks() {
         let mut kept = Kept::default();
         for epoch in 5..=7 {
