@@ -1,5 +1,6 @@
 //! Throughput and commit latency of chains of one to three replicas on the loopback interface, beside a plain TCP
-//! stream of the same bytes in the same run. `cargo run --release -p chain --example throughput -- [MiB per epoch]`
+//! stream of the same bytes in the same run. `cargo run --release -p chain --example throughput -- [MiB per epoch [disk]]`;
+//! with `disk` every checkpoint is on each replica's disk (below `TMPDIR`) before it is acknowledged.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -82,6 +83,13 @@ fn plain(frames: &[Vec<u8>], bytes: usize) {
     report("plain TCP", epochs, bytes, begun.elapsed(), Vec::new());
 }
 
+fn durability() -> Durability {
+    match std::env::args().nth(2).as_deref() {
+        Some("disk") => Durability::Disk,
+        _ => Durability::Memory,
+    }
+}
+
 fn chain(length: usize, frames: &[Vec<u8>], bytes: usize) {
     let host = |name: &str| HostId::new(name).expect("a name");
     let (events, _kept) = channel();
@@ -121,7 +129,7 @@ fn chain(length: usize, frames: &[Vec<u8>], bytes: usize) {
     };
     for server in &servers {
         server
-            .create(view.clone(), shape.clone(), Durability::Memory)
+            .create(view.clone(), shape.clone(), durability())
             .expect("memory for an image");
     }
     let client = loop {
