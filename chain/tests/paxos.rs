@@ -357,8 +357,15 @@ fn a_member_that_cannot_write_stops_for_good_and_the_others_go_on() {
     let broken = cluster.leader();
     // A directory in the temporary file's place makes the write fail, also for root.
     let obstacle = cluster.path(&broken).join("paxos.new");
-    std::fs::create_dir(&obstacle).unwrap();
     let deadline = Instant::now() + PATIENCE;
+    while std::fs::create_dir(&obstacle).is_err() {
+        // It was just being written.
+        assert!(
+            Instant::now() < deadline,
+            "{} is always there",
+            obstacle.display()
+        );
+    }
     loop {
         match cluster.at(&broken).propose(&register("two", "h")) {
             Err(MasterError::Stopped(why)) if why.contains("stopped taking part") => break,

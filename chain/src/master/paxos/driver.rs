@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,6 +43,8 @@ struct Shared {
     revision: Mutex<u64>,
     changed: Condvar,
     leads: AtomicBool,
+    answering: AtomicUsize,
+    members: usize,
     ended: AtomicBool,
 }
 
@@ -91,7 +93,10 @@ impl Driver {
         let hearing = sender.clone();
         let hear = Arc::new(move |heard| hearing.send(Input::Heard(heard)).is_ok());
         let transport = Transport::start(me, members, hear).map_err(fail)?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            members: members.len(),
+            ..Shared::default()
+        });
         let mut member = Member {
             node,
             file,
@@ -119,13 +124,13 @@ impl Driver {
     /// Asks, and waits for the answer.
     ///
     /// # Errors
-    /// [`MasterError::Stopped`] if the member has ended, or does not come to answering.
+    /// [`MasterError::Stopped`] if the member has ended, [`MasterError::NoDecision`] if it does not come to answering.
     pub fn ask(&self, question: Question) -> Result<Answer, MasterError> {
         let stopped = || MasterError::Stopped("this member has been stopped".into());
-        let late = || {
-            MasterError::Stopped(
-                "this member does not get to answering (is its disk stuck?)".into(),
-            )
+        // Its thread is stuck, in a slow disk most likely, or the machine is.
+        let late = || MasterError::NoDecision {
+            answering: self.shared.answering.load(Ordering::Relaxed),
+            members: self.shared.members,
         };
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         let (answer, answered) = sync_channel(1);
@@ -291,6 +296,8 @@ impl Member {
         }
         let leads = self.node.leader() == Some(self.node.me()) && self.node.stopped().is_none();
         self.shared.leads.store(leads, Ordering::Relaxed);
+        let answering = self.node.answering();
+        self.shared.answering.store(answering, Ordering::Relaxed);
         if output.revision.is_some() {
             self.shared.tell(output.revision);
         }

@@ -286,6 +286,8 @@ impl World {
                 }
             }
             self.site(me).disk = written;
+            // Decided and folded is decided, though the member may die before anybody hears of it.
+            self.observe(me)?;
             if dies {
                 self.counts.crashes_written += 1;
                 self.crash(me);
@@ -359,7 +361,10 @@ impl World {
         let node = self.sites[me as usize - 1].node.as_ref().expect("as above");
         let (applied, idx) = node.applied_for_test();
         if self.states.get(idx as usize) != Some(applied) {
-            return Err(format!("the state of {me} after {idx} entries differs"));
+            return Err(format!(
+                "the state of {me} after {idx} entries differs: {applied:?}, {:?}",
+                self.states.get(idx as usize)
+            ));
         }
         Ok(())
     }
