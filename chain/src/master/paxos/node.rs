@@ -33,7 +33,7 @@ use crate::view::VmRecord;
 
 /// Ticks of a round of heartbeats; a lost leader is replaced after about two.
 pub const ELECTION_TICKS: u64 = 8;
-const RESEND_TICKS: u64 = 24;
+const RESEND_TICKS: u64 = 8;
 /// A request without effect is proposed again after this many ticks.
 const RETRY_TICKS: u64 = 24;
 /// A request without effect is given up after this many ticks.
@@ -392,6 +392,13 @@ impl Node {
         let durable = self.durable.clone();
         let mut kept = durable.lock();
         let (compacted, decided) = (kept.record.compacted, kept.record.decided);
+        if decided < compacted || decided < self.applied_idx {
+            let applied = self.applied_idx;
+            kept.broken.get_or_insert_with(|| {
+                format!("{decided} entries decided, but {compacted} folded and {applied} applied")
+            });
+            return;
+        }
         let jumped = self.applied_idx < compacted;
         if jumped {
             self.applied = kept.record.snapshot.clone();
@@ -541,7 +548,7 @@ impl Node {
     fn fold(&mut self) {
         let kept = self.durable.lock();
         let decided = kept.record.decided;
-        let entries = decided - kept.record.compacted;
+        let entries = decided.saturating_sub(kept.record.compacted);
         let bytes = kept.bytes_from(0) - kept.bytes_from(decided);
         drop(kept);
         if entries >= FOLD_ENTRIES || bytes >= FOLD_BYTES {
@@ -587,6 +594,16 @@ impl Node {
         }
     }
 
+    /// Whether this member is gathering promises.
+    ///
+    /// The library forgets who promised, but not what came with the promise, when a member asks anew (`PrepareReq`) or
+    /// refuses meanwhile: with others' promises it then takes that member's snapshot over without what it knows to be
+    /// decided, and hands out a log with a hole. So it does not hear of either before it has enough promises; they are
+    /// durable, and count. Who asked asks again.
+    fn preparing(&self) -> bool {
+        self.omni.get_current_leader() == Some((self.me, false))
+    }
+
     /// Whether an honest member of this cluster can have said this. What it means is the library's business; what
     /// would make the library index, allocate or change beyond what there is, is not given to it.
     fn acceptable(&self, from: Pid, message: &PeerMessage) -> bool {
@@ -622,7 +639,7 @@ impl Node {
                 }
             },
             Message::SequencePaxos(paxos) => match &paxos.msg {
-                PaxosMsg::PrepareReq(m) => ballot(&m.n),
+                PaxosMsg::PrepareReq(m) => ballot(&m.n) && !self.preparing(),
                 PaxosMsg::Prepare(m) => {
                     m.n.pid == from
                         && ballot(&m.n)
@@ -644,7 +661,7 @@ impl Node {
                     m.n.pid == from && ballot(&m.n) && index(m.decided_idx) && entries(&m.entries)
                 }
                 PaxosMsg::Accepted(m) => ballot(&m.n) && index(m.accepted_idx),
-                PaxosMsg::NotAccepted(m) => ballot(&m.n),
+                PaxosMsg::NotAccepted(m) => ballot(&m.n) && !self.preparing(),
                 PaxosMsg::Decide(m) => m.n.pid == from && ballot(&m.n) && index(m.decided_idx),
                 // What is not taken now is proposed again by whom it belongs to; kept, it could take effect too late.
                 PaxosMsg::ProposalForward(proposed) => {

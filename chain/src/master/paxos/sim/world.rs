@@ -502,6 +502,12 @@ impl World {
     }
 
     pub fn step(&mut self) -> Result<(), String> {
+        for site in &self.sites {
+            let stopped = site.node.as_ref().and_then(Node::stopped);
+            if let Some(why) = stopped.filter(|_| !site.disk_failed) {
+                return Err(format!("stopped by itself: {why}"));
+            }
+        }
         let me = 1 + self.rng.below(self.n());
         let other = 1 + self.rng.below(self.n());
         match self.rng.below(1000) {
