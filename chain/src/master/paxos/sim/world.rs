@@ -253,9 +253,8 @@ impl World {
             return Ok(());
         };
         let output = node.take();
-        let dies = self
-            .rng
-            .one_in(if output.record.is_some() { 60 } else { 1500 });
+        let often = if output.record.is_some() { 60 } else { 1500 };
+        let dies = !self.mended && self.rng.one_in(often);
         let late_writes = self.mutant == Mutant::SendBeforeWriting;
         if let Some(bytes) = &output.record {
             if self.sites[me as usize - 1].failing {
