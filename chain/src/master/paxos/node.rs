@@ -48,6 +48,8 @@ const UNDECIDED_BYTES_MAX: usize = 4 << 20;
 const COMMAND_MAX: usize = 1 << 20;
 /// Commands are refused while the record is longer than this: it has to stay below its limit.
 const RECORD_HIGH: usize = 56 << 20;
+/// A member that asks so often for a leader's round, bound to a later one, will not come free by itself.
+const BOUND_TIMES: u32 = 3;
 /// No honest index is beyond this.
 const INDEX_MAX: usize = 1 << 48;
 const CONFIGURATION: u32 = 1;
@@ -143,6 +145,8 @@ pub struct Node {
     applied_idx: u64,
     now: u64,
     pending: BTreeMap<u64, Pending>,
+    /// How often each member has asked this leader for its round while bound to a later one.
+    bound: BTreeMap<Pid, u32>,
     /// The round of each member's newest heartbeat: the library would count one that comes twice as two members.
     heartbeats: BTreeMap<Pid, u32>,
     /// Reads that came after the newest marker was proposed: the next one answers them.
@@ -196,6 +200,7 @@ impl Node {
             applied_idx,
             now: 0,
             pending: BTreeMap::new(),
+            bound: BTreeMap::new(),
             heartbeats: BTreeMap::new(),
             reads: Vec::new(),
             record_len: 0,
@@ -315,6 +320,7 @@ impl Node {
         match event {
             Event::Message(from, message) => {
                 if self.acceptable(from, &message) && !self.repeated(from, &message) {
+                    self.free(from, &message);
                     self.omni.handle_incoming(*message);
                 }
             }
@@ -337,6 +343,29 @@ impl Node {
                 }
                 self.reads.push(ticket);
             }
+        }
+    }
+
+    /// A member that wanted to lead, crashed and came back is bound by its own promise to a round that never began,
+    /// and the library leaves it there for as long as an earlier round has a leader and a majority. The leader then
+    /// begins a later round than both.
+    fn free(&mut self, from: Pid, message: &PeerMessage) {
+        let Message::SequencePaxos(paxos) = message else {
+            return;
+        };
+        if let PaxosMsg::PrepareReq(asked) = &paxos.msg
+            && self.leader() == Some(self.me)
+            && asked.n > self.omni.get_promise()
+        {
+            let times = self.bound.entry(from).or_default();
+            *times += 1;
+            // Not at once: it may be about to lead.
+            if *times >= BOUND_TIMES {
+                self.bound.clear();
+                self.omni.try_become_leader();
+            }
+        } else {
+            self.bound.remove(&from);
         }
     }
 
