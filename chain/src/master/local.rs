@@ -47,22 +47,18 @@ impl LocalMaster {
     /// [`MasterError::Storage`] if the record is damaged or cannot be read: a master that forgot its decisions could
     /// give a VM to two owners, so it does not start. [`MasterError::InUse`] if another process decides from it.
     pub fn open(dir: &Path) -> Result<Self, MasterError> {
-        let path = dir.join("master.record");
+        let path = dir.join(RECORD);
         let fail = |why: String| MasterError::Storage {
             path: path.clone(),
             why,
         };
-        fs::create_dir_all(dir).map_err(|e| fail(e.to_string()))?;
-        let lock = File::create(dir.join("master.lock")).map_err(|e| fail(e.to_string()))?;
-        let lock =
-            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-                Errno::EWOULDBLOCK => MasterError::InUse { dir: dir.into() },
-                other => fail(format!("locking it: {other}")),
-            })?;
-        // The directory itself has to survive as well.
-        if let Some(parent) = dir.canonicalize().ok().as_deref().and_then(Path::parent) {
-            let synced = File::open(parent).and_then(|parent| parent.sync_all());
-            synced.map_err(|e| fail(e.to_string()))?;
+        let lock = lock_dir(dir, &path)?;
+        let members = dir.join("paxos.record");
+        if members.exists() {
+            return Err(MasterError::Storage {
+                path: members,
+                why: "it is that of one of several members of a master: what they decided would be forgotten; name `[master] members` as before, or remove it only if no VM of this cluster runs".into(),
+            });
         }
         let state = match fs::read(&path) {
             Ok(bytes) => parse(&bytes).map_err(|why| {
@@ -101,6 +97,30 @@ impl LocalMaster {
             why: why.to_string(),
         }
     }
+}
+
+/// The record's name.
+pub(super) const RECORD: &str = "master.record";
+
+/// Makes `dir`, so that it lasts, and locks it: one engine decides from it, of whatever kind. `path` is the record, for
+/// errors.
+pub(super) fn lock_dir(dir: &Path, path: &Path) -> Result<Flock<File>, MasterError> {
+    let fail = |why: String| MasterError::Storage {
+        path: path.into(),
+        why,
+    };
+    fs::create_dir_all(dir).map_err(|e| fail(e.to_string()))?;
+    let lock = File::create(dir.join("master.lock")).map_err(|e| fail(e.to_string()))?;
+    let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+        Errno::EWOULDBLOCK => MasterError::InUse { dir: dir.into() },
+        other => fail(format!("locking it: {other}")),
+    })?;
+    // The directory itself has to survive as well.
+    if let Some(parent) = dir.canonicalize().ok().as_deref().and_then(Path::parent) {
+        let synced = File::open(parent).and_then(|parent| parent.sync_all());
+        synced.map_err(|e| fail(e.to_string()))?;
+    }
+    Ok(lock)
 }
 
 fn parse(bytes: &[u8]) -> Result<MasterState, String> {

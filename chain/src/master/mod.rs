@@ -1,7 +1,9 @@
-//! The master: decides chains, owners and generations. One trait, several engines; today the local one.
+//! The master: decides chains, owners and generations. One trait, several engines: [`LocalMaster`] for one host,
+//! [`PaxosMaster`] for several.
 
 mod client;
 mod local;
+mod paxos;
 mod server;
 mod state;
 
@@ -12,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use client::RemoteMaster;
 pub use local::LocalMaster;
+pub use paxos::PaxosMaster;
 pub use server::MasterServer;
 pub use state::{MasterState, Rejection};
 
@@ -103,6 +106,9 @@ pub enum MasterError {
         /// Why.
         why: String,
     },
+    /// None of several masters answered as hoped.
+    #[error("{}", several(.0))]
+    Several(Vec<MasterError>),
     /// Another process decides from the same record.
     #[error(
         "the master's record in {dir} is in use by another process; give each agent a data directory of its own"
@@ -119,6 +125,20 @@ pub enum MasterError {
         /// Why.
         why: String,
     },
+    /// Too few members of the master answer each other, or not soon enough: nothing is known of the change.
+    #[error("no decision: {answering} of {members} members of the master answer{}", majority(*answering, *members))]
+    NoDecision {
+        /// Members that answer the one that was asked, itself included.
+        answering: usize,
+        /// All.
+        members: usize,
+    },
+    /// The member of the master that was asked does not decide.
+    #[error("the master: {0}")]
+    Stopped(String),
+    /// The master's members are not named as they must be.
+    #[error("[master] members: {0}")]
+    Membership(String),
     /// The master's address cannot be used.
     #[error(
         "master: cannot listen on {addr}: {why} (is another agent running, or is `master.serve` in host.toml not an address of this host?)"
@@ -129,6 +149,20 @@ pub enum MasterError {
         /// Why.
         why: String,
     },
+}
+
+fn several(errors: &[MasterError]) -> String {
+    let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    texts.join("; ")
+}
+
+fn majority(answering: usize, members: usize) -> String {
+    let needed = members / 2 + 1;
+    if answering < needed {
+        format!(", {needed} are needed")
+    } else {
+        ", but not in time (is one of them just taking the lead, or its disk slow?)".into()
+    }
 }
 
 /// An engine. Decisions are linearizable: a proposal that was answered is seen by every later read.

@@ -1,0 +1,182 @@
+//! The master's engine for several hosts: Paxos among three or five members, each with its own record.
+//!
+//! Decides as long as a majority of the members answers each other, whichever they are; without one it refuses, saying
+//! so. The consensus is omnipaxos; ours are its storage ([`storage`], [`record`]), what is agreed on ([`entry`]), the
+//! member as a state machine around it ([`node`]) and the connections ([`transport`]).
+//!
+//! Reads are linearizable because they have a place in the log: a marker is proposed after the read came, and the state
+//! at the marker answers it. Reads that come while a marker is under way share the next one.
+
+mod driver;
+mod entry;
+mod node;
+#[cfg(test)]
+mod node_tests;
+mod record;
+#[cfg(test)]
+mod record_tests;
+#[cfg(test)]
+mod sim;
+mod storage;
+mod transport;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use checkpoint::HostId;
+
+use super::{Command, Master, MasterError, Snapshot, local};
+use crate::view::VmRecord;
+use driver::{Driver, Question};
+use node::{Answer, Node, Refusal};
+use record::{OsFiles, RecordFile};
+use storage::{Identity, Record};
+
+const NAME: &str = "paxos.record";
+
+/// One member, taking part.
+#[derive(Debug)]
+pub struct PaxosMaster {
+    driver: Driver,
+}
+
+impl PaxosMaster {
+    /// Takes part as `me`, one of `members` (names and addresses of all, the same on all hosts), with the record
+    /// `paxos.record` in `dir`. Returns at once; decisions come when a majority takes part.
+    ///
+    /// # Errors
+    /// [`MasterError::Membership`] for anything but three or five members of which this is one, or a record of another
+    /// membership. [`MasterError::Storage`] if the record is damaged or cannot be written: a member that forgot its
+    /// promises could undo decisions, so it does not start. [`MasterError::InUse`] if another process uses it,
+    /// [`MasterError::Bind`] if its address cannot be used.
+    pub fn open(
+        dir: &Path,
+        me: &HostId,
+        members: &BTreeMap<HostId, SocketAddr>,
+    ) -> Result<Self, MasterError> {
+        check_members(me, members)?;
+        let lock = local::lock_dir(dir, &dir.join(NAME))?;
+        let single = dir.join(local::RECORD);
+        if single.exists() {
+            return Err(MasterError::Storage {
+                path: single,
+                why: "it is a single master's: its decisions would be forgotten; remove it only if no VM of this cluster runs".into(),
+            });
+        }
+        let mut file = RecordFile::new(Box::new(OsFiles), dir, NAME);
+        let fail = |why: String| MasterError::Storage {
+            path: dir.join(NAME),
+            why,
+        };
+        let identity = Identity {
+            members: members.keys().map(ToString::to_string).collect(),
+            me: members.keys().take_while(|name| *name != me).count() as u64 + 1,
+        };
+        let record = match file.load().map_err(|e| fail(e.to_string()))? {
+            Some(bytes) => Record::parse(&bytes).map_err(|why| {
+                fail(format!("{why}; this member must not take part without it, it has promised what it does not know any more: the others decide as long as they are a majority; to be complete again, set the master up anew, with empty data directories, when no VM of this cluster runs"))
+            })?,
+            None => Record::new(identity.clone()),
+        };
+        if record.identity != identity {
+            let was = &record.identity;
+            let name = was.members.get(was.me as usize - 1);
+            return Err(MasterError::Membership(format!(
+                "{} was written by member {} of {}; it cannot be used by {me} of {}: the members' names must stay the same",
+                dir.join(NAME).display(),
+                name.map_or("?", String::as_str),
+                was.members.join(", "),
+                identity.members.join(", ")
+            )));
+        }
+        let mut node = Node::new(record).map_err(MasterError::Membership)?;
+        // Its incarnation must not be used again; and a disk that cannot be written shows now.
+        let output = node.take();
+        let first = output.record.as_deref().unwrap_or_default();
+        file.store(first).map_err(|e| fail(e.to_string()))?;
+        let list: Vec<(String, SocketAddr)> = members
+            .iter()
+            .map(|(name, addr)| (name.to_string(), *addr))
+            .collect();
+        let driver = Driver::start(node, output, file, lock, &list)?;
+        Ok(Self { driver })
+    }
+
+    /// Ends this member's part: it answers nothing any more, and its record and address are free.
+    pub fn stop(&self) {
+        self.driver.stop();
+    }
+
+    /// Whether this member leads the others at the moment.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        self.driver.leads()
+    }
+
+    fn ask(&self, question: Question) -> Result<Answer, MasterError> {
+        match self.driver.ask(question)? {
+            Answer::Refused(Refusal::Rejected(rejection)) => Err(rejection.into()),
+            Answer::Refused(Refusal::Undecided { answering, members }) => {
+                Err(MasterError::NoDecision { answering, members })
+            }
+            Answer::Refused(Refusal::AnswerLost) => Err(MasterError::Stopped(
+                "the change was decided, but later ones hide what was answered; ask for the VM's record".into(),
+            )),
+            Answer::Refused(Refusal::TooLarge(why) | Refusal::Stopped(why)) => {
+                Err(MasterError::Stopped(why))
+            }
+            answer => Ok(answer),
+        }
+    }
+}
+
+fn check_members(me: &HostId, members: &BTreeMap<HostId, SocketAddr>) -> Result<(), MasterError> {
+    let fail = |why: String| Err(MasterError::Membership(why));
+    if members.len() != 3 && members.len() != 5 {
+        return fail(format!(
+            "{} members are named; name 3 or 5 (a single master has none)",
+            members.len()
+        ));
+    }
+    if !members.contains_key(me) {
+        let names: Vec<String> = members.keys().map(ToString::to_string).collect();
+        return fail(format!(
+            "{me} is not among the members {}",
+            names.join(", ")
+        ));
+    }
+    for (name, addr) in members {
+        if let Some((other, _)) = members.iter().find(|(n, a)| *a == addr && *n != name) {
+            return fail(format!("{name} and {other} have the same address {addr}"));
+        }
+    }
+    Ok(())
+}
+
+impl Master for PaxosMaster {
+    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
+        match self.ask(Question::Propose(command.clone()))? {
+            Answer::Record(record) => Ok(*record),
+            other => Err(MasterError::Stopped(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            // What is known here may be old, but if it is new enough for the asker, so is what the read will find.
+            self.driver.wait_revision(since, deadline);
+            match self.ask(Question::Read)? {
+                Answer::Snapshot(snapshot)
+                    if snapshot.revision > since || Instant::now() >= deadline =>
+                {
+                    return Ok(snapshot);
+                }
+                Answer::Snapshot(_) => {}
+                other => return Err(MasterError::Stopped(format!("unexpected answer {other:?}"))),
+            }
+        }
+    }
+}

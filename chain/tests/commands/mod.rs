@@ -1,0 +1,43 @@
+//! The commands that tests of the master's engines ask for. The including module brings the types into scope.
+
+use checkpoint::{Generation, HostId, VmId};
+
+use super::{Command, Member, VmShape};
+
+pub fn host(name: &str) -> HostId {
+    HostId::new(name).unwrap()
+}
+
+pub fn register(name: &str, owner: &str) -> Command {
+    Command::Register {
+        name: name.into(),
+        owner: host(owner),
+        shape: VmShape {
+            ram: vec![],
+            vcpus: 1,
+            disks: vec![],
+            config_toml: "x".repeat(40),
+        },
+    }
+}
+
+pub fn reconfigure(vm: VmId, expect: Generation, by: &str, chain: &[&str]) -> Command {
+    let member = |name: &&str| Member {
+        host: host(name),
+        addr: "127.0.0.1:1".parse().unwrap(),
+    };
+    Command::Reconfigure {
+        vm,
+        expect,
+        by: host(by),
+        chain: chain.iter().map(member).collect(),
+    }
+}
+
+pub fn take_over(vm: VmId, expect: Generation, by: &str) -> Command {
+    Command::TakeOver {
+        vm,
+        expect,
+        by: host(by),
+    }
+}
