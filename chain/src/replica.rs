@@ -222,10 +222,11 @@ impl Replica {
         self.linked
     }
 
-    /// Whether no checkpoint is half received: the moment to bring a joining replica to exactly [`Replica::hist`].
+    /// Whether no checkpoint is half received, and what is held may be passed on: the moment to bring a joining replica
+    /// to exactly [`Replica::hist`]. A failed replica's content is not to be trusted, a frozen one links nobody.
     #[must_use]
     pub fn is_between_checkpoints(&self) -> bool {
-        self.open.is_none()
+        self.open.is_none() && self.failure.is_none() && !self.frozen
     }
 
     /// The name that the checkpoint being received will have if that is its digest.

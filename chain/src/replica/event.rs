@@ -5,7 +5,7 @@ use checkpoint::{Epoch, Generation};
 use crate::mark::Mark;
 
 /// What a checkpoint is applied to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Base {
     /// It replaces the whole image: the first of a history.
     Nothing,
@@ -136,7 +136,8 @@ pub enum Action {
     Unfit(String),
     /// Fill the joining replica, then say [`Event::JoinerFed`].
     Feed,
-    /// Tell the owner that the joining replica has everything and can become the tail.
+    /// Tell the owner that the joining replica has everything and can become the tail. Repeated with what it acknowledges:
+    /// the owner may not have heard.
     JoinerReady,
     /// Store: a checkpoint begins.
     Open {
