@@ -136,8 +136,7 @@ pub enum Action {
     Unfit(String),
     /// Fill the joining replica, then say [`Event::JoinerFed`].
     Feed,
-    /// Tell the owner that the joining replica has everything and can become the tail. Repeated with what it acknowledges:
-    /// the owner may not have heard.
+    /// Tell the owner that the joining replica has everything and can become the tail.
     JoinerReady,
     /// Store: a checkpoint begins.
     Open {

@@ -142,8 +142,8 @@ impl Replica {
             if self.sent.trim(epoch) {
                 actions.push_back(Action::Trim(epoch));
             }
-            // Said with every ack: what is said once may be lost on its way to the owner, or nobody may be connected yet.
             if self.joiner_target.is_some_and(|target| epoch >= target) {
+                self.joiner_target = None;
                 actions.push_back(Action::JoinerReady);
             }
         }

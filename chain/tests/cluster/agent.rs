@@ -122,16 +122,15 @@ impl World {
         match granted {
             Some(view) if view.generation > standby.machine.generation() => self.activate(i, &view),
             _ => {
-                self.unfreeze(i);
                 self.say(|| format!("h{i} is not given the VM and goes on"));
-                Ok(())
+                self.unfreeze(i)
             }
         }
     }
 
-    pub fn give_up_asking(&mut self, i: usize) {
-        self.unfreeze(i);
+    pub fn give_up_asking(&mut self, i: usize) -> Result<(), String> {
         self.say(|| format!("h{i} got no answer and goes on"));
+        self.unfreeze(i)
     }
 
     /// The master gave this host the VM.

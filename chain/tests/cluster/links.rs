@@ -27,7 +27,8 @@ impl World {
             }
             up.extend(acked.map(|epoch| Message::Ack(generation, epoch)));
             if link.role == Role::Update && !once {
-                up.extend(standby.trouble.map(Message::Broken));
+                let stands = self.down_link(link.to).is_some();
+                up.extend(standby.trouble.filter(|_| stands).map(Message::Broken));
             }
         }
         let new = Link {
@@ -74,7 +75,13 @@ impl World {
             }
             Err(_) => return Ok(()),
         }
-        let holds = self.standby(next).and_then(|s| s.machine.hist());
+        let mut holds = self.standby(next).and_then(|s| s.machine.hist());
+        if self.is(Mutant::AnyBase)
+            && let Some(mine) = self.standby(i).and_then(|s| s.machine.hist())
+            && holds.is_some_and(|held| held.epoch == mine.epoch)
+        {
+            holds = Some(mine);
+        }
         self.open(Self::update_link(i, next, generation))?;
         if let Some(standby) = self.standby(i) {
             standby.trouble = None;

@@ -82,6 +82,8 @@ pub enum Mutant {
     ReadyOnce,
     /// A successor that came while its predecessor was frozen stays as it is.
     NoRelink,
+    /// A replica that lost something while it was frozen waits for the next checkpoint to show it.
+    NoTick,
     /// That a replica further down is lost is said only once.
     TroubleOnce,
 }

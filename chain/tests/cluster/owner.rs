@@ -208,7 +208,7 @@ impl World {
         };
         let current = generation == owner.generation() && link.generation == generation;
         let e = epoch.0 as usize;
-        if !(current && owner.connected || any) || e > owner.content.len() {
+        if !(current || any) || e > owner.content.len() {
             return Ok(());
         }
         owner.kept.trim(epoch);
@@ -401,6 +401,28 @@ impl World {
             generation,
             role: Role::Acks,
         })
+    }
+
+    pub fn can_listen_to_tail(&self, i: usize) -> bool {
+        self.acks_of(i)
+            .is_some_and(|acks| !self.links.contains_key(&acks))
+    }
+
+    fn acks_of(&self, i: usize) -> Option<LinkId> {
+        let owner = self.hosts[i].owner.as_ref()?;
+        Some(LinkId {
+            from: i,
+            to: index(&owner.view.chain.last()?.host),
+            generation: owner.generation(),
+            role: Role::Acks,
+        })
+    }
+
+    pub fn listen_to_tail(&mut self, i: usize) -> Result<(), String> {
+        match self.acks_of(i) {
+            Some(acks) if self.greet(i, acks.to, acks.generation).is_ok() => self.open(acks),
+            _ => Ok(()),
+        }
     }
 
     fn connect_bridge(&mut self, i: usize, head: usize) -> Result<(), String> {

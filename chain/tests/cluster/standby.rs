@@ -150,6 +150,7 @@ impl World {
         let mut view = view.clone();
         match self.rules.mutant {
             Mutant::ForkIgnored => view.history.forks.clear(),
+            Mutant::AnyBase => view.history = History::default(),
             Mutant::ResumeOutdated | Mutant::SinceIgnored => {
                 if self.is(Mutant::ResumeOutdated) {
                     view.history.since = Generation::ZERO;
@@ -234,16 +235,20 @@ impl World {
         }
     }
 
-    pub fn unfreeze(&mut self, i: usize) {
+    pub fn unfreeze(&mut self, i: usize) -> Result<(), String> {
         let relink = !self.is(Mutant::NoRelink);
         let Some(standby) = self.standby(i) else {
-            return;
+            return Ok(());
         };
         standby.asking = None;
         standby.machine.unfreeze();
         if relink && !standby.machine.is_linked() {
             self.hang_up(i);
         }
+        if self.is(Mutant::NoTick) {
+            return Ok(());
+        }
+        self.step_machine(i, Event::Tick { now_ms: 0 }, None)
     }
 
     /// Feeds a replica's machine and carries out what it answers.

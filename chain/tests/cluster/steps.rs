@@ -28,6 +28,8 @@ pub enum Step {
     /// The owner says that it lives.
     Beat(usize),
     Connect(usize),
+    /// It listens to the tail's acknowledgements, whether or not the rest of the chain is there.
+    ListenToTail(usize),
     /// A replica connects to the next one.
     Link(usize),
     Feed(usize),
@@ -100,10 +102,8 @@ impl World {
                 self.answers.remove(*which);
                 Ok(())
             }
-            Step::GiveUp(i) => {
-                self.give_up_asking(*i);
-                Ok(())
-            }
+            Step::GiveUp(i) => self.give_up_asking(*i),
+            Step::ListenToTail(i) => self.listen_to_tail(*i),
             Step::Propose(i, plan) => {
                 self.propose(*i, plan);
                 Ok(())
@@ -161,7 +161,7 @@ impl World {
         if let Some(link) = self.down_link(i)
             && let Some(hist) = self.standby(i).and_then(|s| s.machine.hist())
         {
-            let ahead = checkpoint::Epoch(hist.epoch.0 + 2);
+            let ahead = checkpoint::Epoch(hist.epoch.0 + 1_000_000);
             self.send_up(link, super::Message::Ack(link.generation, ahead));
         }
     }
@@ -193,6 +193,9 @@ impl World {
             }
             if self.can_connect(i) {
                 steps.push(Step::Connect(i));
+            }
+            if self.can_listen_to_tail(i) {
+                steps.push(Step::ListenToTail(i));
             }
             if let Some(standby) = &host.standby {
                 if standby.preparing.is_some() {

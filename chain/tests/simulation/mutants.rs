@@ -8,11 +8,12 @@ fn killed(mutant: Mutant, expected: &[&str]) {
     const SEEDS: u64 = 5_000;
     for seed in 0..SEEDS {
         if let Err(why) = run(seed, mutant, false) {
-            println!("{mutant:?}: {why}");
+            let why = why.trim();
             assert!(
                 expected.iter().any(|reason| why.contains(reason)),
                 "{mutant:?} was noticed, but for another reason: {why}"
             );
+            println!("{mutant:?}: {why}");
             return;
         }
     }
@@ -46,5 +47,6 @@ mutants! {
     liveness_a_joining_replica_promoted_before_it_is_ready: PromoteEarly, ["liveness"];
     liveness_readiness_said_once: ReadyOnce, ["liveness"];
     liveness_a_successor_that_came_while_frozen: NoRelink, ["liveness"];
+    liveness_what_was_lost_while_frozen: NoTick, ["liveness"];
     liveness_a_lost_replica_named_once: TroubleOnce, ["liveness"];
 }
