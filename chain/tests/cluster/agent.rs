@@ -1,5 +1,7 @@
 //! What the hosts' agents do: ask for ownership, follow the master's decisions, ask for other chains.
 
+use std::sync::Arc;
+
 use chain::View;
 use chain::master::Command;
 use chain::replica::FreezeError;
@@ -16,7 +18,7 @@ impl World {
                     && match machine.freeze() {
                         Ok(_) => true,
                         Err(FreezeError::Joining(_)) => self.is(Mutant::ResumeIncomplete),
-                        Err(_) => false,
+                        Err(_) => self.is(Mutant::ResumeOutdated) && s.before.is_some(),
                     }
             })
     }
@@ -35,6 +37,10 @@ impl World {
         let held = match frozen {
             Ok(held) => held,
             Err(FreezeError::Joining(held)) if mutant == Mutant::ResumeIncomplete => held,
+            Err(_) if mutant == Mutant::ResumeOutdated => match &standby.before {
+                Some((held, _)) => *held,
+                None => return,
+            },
             Err(_) => return,
         };
         standby.excused = true;
@@ -57,12 +63,15 @@ impl World {
     pub fn decide(&mut self, which: usize) {
         let Asked { host, mut command } = self.asked.remove(which);
         let now = self.view().generation;
-        if let (Command::TakeOver { expect, .. }, Mutant::NoCompare) =
+        if let (Command::TakeOver { expect, at, .. }, Mutant::NoCompare) =
             (&mut command, self.rules.mutant)
         {
             *expect = now;
+            at.generation = now;
         }
-        let result = self.master.0.apply(&command);
+        let result = Arc::make_mut(&mut self.master.0).apply(&command);
+        let record = self.master.0.snapshot().records.remove(0);
+        self.now = self.told(record);
         match (&command, result) {
             (Command::TakeOver { expect, .. }, result) => {
                 self.counts.0.refused += u64::from(result.is_err());
@@ -84,7 +93,10 @@ impl World {
                     owner.asked = false;
                 }
                 let view = &record.view;
-                let was_joined = view.chain.last().is_some_and(|m| m.since == view.generation);
+                let was_joined = view
+                    .chain
+                    .last()
+                    .is_some_and(|m| m.since == view.generation);
                 self.counts.0.joins += u64::from(was_joined && view.in_place());
                 self.counts.0.anew += u64::from(!view.in_place());
                 self.say(|| {
@@ -134,13 +146,26 @@ impl World {
     }
 
     /// The master gave this host the VM.
-    fn activate(&mut self, i: usize, view: &View) -> Result<(), String> {
+    fn activate(&mut self, i: usize, view: &Arc<View>) -> Result<(), String> {
         let noted = self.is(Mutant::AskWithoutFreezing);
         let Some(mut standby) = self.hosts[i].standby.take() else {
             return Ok(());
         };
         self.hosts[i].seen = view.generation;
-        let (Some(mark), true) = (standby.machine.hist(), !standby.store.is_empty()) else {
+        let before = standby.before.take();
+        if let (true, None, Some((_, content))) = (
+            self.is(Mutant::ResumeOutdated),
+            standby.machine.hist(),
+            before,
+        ) {
+            standby.store = content;
+        }
+        let outdated = standby.machine.hist().is_none().then_some(standby.asking);
+        let outdated = outdated
+            .filter(|_| self.is(Mutant::ResumeOutdated))
+            .flatten();
+        let mark = standby.machine.hist().or(outdated.map(|(_, mark)| mark));
+        let (Some(mark), true) = (mark, !standby.store.is_empty()) else {
             self.say(|| format!("h{i} is given the VM, but holds nothing any more"));
             return Ok(());
         };

@@ -12,12 +12,17 @@ pub enum Op {
     /// An owner began to send a checkpoint.
     Update {
         host: usize,
-        generation: Generation,
+        /// The generation in which it became the owner.
+        owner_since: Generation,
         base: Option<Mark>,
         mark: Mark,
     },
     /// It knows that everything up to this epoch is committed.
-    Acked { host: usize, epoch: Epoch },
+    Acked {
+        host: usize,
+        owner_since: Generation,
+        epoch: Epoch,
+    },
     /// A query began.
     Query(usize),
     /// It was answered, and the answer holds.
@@ -114,7 +119,10 @@ impl World {
 
     /// Whatever a replica of the newest configuration holds as part of the history is on the owner's line.
     fn one_line(&self, now: &View) -> Result<(), String> {
-        let Some(owner) = self.owner_in_force().and_then(|i| self.hosts[i].owner.as_ref()) else {
+        let Some(owner) = self
+            .owner_in_force()
+            .and_then(|i| self.hosts[i].owner.as_ref())
+        else {
             return Ok(());
         };
         for (i, standby) in self.followers() {

@@ -1,11 +1,11 @@
 //! Frames on their way, and what takes them.
 
-use chain::History;
 use chain::replica::{Base, Event, Replica};
+use chain::{History, View};
 use checkpoint::{Epoch, Generation};
 
 use super::standby::Feeding;
-use super::{LinkId, Message, Mutant, Role, World, digest, name};
+use super::{Grain, LinkId, Message, Mutant, Role, World, digest, name};
 
 impl World {
     pub fn send_down(&mut self, link: LinkId, messages: impl IntoIterator<Item = Message>) {
@@ -27,6 +27,7 @@ impl World {
     }
 
     pub fn deliver_down(&mut self, link: LinkId) -> Result<(), String> {
+        let grain = self.rules.grain;
         loop {
             let Some(queue) = self.links.get_mut(&link) else {
                 return Ok(());
@@ -37,7 +38,12 @@ impl World {
             let begins = matches!(message, Message::Begin { .. } | Message::Data { .. });
             self.replica_hears(link, message)?;
             let next = self.links.get(&link).and_then(|l| l.down.front());
-            if !(self.rules.coarse && begins && matches!(next, Some(Message::Data { .. }))) {
+            let goes_on = match next {
+                Some(Message::Data { .. }) => grain != Grain::Frame,
+                Some(Message::End { .. }) => grain == Grain::Checkpoint,
+                _ => false,
+            };
+            if !(begins && goes_on) {
                 self.drop_if_stale(link);
                 return Ok(());
             }
@@ -79,7 +85,7 @@ impl World {
                     && base == Base::Nothing
                     && generation == standby.machine.generation()
                 {
-                    let mut view = standby.view.clone();
+                    let mut view = View::clone(&standby.view);
                     view.history = History::new(generation);
                     standby.machine = Replica::new(name(to), &view, 3);
                     standby.machine.step(
@@ -152,7 +158,7 @@ impl World {
         let Some(link) = self.down_link(at) else {
             return Ok(());
         };
-        let coarse = self.rules.coarse;
+        let coarse = self.rules.grain != Grain::Frame;
         let Some(standby) = self.standby(at) else {
             return Ok(());
         };

@@ -17,6 +17,7 @@ mod steps;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
 use chain::master::{Command, MasterState};
 use chain::replica::Base;
@@ -46,7 +47,7 @@ pub enum Mutant {
     AnyBase,
     /// Frames and acks of all generations are taken.
     AnyGeneration,
-    /// The master grants a takeover whatever generation it was based on.
+    /// The master grants a takeover whatever it was based on: generation and checkpoint.
     NoCompare,
     /// The replica notes what it has, asks, and goes on until it is answered.
     AskWithoutFreezing,
@@ -88,6 +89,17 @@ pub enum Mutant {
     TroubleOnce,
 }
 
+/// What happens in one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Grain {
+    /// One frame arrives, a few items are copied to a joining replica.
+    Frame,
+    /// A checkpoint's beginning and content arrive together; a joining replica is sent everything at once.
+    Half,
+    /// A whole checkpoint arrives.
+    Checkpoint,
+}
+
 /// What a world is like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rules {
@@ -98,8 +110,8 @@ pub struct Rules {
     pub wanted: usize,
     /// Preparing a checkpoint takes until somebody says that it is done.
     pub slow_disks: bool,
-    /// Begin and data are delivered together, and copies are made at once: fewer steps, the same protocol.
-    pub coarse: bool,
+    /// What happens in one step.
+    pub grain: Grain,
     pub mutant: Mutant,
     /// Write down what happens.
     pub story: bool,
@@ -294,18 +306,17 @@ impl Hash for Asked {
 pub struct Answer {
     pub host: usize,
     pub expect: Generation,
-    pub granted: Option<View>,
+    pub granted: Option<Arc<View>>,
 }
 
 /// The production state machine of the master.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Master(pub MasterState);
+pub struct Master(pub Arc<MasterState>);
 
 impl Hash for Master {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        for record in self.0.snapshot().records {
-            record.view.hash(state);
-        }
+        // Each change raises it; what was decided is in the configuration in force.
+        self.0.revision().hash(state);
     }
 }
 
@@ -318,12 +329,14 @@ pub struct World {
     /// Pairs of hosts that cannot reach each other; the master is `hosts.len()`.
     pub blocked: BTreeSet<(usize, usize)>,
     pub master: Master,
+    /// The configuration in force, as the master tells it.
+    pub now: Arc<View>,
     pub asked: Vec<Asked>,
     pub answers: Vec<Answer>,
     /// What the outside has seen.
     pub visible: Content,
     /// What was sent under each name.
-    pub truth: BTreeMap<(Generation, Epoch), Content>,
+    pub truth: Arc<BTreeMap<(Generation, Epoch), Content>>,
     pub counts: Aside<Counts>,
     pub story: Aside<Vec<String>>,
     pub ops: Aside<Vec<Op>>,
@@ -361,7 +374,7 @@ impl World {
             owner: name(0),
             shape,
         };
-        let view = master.apply(&register).expect("the first VM").view;
+        let view = Arc::new(master.apply(&register).expect("the first VM").view);
         let mut hosts = vec![
             Host {
                 up: true,
@@ -377,11 +390,12 @@ impl World {
             hosts,
             links: BTreeMap::new(),
             blocked: BTreeSet::new(),
-            master: Master(master),
+            master: Master(Arc::new(master)),
+            now: view.clone(),
             asked: Vec::new(),
             answers: Vec::new(),
             visible: Vec::new(),
-            truth: BTreeMap::new(),
+            truth: Arc::default(),
             counts: Aside::default(),
             story: Aside::default(),
             ops: Aside::default(),
@@ -399,16 +413,16 @@ impl World {
     }
 
     /// What the master tells whoever asks.
-    pub fn view(&self) -> View {
-        self.told(self.master.0.snapshot().records[0].clone())
+    pub fn view(&self) -> Arc<View> {
+        self.now.clone()
     }
 
-    pub fn told(&self, record: VmRecord) -> View {
+    pub fn told(&self, record: VmRecord) -> Arc<View> {
         let mut view = record.view;
         if self.is(Mutant::ForkNotRecorded) {
             view.history.forks.clear();
         }
-        view
+        Arc::new(view)
     }
 
     pub fn reaches(&self, a: usize, b: usize) -> bool {

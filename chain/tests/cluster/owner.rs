@@ -1,6 +1,7 @@
 //! A host's part as a VM's owner: what it executed, what it sent, what it let out. As `src/client.rs` and an agent do it.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use chain::replica::Base;
 use chain::{Mark, View};
@@ -12,7 +13,9 @@ use super::{Content, Item, LinkId, Message, Mutant, Op, Role, World, digest, ind
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
     /// The configuration followed.
-    pub view: View,
+    pub view: Arc<View>,
+    /// The generation in which it became the owner.
+    pub since: Generation,
     /// Everything the VM has done.
     pub content: Content,
     /// The generation last connected in: new checkpoints are named after it.
@@ -52,7 +55,7 @@ impl Owner {
     /// The owner of `view`, who goes on from `content`; with `resumed` from a replica.
     /// What came after `acked` was held by the owner before, and went down with it: nobody has seen it.
     pub fn new(
-        view: View,
+        view: Arc<View>,
         content: Content,
         acked: Epoch,
         resumed: Option<(Mark, Kept)>,
@@ -60,6 +63,7 @@ impl Owner {
         let protected = !view.chain.is_empty();
         let resumed = resumed.filter(|_| protected);
         Self {
+            since: view.generation,
             sending: view.generation,
             base: resumed.as_ref().map(|(mark, _)| *mark),
             kept: Kept::default(),
@@ -127,7 +131,7 @@ impl World {
         let (content, generation) = (owner.content.clone(), owner.generation());
         let epoch = Epoch(e as u64);
         let head = owner.view.chain.first().map(|m| index(&m.host));
-        let connected = owner.connected;
+        let (connected, owner_since) = (owner.connected, owner.since);
         let (base, origin, items) = match owner.base {
             Some(base) => (
                 Base::On {
@@ -165,10 +169,10 @@ impl World {
             owner.holding = true;
             owner.committed = e;
         }
-        self.truth.insert((origin, epoch), content);
+        Arc::make_mut(&mut self.truth).insert((origin, epoch), content);
         self.ops.0.push(Op::Update {
             host: i,
-            generation,
+            owner_since,
             base: before,
             mark,
         });
@@ -214,8 +218,13 @@ impl World {
         owner.kept.trim(epoch);
         if owner.holding && e > owner.committed {
             owner.committed = e;
+            let owner_since = owner.since;
             self.counts.0.commits += 1;
-            self.ops.0.push(Op::Acked { host: i, epoch });
+            self.ops.0.push(Op::Acked {
+                host: i,
+                owner_since,
+                epoch,
+            });
             self.say(|| format!("h{i} has the ack of {epoch} ({generation})"));
             return self.let_out(i);
         }
@@ -251,7 +260,7 @@ impl World {
     }
 
     /// The master has decided on another configuration of a VM that is this host's still.
-    pub fn owner_follows(&mut self, i: usize, view: &View) -> Result<(), String> {
+    pub fn owner_follows(&mut self, i: usize, view: &Arc<View>) -> Result<(), String> {
         let owner = self.owner_mut(i);
         let before = owner.generation();
         owner.connected = false;
@@ -315,12 +324,15 @@ impl World {
 
     pub fn can_connect(&self, i: usize) -> bool {
         self.hosts[i].owner.as_ref().is_some_and(|o| {
-            !o.connected && !o.unfit && !o.view.chain.is_empty() && (o.bridge.is_none() || {
-                let head = index(&o.view.chain[0].host);
-                !self
-                    .links
-                    .contains_key(&Self::update_link(i, head, o.generation()))
-            })
+            !o.connected
+                && !o.unfit
+                && !o.view.chain.is_empty()
+                && (o.bridge.is_none() || {
+                    let head = index(&o.view.chain[0].host);
+                    !self
+                        .links
+                        .contains_key(&Self::update_link(i, head, o.generation()))
+                })
         })
     }
 
@@ -477,7 +489,10 @@ impl World {
         let view = self.view();
         let i = index(&view.owner);
         let host = &self.hosts[i];
-        let has = host.owner.as_ref().is_some_and(|o| view.owner == name(i) && o.generation() <= view.generation);
+        let has = host
+            .owner
+            .as_ref()
+            .is_some_and(|o| view.owner == name(i) && o.generation() <= view.generation);
         (host.up && has).then_some(i)
     }
 }

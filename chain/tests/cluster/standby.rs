@@ -1,13 +1,14 @@
 //! A host's part as a replica: the production machine, and what its driver keeps beside it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use chain::replica::{Action, Base, Event, Replica};
 use chain::{History, Mark, View};
 use checkpoint::{Epoch, Generation};
 
 use super::kept::Kept;
-use super::{Content, LinkId, Mutant, Message, World, digest, index, member, name};
+use super::{Content, LinkId, Message, Mutant, World, digest, index, member, name};
 
 /// How far the filling of a joining replica is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,7 +23,7 @@ pub enum Feeding {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Standby {
     pub machine: Replica,
-    pub view: View,
+    pub view: Arc<View>,
     pub store: Content,
     /// What is half received, and whether it replaces everything.
     pub staged: Option<(bool, Content)>,
@@ -41,12 +42,14 @@ pub struct Standby {
     pub excused: bool,
     /// The newest checkpoint that it has processed as a member.
     pub processed: Option<Epoch>,
+    /// For a mutant: what it held before the chain began anew.
+    pub before: Option<(Mark, Content)>,
     /// It has said that the joining replica is ready.
     pub said_ready: bool,
 }
 
 impl Standby {
-    fn with(machine: Replica, view: View, store: Content) -> Self {
+    fn with(machine: Replica, view: Arc<View>, store: Content) -> Self {
         Self {
             machine,
             view,
@@ -61,15 +64,16 @@ impl Standby {
             doomed: None,
             excused: false,
             processed: None,
+            before: None,
             said_ready: false,
         }
     }
 
     /// A new replica; `disk` is what outlived the process before: its own store is what it is filled from.
-    pub fn new(i: usize, view: &View, disk: Option<(Mark, Content)>) -> Self {
+    pub fn new(i: usize, view: &View, told: &Arc<View>, disk: Option<(Mark, Content)>) -> Self {
         let Some((mark, store)) = disk else {
             let machine = Replica::new(name(i), view, 3);
-            return Self::with(machine, view.clone(), Vec::new());
+            return Self::with(machine, told.clone(), Vec::new());
         };
         let generation = Generation(view.generation.0 - 1);
         let before = View {
@@ -104,7 +108,7 @@ impl Standby {
             Some(_) => store,
             None => Vec::new(),
         };
-        Self::with(machine, view.clone(), store)
+        Self::with(machine, told.clone(), store)
     }
 
     /// The next replica: the successor, or at the tail the one that joins.
@@ -150,11 +154,8 @@ impl World {
         let mut view = view.clone();
         match self.rules.mutant {
             Mutant::ForkIgnored => view.history.forks.clear(),
-            Mutant::AnyBase => view.history = History::default(),
-            Mutant::ResumeOutdated | Mutant::SinceIgnored => {
-                if self.is(Mutant::ResumeOutdated) {
-                    view.history.since = Generation::ZERO;
-                }
+            Mutant::AnyBase if view.in_place() => view.history = History::default(),
+            Mutant::SinceIgnored => {
                 for member in &mut view.chain {
                     member.since = Generation::ZERO;
                 }
@@ -164,10 +165,10 @@ impl World {
         view
     }
 
-    pub fn create(&mut self, i: usize, view: &View) {
+    pub fn create(&mut self, i: usize, view: &Arc<View>) {
         let disk = self.hosts[i].disk.take();
         let recovered = disk.is_some();
-        let standby = Standby::new(i, &self.shown(view), disk);
+        let standby = Standby::new(i, &self.shown(view), view, disk);
         if recovered && standby.machine.hist().is_some() {
             self.counts.0.recoveries += 1;
         }
@@ -175,16 +176,23 @@ impl World {
         self.hosts[i].standby = Some(standby);
         self.say(|| {
             let held = holds.map_or("nothing".into(), |m| m.to_string());
-            format!("h{i} follows {} from scratch, holding {held}", view.generation)
+            format!(
+                "h{i} follows {} from scratch, holding {held}",
+                view.generation
+            )
         });
     }
 
-    pub fn adopt(&mut self, i: usize, view: &View) {
+    pub fn adopt(&mut self, i: usize, view: &Arc<View>) {
         let shown = self.shown(view);
         let Some(standby) = self.standby(i) else {
             return;
         };
+        let held = standby.machine.hist().zip(Some(standby.store.clone()));
         standby.machine.adopt(&shown);
+        if standby.machine.hist().is_none() {
+            standby.before = held.or(standby.before.take());
+        }
         standby.view = view.clone();
         standby.feeding = None;
         standby.said_ready = false;
@@ -387,20 +395,17 @@ impl World {
     }
 
     pub fn ack_owner(&mut self, at: usize, generation: Generation, epoch: Epoch) {
-        let acks = self.links.keys().find(|l| {
-            l.to == at && l.generation == generation && l.role == super::Role::Acks
-        });
+        let acks = self
+            .links
+            .keys()
+            .find(|l| l.to == at && l.generation == generation && l.role == super::Role::Acks);
         if let Some(link) = acks.copied() {
             self.send_up(link, Message::Ack(generation, epoch));
         }
     }
 
     /// Verifies what was received and makes it durable: what follows.
-    fn prepare(
-        &mut self,
-        at: usize,
-        hand: Option<(LinkId, &Message)>,
-    ) -> Result<Event, String> {
+    fn prepare(&mut self, at: usize, hand: Option<(LinkId, &Message)>) -> Result<Event, String> {
         let hidden = self.is(Mutant::FailureHidden);
         let Some(standby) = self.standby(at) else {
             return Err(format!("h{at} is no replica"));

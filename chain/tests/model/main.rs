@@ -6,7 +6,7 @@
 #[path = "../cluster/mod.rs"]
 mod cluster;
 
-use cluster::{Mutant, Plan, Rules, Step, World, index};
+use cluster::{Grain, Mutant, Plan, Rules, Step, World, index};
 use stateright::{Checker, Model, Property};
 
 /// What may happen how often, all in all.
@@ -55,6 +55,7 @@ struct Cluster {
     replicas: usize,
     bounds: Bounds,
     mutant: Mutant,
+    grain: Grain,
     /// Replicas keep what they have prepared when they crash.
     durable: bool,
 }
@@ -67,7 +68,7 @@ impl Cluster {
             in_flight: 2,
             wanted: self.hosts - 1,
             slow_disks: false,
-            coarse: true,
+            grain: self.grain,
             mutant: self.mutant,
             story: false,
         });
@@ -141,7 +142,11 @@ impl Model for Cluster {
         let (world, left) = (&state.world, &state.left);
         actions.extend(world.deliveries());
         let errands = world.errands();
-        actions.extend(errands.into_iter().filter(|s| !matches!(s, Step::ListenToTail(_))));
+        actions.extend(
+            errands
+                .into_iter()
+                .filter(|s| !matches!(s, Step::ListenToTail(_))),
+        );
         for i in world.hosts_where(|_| true) {
             if left.runs > 0 && world.can_run(i) {
                 actions.push(Step::Run(i));
@@ -210,7 +215,9 @@ impl Model for Cluster {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             // I1, I2, I3, I4, I5 and no failure without a reason: `tests/cluster/check.rs`, after every step.
-            Property::always("what must hold holds", |_, state: &State| state.broken.is_none()),
+            Property::always("what must hold holds", |_, state: &State| {
+                state.broken.is_none()
+            }),
             Property::always("a generation has one owner", |_, state: &State| {
                 let owners = state.world.hosts.iter().filter_map(|h| h.owner.as_ref());
                 let mut generations: Vec<_> = owners.map(|o| o.generation()).collect();
@@ -219,34 +226,50 @@ impl Model for Cluster {
                 generations.dedup();
                 generations.len() == count
             }),
-            Property::sometimes("somebody took over, and is acknowledged by those left", |model: &Self, state: &State| {
-                model.hosts == 2
-                    || state.world.owner_in_force().is_some_and(|i| {
-                        let owner = state.world.hosts[i].owner.as_ref();
-                        i > 0 && owner.is_some_and(|o| o.holding && o.connected && o.committed > 1)
-                    })
-            }),
-            Property::sometimes("a chain of one was taken over", |model: &Self, state: &State| {
-                model.replicas > 1
-                    || state.world.owner_in_force().is_some_and(|i| i > 0)
-            }),
-            Property::sometimes("a chain was repaired in place, and went on", |model: &Self, state: &State| {
-                let view = state.world.view();
-                let shorter = view.chain.len() + 1 == model.replicas;
-                model.replicas == 1
-                    || model.bounds.wishes == 0
-                    || shorter && index(&view.owner) == 0 && view.in_place() && state.world.visible.len() > 1
-            }),
-            Property::sometimes("a replica joined and acknowledges as the tail", |model: &Self, state: &State| {
-                let view = state.world.view();
-                let joined = view.chain.last().is_some_and(|m| {
-                    let standby = state.world.hosts[index(&m.host)].standby.as_ref();
-                    view.in_place()
-                        && m.since > view.history.since
-                        && standby.is_some_and(|s| s.machine.state().could_resume())
-                });
-                model.hosts == model.replicas + 1 || joined
-            }),
+            Property::sometimes(
+                "somebody took over, and is acknowledged by those left",
+                |model: &Self, state: &State| {
+                    model.hosts == 2
+                        || state.world.owner_in_force().is_some_and(|i| {
+                            let owner = state.world.hosts[i].owner.as_ref();
+                            i > 0
+                                && owner
+                                    .is_some_and(|o| o.holding && o.connected && o.committed > 1)
+                        })
+                },
+            ),
+            Property::sometimes(
+                "a chain of one was taken over",
+                |model: &Self, state: &State| {
+                    model.replicas > 1 || state.world.owner_in_force().is_some_and(|i| i > 0)
+                },
+            ),
+            Property::sometimes(
+                "a chain was repaired in place, and went on",
+                |model: &Self, state: &State| {
+                    let view = state.world.view();
+                    let shorter = view.chain.len() + 1 == model.replicas;
+                    model.replicas == 1
+                        || model.bounds.wishes == 0
+                        || shorter
+                            && index(&view.owner) == 0
+                            && view.in_place()
+                            && state.world.visible.len() > 1
+                },
+            ),
+            Property::sometimes(
+                "a replica joined and acknowledges as the tail",
+                |model: &Self, state: &State| {
+                    let view = state.world.view();
+                    let joined = view.chain.last().is_some_and(|m| {
+                        let standby = state.world.hosts[index(&m.host)].standby.as_ref();
+                        view.in_place()
+                            && m.since > view.history.since
+                            && standby.is_some_and(|s| s.machine.state().could_resume())
+                    });
+                    model.hosts == model.replicas + 1 || joined
+                },
+            ),
         ]
     }
 }
@@ -257,11 +280,14 @@ fn deep() -> bool {
 
 /// Explores everything within the bounds.
 fn explore(what: &str, cluster: Cluster) {
+    let begun = std::time::Instant::now();
     let checker = cluster
         .checker()
         .threads(2)
+        .timeout(std::time::Duration::from_secs(25))
         .spawn_bfs()
         .join();
+    println!("{:?} done {}", begun.elapsed(), checker.is_done());
     println!(
         "{what}: {} unique states, depth {}",
         checker.unique_state_count(),
@@ -291,12 +317,22 @@ fn two_hosts() {
         wishes: 1,
         ..NOTHING
     };
-    let bounds = bounds(small, Bounds { runs: 3, wishes: 2, cuts: 2, dooms: 1, ..small });
+    let bounds = bounds(
+        small,
+        Bounds {
+            runs: 3,
+            wishes: 2,
+            cuts: 2,
+            dooms: 1,
+            ..small
+        },
+    );
     let cluster = Cluster {
         hosts: 2,
         replicas: 1,
         bounds,
         mutant: Mutant::None,
+        grain: Grain::Half,
         durable: false,
     };
     explore("two hosts", cluster);
@@ -311,13 +347,56 @@ fn three_hosts_with_takeovers() {
         wishes: 1,
         ..NOTHING
     };
-    let bounds = bounds(small, Bounds { asks: 2, give_ups: 1, ..small });
+    let bounds = bounds(
+        small,
+        Bounds {
+            asks: 2,
+            give_ups: 1,
+            ..small
+        },
+    );
     let cluster = Cluster {
         hosts: 3,
         replicas: 2,
         bounds,
         mutant: Mutant::None,
+        grain: Grain::Half,
         durable: true,
     };
     explore("three hosts, takeovers", cluster);
+}
+
+#[test]
+fn custom() {
+    let b: Vec<u8> = std::env::var("B")
+        .unwrap()
+        .split(',')
+        .map(|x| x.parse().unwrap())
+        .collect();
+    let bounds = Bounds {
+        runs: b[2],
+        asks: b[3],
+        give_ups: b[4],
+        lost_answers: b[5],
+        crashes: b[6],
+        backs: b[7],
+        cuts: b[8],
+        wishes: b[9],
+        dooms: b[10],
+    };
+    explore(
+        "custom",
+        Cluster {
+            hosts: b[0] as usize,
+            replicas: b[1] as usize,
+            bounds,
+            mutant: Mutant::None,
+            grain: if b.len() > 11 {
+                Grain::Checkpoint
+            } else {
+                Grain::Half
+            },
+            durable: false,
+        },
+    );
 }

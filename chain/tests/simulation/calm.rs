@@ -36,7 +36,11 @@ pub fn sensible(world: &World, i: usize) -> Option<Step> {
             true => Plan::Unprotected,
             false => Plan::Anew(hosts),
         }
-    } else if owner.troubles.iter().any(|h| chain.contains(h) || joining == Some(*h)) {
+    } else if owner
+        .troubles
+        .iter()
+        .any(|h| chain.contains(h) || joining == Some(*h))
+    {
         Plan::Without(owner.troubles.iter().copied().collect())
     } else if joining.is_some() && owner.ready {
         Plan::Promote
@@ -64,6 +68,9 @@ impl Stepper {
     /// # Errors
     /// What did not come right.
     pub fn calm(&mut self) -> Result<(), String> {
+        if self.below(4) == 0 {
+            self.last_suspicion()?;
+        }
         self.world.blocked.clear();
         self.world.say(|| "--- no more faults".into());
         // Some hosts never return.
@@ -86,11 +93,52 @@ impl Stepper {
                 return Ok(());
             }
             if self.is_protected() {
-                return self.goes_on().map_err(|why| format!("calm step {step}: {why}"));
+                return self
+                    .goes_on()
+                    .map_err(|why| format!("calm step {step}: {why}"));
             }
-            self.calm_step().map_err(|why| format!("calm step {step}: {why}"))?;
+            self.calm_step()
+                .map_err(|why| format!("calm step {step}: {why}"))?;
         }
         Err(format!("liveness: {}", self.what_is_missing()))
+    }
+
+    /// The last fault: a replica suspects the living, cannot reach the master, and goes on.
+    fn last_suspicion(&mut self) -> Result<(), String> {
+        let able: Vec<usize> = (0..self.world.hosts.len())
+            .filter(|i| self.world.can_ask(*i))
+            .collect();
+        if able.is_empty() {
+            return Ok(());
+        }
+        let i = able[self.below(able.len())];
+        self.world.apply(&Step::Ask(i))?;
+        self.world
+            .apply(&Step::Forget(self.world.asked.len() - 1))?;
+        for _ in 0..self.below(60) {
+            let mut steps = self.world.deliveries();
+            let errands = self.world.errands();
+            steps.extend(
+                errands
+                    .into_iter()
+                    .filter(|s| matches!(s, Step::Link(_) | Step::Feed(_))),
+            );
+            let owners = self.world.hosts_where(|h| h.owner.is_some());
+            steps.extend(
+                owners
+                    .into_iter()
+                    .filter(|o| self.world.can_run(*o))
+                    .map(Step::Run),
+            );
+            if !steps.is_empty() {
+                let step = steps[self.below(steps.len())].clone();
+                self.world.apply(&step)?;
+            }
+        }
+        match self.world.standby(i).is_some_and(|s| s.asking.is_some()) {
+            true => self.world.apply(&Step::GiveUp(i)),
+            false => Ok(()),
+        }
     }
 
     fn calm_step(&mut self) -> Result<(), String> {
@@ -147,10 +195,9 @@ impl Stepper {
         // Somebody may have had everything all the same.
         let had = self.world.hosts.iter().any(|host| {
             host.up
-                && host
-                    .standby
-                    .as_ref()
-                    .is_some_and(|s| !s.store.is_empty() && s.store.starts_with(&self.world.visible))
+                && host.standby.as_ref().is_some_and(|s| {
+                    !s.store.is_empty() && s.store.starts_with(&self.world.visible)
+                })
         });
         self.world.counts.0.stranded += u64::from(had);
         true
@@ -164,7 +211,9 @@ impl Stepper {
     fn is_protected(&self) -> bool {
         let world = &self.world;
         let view = world.view();
-        let Some(owner) = world.owner_in_force().and_then(|i| world.hosts[i].owner.as_ref())
+        let Some(owner) = world
+            .owner_in_force()
+            .and_then(|i| world.hosts[i].owner.as_ref())
         else {
             return false;
         };
@@ -191,7 +240,10 @@ impl Stepper {
             }
             self.calm_step()?;
         }
-        Err(format!("liveness: nothing is committed any more: {}", self.what_is_missing()))
+        Err(format!(
+            "liveness: nothing is committed any more: {}",
+            self.what_is_missing()
+        ))
     }
 
     fn what_is_missing(&self) -> String {
@@ -201,7 +253,10 @@ impl Stepper {
             "{} with owner {}, chain {:?}, joining {:?}",
             view.generation,
             view.owner,
-            view.chain.iter().map(|m| m.host.as_str()).collect::<Vec<_>>(),
+            view.chain
+                .iter()
+                .map(|m| m.host.as_str())
+                .collect::<Vec<_>>(),
             view.joining.as_ref().map(|m| m.host.as_str())
         );
         for (i, host) in world.hosts.iter().enumerate() {

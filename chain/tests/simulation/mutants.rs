@@ -3,21 +3,28 @@
 use crate::cluster::Mutant;
 use crate::run;
 
-/// Finds a seed that shows the mutant up; every one has to be shown up for one of the `expected` reasons.
+/// Finds a seed in which the check meant for it shows the mutant up; others may have done so before.
 fn killed(mutant: Mutant, expected: &[&str]) {
-    const SEEDS: u64 = 5_000;
-    for seed in 0..SEEDS {
+    let seeds = crate::number("CHAIN_MUTANT_SEEDS").unwrap_or(5_000);
+    let mut others = 0;
+    for seed in 0..seeds {
         if let Err(why) = run(seed, mutant, false) {
             let why = why.trim();
-            assert!(
-                expected.iter().any(|reason| why.contains(reason)),
-                "{mutant:?} was noticed, but for another reason: {why}"
-            );
-            println!("{mutant:?}: {why}");
-            return;
+            if expected.iter().any(|reason| why.contains(reason)) {
+                let line = why.lines().next().unwrap_or_default();
+                println!("{mutant:?}, noticed otherwise {others} times before: {line}");
+                return;
+            }
+            if others == 0 {
+                println!(
+                    "{mutant:?}, otherwise: {}",
+                    why.lines().next().unwrap_or_default()
+                );
+            }
+            others += 1;
         }
     }
-    panic!("{mutant:?} went unnoticed in {SEEDS} seeds");
+    panic!("{mutant:?} went unnoticed in {seeds} seeds ({others} times it was noticed otherwise)");
 }
 
 macro_rules! mutants {
@@ -30,15 +37,14 @@ mutants! {
     i1_acknowledging_before_processing: AckBeforeProcessed, ["I5", "I1"];
     i1_passing_on_acks_of_what_is_not_processed: AckUnprocessed, ["I1"];
     i2_forwarding_the_end_before_preparing: ForwardEndEarly, ["I2"];
-    i3_telling_checkpoints_apart_by_number_only: AnyBase, ["I3"];
-    i4_listening_to_old_generations: AnyGeneration, [""];
-    i4_a_master_that_does_not_compare_generations: NoCompare, [""];
+    i3_telling_checkpoints_apart_by_number_only: AnyBase, ["I3", "no part of the owner's history"];
+    i4_listening_to_old_generations: AnyGeneration, ["failed without a reason"];
+    i4_a_master_that_does_not_compare_generations: NoCompare, ["I4", "I5"];
     i5_not_freezing_before_asking: AskWithoutFreezing, ["I5"];
     i5_resuming_from_before_output_was_unprotected: ResumeOutdated, ["I5"];
     i5_a_fork_that_the_master_does_not_record: ForkNotRecorded, ["no part of the owner's history"];
     i5_a_fork_that_the_replica_ignores: ForkIgnored, ["no part of the owner's history"];
     i5_resuming_a_new_member_before_it_is_complete: ResumeIncomplete, ["I5"];
-    i5_acknowledging_in_place_without_being_complete: AckIncomplete, ["I5"];
     i5_not_looking_at_since_when_somebody_is_a_member: SinceIgnored, ["I5"];
     i5_a_full_checkpoint_without_a_decision: FullUndecided, ["I5", "I4"];
     sent_is_not_resent: SentNotResent, ["failed without a reason"];

@@ -1,6 +1,6 @@
 //! Picks what happens next, from a seed: first with faults, then without.
 
-use crate::cluster::{LinkId, Mutant, Plan, Rules, Step, World, index};
+use crate::cluster::{Grain, LinkId, Mutant, Plan, Rules, Step, World, index};
 
 /// Steps with faults.
 const STEPS: usize = 1200;
@@ -8,9 +8,10 @@ const STEPS: usize = 1200;
 pub struct Stepper {
     random: u64,
     pub world: World,
-    /// Some seeds have durable replicas, slow disks, few faults.
+    /// Some seeds have durable replicas, slow disks, few faults, owners that seldom change their minds.
     durable: bool,
     faults: usize,
+    wishes: usize,
 }
 
 pub fn rules(seed: u64, mutant: Mutant, story: bool) -> Rules {
@@ -19,7 +20,7 @@ pub fn rules(seed: u64, mutant: Mutant, story: bool) -> Rules {
         in_flight: 3,
         wanted: 2 + (seed / 2 % 2) as usize,
         slow_disks: seed / 4 % 2 == 1,
-        coarse: false,
+        grain: Grain::Frame,
         mutant,
         story,
     }
@@ -32,6 +33,7 @@ impl Stepper {
             world: World::new(rules(seed, mutant, story)),
             durable: seed / 8 % 2 == 1,
             faults: [4, 10, 25][(seed / 16 % 3) as usize],
+            wishes: [3, 10, 30][(seed / 48 % 3) as usize],
         }
     }
 
@@ -54,23 +56,31 @@ impl Stepper {
     /// What did not hold, and at which step.
     pub fn storm(&mut self) -> Result<(), String> {
         for step in 0..STEPS {
-            self.storm_step().map_err(|why| format!("step {step}: {why}"))?;
+            self.storm_step()
+                .map_err(|why| format!("step {step}: {why}"))?;
         }
         Ok(())
     }
 
     pub fn storm_step(&mut self) -> Result<(), String> {
         let step = match self.below(1000) {
-            0..520 => {
+            0..440 => {
+                for _ in 0..self.below(4) {
+                    let steps = self.world.deliveries();
+                    if let Some(step) = self.pick(&steps) {
+                        self.world.apply(&step)?;
+                    }
+                }
                 let steps = self.world.deliveries();
                 self.pick(&steps)
             }
-            520..640 => self.owner_runs(),
-            640..900 => {
+            440..580 => self.owner_runs(),
+            580..880 => {
                 let steps = self.world.errands();
                 self.pick(&steps)
             }
-            900..930 => self.wish(),
+            880..910 => self.sensible_wish(),
+            910..930 if self.below(30) < self.wishes => self.wish(),
             930..960 => self.suspicion(),
             960..975 => self.owner_beats(),
             975.. if self.below(25) < self.faults => self.fault(),
@@ -113,13 +123,17 @@ impl Stepper {
         self.pick(&able).map(Step::Ask)
     }
 
-    /// An owner wishes for another chain: what it knows to be good, or anything.
+    /// An owner wishes for another chain, for a reason.
+    fn sensible_wish(&mut self) -> Option<Step> {
+        let owners = self.world.hosts_where(|h| h.owner.is_some());
+        let i = self.pick(&owners)?;
+        crate::calm::sensible(&self.world, i)
+    }
+
+    /// An owner wishes for anything.
     fn wish(&mut self) -> Option<Step> {
         let owners = self.world.hosts_where(|h| h.owner.is_some());
         let i = self.pick(&owners)?;
-        if self.below(3) != 0 {
-            return crate::calm::sensible(&self.world, i);
-        }
         let owner = self.world.hosts[i].owner.as_ref()?;
         let chain: Vec<usize> = owner.view.chain.iter().map(|m| index(&m.host)).collect();
         let has_joiner = owner.view.joining.is_some();
@@ -143,14 +157,13 @@ impl Stepper {
             _ if has_joiner => Plan::Promote,
             _ => return None,
         };
-        (!matches!(&plan, Plan::Without(_)) || !chain.is_empty())
-            .then_some(Step::Propose(i, plan))
+        (!matches!(&plan, Plan::Without(_)) || !chain.is_empty()).then_some(Step::Propose(i, plan))
     }
 
     fn fault(&mut self) -> Option<Step> {
         let hosts = self.world.hosts.len();
         match self.below(20) {
-            0..4 => {
+            0..3 => {
                 let up = self.world.hosts_where(|_| true);
                 (up.len() > 2).then_some(())?;
                 let host = self.pick(&up)?;
@@ -160,7 +173,7 @@ impl Stepper {
                     prepared: self.below(2) == 0,
                 })
             }
-            4..9 => {
+            3..9 => {
                 let down: Vec<usize> = (0..hosts).filter(|i| !self.world.hosts[*i].up).collect();
                 self.pick(&down).map(Step::Back)
             }
