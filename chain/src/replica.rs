@@ -97,6 +97,8 @@ pub struct Replica {
     /// Newest checkpoint that the tail has.
     acked: Option<Epoch>,
     frozen: bool,
+    /// Part of a checkpoint was lost while frozen.
+    lost: bool,
     failure: Option<Failure>,
     silence: Silence,
     missed: u32,
@@ -121,6 +123,7 @@ impl Replica {
             joiner_target: None,
             acked: None,
             frozen: false,
+            lost: false,
             failure: None,
             silence: Silence::default(),
             missed: missed.max(2),
@@ -222,10 +225,11 @@ impl Replica {
         self.linked
     }
 
-    /// Whether no checkpoint is half received: the moment to bring a joining replica to exactly [`Replica::hist`].
+    /// Whether no checkpoint is half received, and what is held may be passed on: the moment to bring a joining replica
+    /// to exactly [`Replica::hist`]. A failed replica's content is not to be trusted, a frozen one links nobody.
     #[must_use]
     pub fn is_between_checkpoints(&self) -> bool {
-        self.open.is_none()
+        self.open.is_none() && self.failure.is_none() && !self.frozen
     }
 
     /// The name that the checkpoint being received will have if that is its digest.
@@ -262,6 +266,7 @@ impl Replica {
         self.place(view);
         self.open = None;
         self.frozen = false;
+        self.lost = false;
         self.linked = false;
         self.joiner_target = None;
         self.silence = Silence::default();
@@ -303,12 +308,13 @@ impl Replica {
             return Err(FreezeError::Joining(held));
         }
         self.frozen = true;
-        self.open = None;
+        self.lost |= self.open.take().is_some();
         Ok(held)
     }
 
     /// The takeover was refused and the configuration has not changed: go on as before. What arrived meanwhile is
-    /// lost, so the next checkpoint shows a hole and the replica then declares itself failed; it never guesses.
+    /// lost; the replica then declares itself failed, with the next tick or the next checkpoint, and never guesses. (It
+    /// cannot wait for that checkpoint: an owner whose checkpoints are not acknowledged sends no more.)
     pub fn unfreeze(&mut self) {
         self.frozen = false;
         self.silence.suspected = false;
@@ -328,6 +334,7 @@ impl Replica {
                 epoch,
                 base,
             } => {
+                self.lost |= self.misses(generation);
                 if self.accepts(generation, actions) {
                     self.begin(epoch, base, actions);
                 }
@@ -354,6 +361,7 @@ impl Replica {
                 self.accepts(generation, actions);
             }
             Event::Complete { generation, epoch } => {
+                self.lost |= self.misses(generation);
                 if self.accepts(generation, actions) {
                     self.complete(epoch, actions);
                 }
@@ -393,6 +401,11 @@ impl Replica {
                 actions.push_back(Action::Failed(why));
             }
         }
+    }
+
+    /// Whether something of this generation is not taken because the replica is frozen.
+    fn misses(&self, generation: Generation) -> bool {
+        self.frozen && generation == self.generation
     }
 
     fn accepts(&self, generation: Generation, actions: &mut VecDeque<Action>) -> bool {
@@ -599,6 +612,10 @@ impl Replica {
     }
 
     fn tick(&mut self, now_ms: u64, actions: &mut VecDeque<Action>) {
+        if self.lost && !self.frozen && self.failure.is_none() {
+            let why = "checkpoints arrived while it was frozen for a takeover that was not granted";
+            return self.fail(why.into(), false, actions);
+        }
         if !self.silence.heard || self.silence.suspected || !self.state().could_resume() {
             return;
         }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::mark::Mark;
 
 /// A replica in a chain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Member {
     /// Its host.
     pub host: HostId,
@@ -86,7 +86,7 @@ impl History {
 }
 
 /// One VM's configuration in one generation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct View {
     /// The VM's number.
     pub vm: VmId,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use chain::master::{
     Command, LocalMaster, Master, MasterError, MasterServer, PaxosMaster, Rejection, RemoteMaster,
 };
-use chain::{Member, VmShape};
+use chain::{Mark, Member, VmShape};
 use checkpoint::{Generation, HostId};
 use proptest::prelude::*;
 

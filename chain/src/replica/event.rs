@@ -5,7 +5,7 @@ use checkpoint::{Epoch, Generation};
 use crate::mark::Mark;
 
 /// What a checkpoint is applied to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Base {
     /// It replaces the whole image: the first of a history.
     Nothing,

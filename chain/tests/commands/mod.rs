@@ -1,8 +1,8 @@
 //! The commands that tests of the master's engines ask for. The including module brings the types into scope.
 
-use checkpoint::{Generation, HostId, VmId};
+use checkpoint::{Epoch, Generation, HostId, VmId};
 
-use super::{Command, Member, VmShape};
+use super::{Command, Mark, Member, VmShape};
 
 pub fn host(name: &str) -> HostId {
     HostId::new(name).unwrap()
@@ -22,15 +22,14 @@ pub fn register(name: &str, owner: &str) -> Command {
 }
 
 pub fn reconfigure(vm: VmId, expect: Generation, by: &str, chain: &[&str]) -> Command {
-    let member = |name: &&str| Member {
-        host: host(name),
-        addr: "127.0.0.1:1".parse().unwrap(),
-    };
+    let member = |name: &&str| Member::new(host(name), "127.0.0.1:1".parse().unwrap());
     Command::Reconfigure {
         vm,
         expect,
         by: host(by),
         chain: chain.iter().map(member).collect(),
+        joining: None,
+        anew: true,
     }
 }
 
@@ -39,5 +38,10 @@ pub fn take_over(vm: VmId, expect: Generation, by: &str) -> Command {
         vm,
         expect,
         by: host(by),
+        at: Mark {
+            generation: expect,
+            epoch: Epoch(7),
+            digest: 0,
+        },
     }
 }

@@ -403,7 +403,7 @@ impl World {
                     let node = self.site(me).node.as_ref().map(|n| n.applied_for_test().0);
                     let revision = node.map_or(0, |a| a.state.revision());
                     self.told = self.told.max(revision.min(newest));
-                    if let Command::TakeOver { vm, expect, by } = &*command {
+                    if let Command::TakeOver { vm, expect, by, .. } = &*command {
                         self.counts.granted += 1;
                         let by = by.to_string();
                         let before = self.granted.insert((*vm, *expect), by.clone());

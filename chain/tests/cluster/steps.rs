@@ -1,0 +1,229 @@
+//! Everything that can happen next.
+
+use checkpoint::Generation;
+
+use super::{LinkId, World};
+
+/// What an owner may wish for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Plan {
+    /// The chain without these; without any, a new generation of the same chain.
+    Without(Vec<usize>),
+    Unprotected,
+    Anew(Vec<usize>),
+    Join(usize),
+    /// What is joining becomes the tail.
+    Promote,
+}
+
+/// One thing that happens; its outcome depends on nothing but the world.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// The next frame arrives.
+    Down(LinkId),
+    /// The next answer arrives.
+    Up(LinkId),
+    /// The VM runs for an epoch.
+    Run(usize),
+    /// The owner says that it lives.
+    Beat(usize),
+    Connect(usize),
+    /// It listens to the tail's acknowledgements, whether or not the rest of the chain is there.
+    ListenToTail(usize),
+    /// A replica connects to the next one.
+    Link(usize),
+    Feed(usize),
+    /// A disk is done.
+    Prepared(usize),
+    /// A host hears of the newest configuration.
+    Look(usize),
+    /// A replica asks for the VM.
+    Ask(usize),
+    /// The master decides on this request.
+    Decide(usize),
+    /// This request never arrives.
+    Forget(usize),
+    Hear(usize),
+    /// This answer never arrives.
+    Lose(usize),
+    GiveUp(usize),
+    Propose(usize, Plan),
+    Crash {
+        host: usize,
+        recovers: bool,
+        prepared: bool,
+    },
+    Back(usize),
+    Cut(LinkId),
+    Part(usize, usize),
+    Heal(usize, usize),
+    /// The next checkpoint cannot be prepared there.
+    Doom {
+        host: usize,
+        damaged: bool,
+    },
+    /// The next replica acknowledges what nobody has.
+    Lie(usize),
+}
+
+impl World {
+    /// Makes it happen, and checks what must hold at every instant.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn apply(&mut self, step: &Step) -> Result<(), String> {
+        match step {
+            Step::Down(link) => self.deliver_down(*link),
+            Step::Up(link) => self.deliver_up(*link),
+            Step::Run(i) => self.run_owner(*i),
+            Step::Beat(i) => {
+                self.beat(*i);
+                Ok(())
+            }
+            Step::Connect(i) => self.connect(*i),
+            Step::Link(i) => self.link_next(*i),
+            Step::Feed(i) => self.feed(*i),
+            Step::Prepared(i) => self.finish_prepare(*i),
+            Step::Look(i) => self.look(*i),
+            Step::Ask(i) => {
+                self.ask(*i);
+                Ok(())
+            }
+            Step::Decide(which) => {
+                self.decide(*which);
+                Ok(())
+            }
+            Step::Forget(which) => {
+                self.asked.remove(*which);
+                Ok(())
+            }
+            Step::Hear(which) => self.hear(*which),
+            Step::Lose(which) => {
+                self.answers.remove(*which);
+                Ok(())
+            }
+            Step::GiveUp(i) => self.give_up_asking(*i),
+            Step::ListenToTail(i) => self.listen_to_tail(*i),
+            Step::Propose(i, plan) => {
+                self.propose(*i, plan);
+                Ok(())
+            }
+            Step::Crash {
+                host,
+                recovers,
+                prepared,
+            } => {
+                self.crash(*host, *recovers, *prepared);
+                Ok(())
+            }
+            Step::Back(i) => {
+                self.come_back(*i);
+                Ok(())
+            }
+            Step::Cut(link) => {
+                self.counts.0.cuts += 1;
+                self.say(|| format!("{link:?} ends"));
+                self.cut(*link);
+                Ok(())
+            }
+            Step::Part(a, b) => {
+                self.part(*a, *b);
+                Ok(())
+            }
+            Step::Heal(a, b) => {
+                self.blocked.remove(&(*a.min(b), *a.max(b)));
+                Ok(())
+            }
+            Step::Doom { host, damaged } => {
+                if let Some(standby) = self.standby(*host) {
+                    standby.doomed = Some(*damaged);
+                }
+                Ok(())
+            }
+            Step::Lie(i) => {
+                self.lie(*i);
+                Ok(())
+            }
+        }?;
+        self.check()
+    }
+
+    fn beat(&mut self, i: usize) {
+        if let Some(owner) = &self.hosts[i].owner
+            && let Some(head) = owner.view.chain.first()
+        {
+            let link = Self::update_link(i, super::index(&head.host), owner.generation());
+            self.send_down(link, [super::Message::Heartbeat]);
+        }
+    }
+
+    fn lie(&mut self, i: usize) {
+        if let Some(link) = self.down_link(i)
+            && let Some(hist) = self.standby(i).and_then(|s| s.machine.hist())
+        {
+            let ahead = checkpoint::Epoch(hist.epoch.0 + 1_000_000);
+            self.send_up(link, super::Message::Ack(link.generation, ahead));
+        }
+    }
+
+    /// Frames and answers that can arrive now.
+    pub fn deliveries(&self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        for (id, link) in &self.links {
+            if !link.down.is_empty() && self.takes(id.to) {
+                steps.push(Step::Down(*id));
+            }
+            if !link.up.is_empty() && self.takes(id.from) {
+                steps.push(Step::Up(*id));
+            }
+        }
+        steps
+    }
+
+    /// What agents and servers do by themselves now, apart from deliveries and from running the VM.
+    pub fn errands(&self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        for i in self.hosts_where(|_| true) {
+            let host = &self.hosts[i];
+            if self.can_look(i) {
+                steps.push(Step::Look(i));
+            }
+            if self.can_link(i) {
+                steps.push(Step::Link(i));
+            }
+            if self.can_connect(i) {
+                steps.push(Step::Connect(i));
+            }
+            if self.can_listen_to_tail(i) {
+                steps.push(Step::ListenToTail(i));
+            }
+            if let Some(standby) = &host.standby {
+                if standby.preparing.is_some() {
+                    steps.push(Step::Prepared(i));
+                } else if matches!(
+                    standby.feeding,
+                    Some(super::standby::Feeding::Wanted | super::standby::Feeding::Copying(_))
+                ) && self.down_link(i).is_some()
+                {
+                    steps.push(Step::Feed(i));
+                }
+            }
+        }
+        for (which, asked) in self.asked.iter().enumerate() {
+            if self.reaches_master(asked.host) {
+                steps.push(Step::Decide(which));
+            }
+        }
+        for (which, answer) in self.answers.iter().enumerate() {
+            if self.takes(answer.host) && self.reaches_master(answer.host) {
+                steps.push(Step::Hear(which));
+            }
+        }
+        steps
+    }
+
+    /// The generation in force.
+    pub fn generation(&self) -> Generation {
+        self.view().generation
+    }
+}

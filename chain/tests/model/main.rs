@@ -1,0 +1,402 @@
+//! Every interleaving of a small cluster (`tests/cluster`: the production machines of replicas and master), checked with
+//! Stateright: within the bounds of [`Bounds`], whatever can happen next does happen.
+//!
+//! `CHAIN_MODEL=deep cargo test --release -p chain --test model` explores wider bounds; `scripts/simulate --model` does so.
+
+#[path = "../cluster/mod.rs"]
+mod cluster;
+
+use cluster::{Grain, Mutant, Plan, Rules, Step, World, index};
+use stateright::{Checker, Model, Property};
+
+/// What may happen how often, all in all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Bounds {
+    /// Epochs of the VM.
+    runs: u8,
+    /// Times that a replica suspects its predecessor, rightly or not.
+    asks: u8,
+    /// Times that it hears nothing of what it asked for.
+    give_ups: u8,
+    lost_answers: u8,
+    crashes: u8,
+    /// Hosts that return.
+    backs: u8,
+    cuts: u8,
+    /// Times that an owner wishes for another chain.
+    wishes: u8,
+    /// Checkpoints that cannot be prepared.
+    dooms: u8,
+}
+
+const NOTHING: Bounds = Bounds {
+    runs: 0,
+    asks: 0,
+    give_ups: 0,
+    lost_answers: 0,
+    crashes: 0,
+    backs: 0,
+    cuts: 0,
+    wishes: 0,
+    dooms: 0,
+};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct State {
+    world: World,
+    left: Bounds,
+    broken: Option<String>,
+}
+
+struct Cluster {
+    /// The owner and its replicas.
+    hosts: usize,
+    /// Of which so many are in the chain at first.
+    replicas: usize,
+    bounds: Bounds,
+    mutant: Mutant,
+    grain: Grain,
+    /// Replicas keep what they have prepared when they crash.
+    durable: bool,
+}
+
+impl Cluster {
+    /// The owner is protected by the first replicas, which hold its first checkpoint.
+    fn begun(&self) -> World {
+        let mut world = World::new(Rules {
+            hosts: self.hosts,
+            in_flight: 2,
+            wanted: self.hosts - 1,
+            slow_disks: false,
+            grain: self.grain,
+            mutant: self.mutant,
+            story: false,
+        });
+        let chain = (1..=self.replicas).collect();
+        let plan = Step::Propose(0, Plan::Anew(chain));
+        world.apply(&plan).expect("a wish");
+        let settle = |world: &mut World| {
+            for n in 0..500 {
+                let mut steps = world.deliveries();
+                steps.extend(world.errands());
+                steps.retain(|s| !matches!(s, Step::ListenToTail(_)));
+                if steps.is_empty() {
+                    return;
+                }
+                // In turn: some wait for others.
+                world.apply(&steps[n % steps.len()]).expect("the beginning");
+            }
+            panic!("the beginning does not end");
+        };
+        settle(&mut world);
+        world.apply(&Step::Run(0)).expect("the first checkpoint");
+        settle(&mut world);
+        assert_eq!(world.visible.len(), 1, "the first checkpoint is committed");
+        world
+    }
+
+    /// What an owner may wish for.
+    fn wishes(&self, world: &World, i: usize) -> Vec<Plan> {
+        let Some(owner) = &world.hosts[i].owner else {
+            return Vec::new();
+        };
+        let chain: Vec<usize> = owner.view.chain.iter().map(|m| index(&m.host)).collect();
+        let mut plans: Vec<Plan> = chain.iter().map(|h| Plan::Without(vec![*h])).collect();
+        let spare = |h: &usize| *h != i && !chain.contains(h) && world.hosts[*h].up;
+        match &owner.view.joining {
+            Some(_) if owner.ready => plans.push(Plan::Promote),
+            Some(_) if self.mutant == Mutant::PromoteEarly => plans.push(Plan::Promote),
+            Some(_) => {}
+            None if chain.is_empty() => {
+                plans.push(Plan::Anew((0..self.hosts).filter(spare).collect()));
+            }
+            None => plans.extend((0..self.hosts).filter(spare).map(Plan::Join)),
+        }
+        if owner.unfit {
+            plans.push(Plan::Anew(
+                (0..self.hosts)
+                    .filter(|h| *h != i && world.hosts[*h].up)
+                    .collect(),
+            ));
+        }
+        plans
+    }
+}
+
+impl Model for Cluster {
+    type State = State;
+    type Action = Step;
+
+    fn init_states(&self) -> Vec<State> {
+        vec![State {
+            world: self.begun(),
+            left: self.bounds,
+            broken: None,
+        }]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Step>) {
+        if state.broken.is_some() {
+            return;
+        }
+        let (world, left) = (&state.world, &state.left);
+        actions.extend(world.deliveries());
+        let errands = world.errands();
+        actions.extend(
+            errands
+                .into_iter()
+                .filter(|s| !matches!(s, Step::ListenToTail(_))),
+        );
+        for i in world.hosts_where(|_| true) {
+            if left.runs > 0 && world.can_run(i) {
+                actions.push(Step::Run(i));
+            }
+            if left.asks > 0 && world.can_ask(i) {
+                actions.push(Step::Ask(i));
+            }
+            let standby = world.hosts[i].standby.as_ref();
+            if left.give_ups > 0 && standby.is_some_and(|s| s.asking.is_some()) {
+                actions.push(Step::GiveUp(i));
+            }
+            if left.dooms > 0 && standby.is_some_and(|s| s.doomed.is_none()) {
+                let damaged = |damaged| Step::Doom { host: i, damaged };
+                actions.extend([damaged(false), damaged(true)]);
+            }
+            if left.crashes > 0 {
+                actions.push(Step::Crash {
+                    host: i,
+                    recovers: self.durable,
+                    prepared: false,
+                });
+            }
+            if left.wishes > 0 {
+                let plans = self.wishes(world, i);
+                actions.extend(plans.into_iter().map(|plan| Step::Propose(i, plan)));
+            }
+        }
+        if left.backs > 0 {
+            let down = (0..self.hosts).filter(|i| !world.hosts[*i].up);
+            actions.extend(down.map(Step::Back));
+        }
+        if left.cuts > 0 {
+            actions.extend(world.links.keys().copied().map(Step::Cut));
+        }
+        if left.lost_answers > 0 {
+            actions.extend((0..world.answers.len()).map(Step::Lose));
+        }
+    }
+
+    fn next_state(&self, last: &State, step: Step) -> Option<State> {
+        let mut state = last.clone();
+        let left = &mut state.left;
+        let budget = match &step {
+            Step::Run(_) => Some(&mut left.runs),
+            Step::Ask(_) => Some(&mut left.asks),
+            Step::GiveUp(_) => Some(&mut left.give_ups),
+            Step::Lose(_) => Some(&mut left.lost_answers),
+            Step::Crash { .. } => Some(&mut left.crashes),
+            Step::Back(_) => Some(&mut left.backs),
+            Step::Cut(_) => Some(&mut left.cuts),
+            Step::Propose(..) => Some(&mut left.wishes),
+            Step::Doom { .. } => Some(&mut left.dooms),
+            _ => None,
+        };
+        if let Some(budget) = budget {
+            *budget -= 1;
+        }
+        if let Err(why) = state.world.apply(&step) {
+            state.broken = Some(why);
+        }
+        state.world.ops.0.clear();
+        // A step that changes nothing leads nowhere.
+        (state != *last).then_some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            // I1, I2, I3, I4, I5 and no failure without a reason: `tests/cluster/check.rs`, after every step.
+            Property::always("what must hold holds", |_, state: &State| {
+                state.broken.is_none()
+            }),
+            Property::always("a generation has one owner", |_, state: &State| {
+                let owners = state.world.hosts.iter().filter_map(|h| h.owner.as_ref());
+                let mut generations: Vec<_> = owners.map(|o| o.generation()).collect();
+                let count = generations.len();
+                generations.sort();
+                generations.dedup();
+                generations.len() == count
+            }),
+            Property::sometimes(
+                "somebody took over, and is acknowledged by those left",
+                |model: &Self, state: &State| {
+                    model.hosts == 2
+                        || state.world.owner_in_force().is_some_and(|i| {
+                            let owner = state.world.hosts[i].owner.as_ref();
+                            i > 0
+                                && owner
+                                    .is_some_and(|o| o.holding && o.connected && o.committed > 1)
+                        })
+                },
+            ),
+            Property::sometimes(
+                "a chain of one was taken over",
+                |model: &Self, state: &State| {
+                    model.replicas > 1 || state.world.owner_in_force().is_some_and(|i| i > 0)
+                },
+            ),
+            Property::sometimes(
+                "a chain was repaired in place, and went on",
+                |model: &Self, state: &State| {
+                    let view = state.world.view();
+                    let shorter = view.chain.len() + 1 == model.replicas;
+                    model.replicas == 1
+                        || model.bounds.wishes == 0
+                        || shorter
+                            && index(&view.owner) == 0
+                            && view.in_place()
+                            && state.world.visible.len() > 1
+                },
+            ),
+            Property::sometimes(
+                "a replica joined and acknowledges as the tail",
+                |model: &Self, state: &State| {
+                    let view = state.world.view();
+                    let joined = view.chain.last().is_some_and(|m| {
+                        let standby = state.world.hosts[index(&m.host)].standby.as_ref();
+                        view.in_place()
+                            && m.since > view.history.since
+                            && standby.is_some_and(|s| s.machine.state().could_resume())
+                    });
+                    model.hosts == model.replicas + 1 || joined
+                },
+            ),
+        ]
+    }
+}
+
+fn deep() -> bool {
+    std::env::var("CHAIN_MODEL").is_ok_and(|v| v == "deep")
+}
+
+/// Explores everything within the bounds.
+fn explore(what: &str, cluster: Cluster) {
+    let begun = std::time::Instant::now();
+    let checker = cluster
+        .checker()
+        .threads(2)
+        .timeout(std::time::Duration::from_secs(25))
+        .spawn_bfs()
+        .join();
+    println!("{:?} done {}", begun.elapsed(), checker.is_done());
+    println!(
+        "{what}: {} unique states, depth {}",
+        checker.unique_state_count(),
+        checker.max_depth()
+    );
+    if let Some(path) = checker.discovery("what must hold holds") {
+        let why = path.last_state().broken.clone().unwrap_or_default();
+        panic!("{what}: {why}\n{:#?}", path.into_actions());
+    }
+    checker.assert_properties();
+}
+
+fn bounds(small: Bounds, wide: Bounds) -> Bounds {
+    if deep() { wide } else { small }
+}
+
+#[test]
+fn two_hosts() {
+    let small = Bounds {
+        runs: 2,
+        asks: 2,
+        give_ups: 1,
+        lost_answers: 1,
+        crashes: 1,
+        backs: 1,
+        cuts: 1,
+        wishes: 1,
+        ..NOTHING
+    };
+    let bounds = bounds(
+        small,
+        Bounds {
+            runs: 3,
+            wishes: 2,
+            cuts: 2,
+            dooms: 1,
+            ..small
+        },
+    );
+    let cluster = Cluster {
+        hosts: 2,
+        replicas: 1,
+        bounds,
+        mutant: Mutant::None,
+        grain: Grain::Half,
+        durable: false,
+    };
+    explore("two hosts", cluster);
+}
+
+#[test]
+fn three_hosts_with_takeovers() {
+    let small = Bounds {
+        runs: 2,
+        asks: 1,
+        crashes: 1,
+        wishes: 1,
+        ..NOTHING
+    };
+    let bounds = bounds(
+        small,
+        Bounds {
+            asks: 2,
+            give_ups: 1,
+            ..small
+        },
+    );
+    let cluster = Cluster {
+        hosts: 3,
+        replicas: 2,
+        bounds,
+        mutant: Mutant::None,
+        grain: Grain::Half,
+        durable: true,
+    };
+    explore("three hosts, takeovers", cluster);
+}
+
+#[test]
+fn custom() {
+    let b: Vec<u8> = std::env::var("B")
+        .unwrap()
+        .split(',')
+        .map(|x| x.parse().unwrap())
+        .collect();
+    let bounds = Bounds {
+        runs: b[2],
+        asks: b[3],
+        give_ups: b[4],
+        lost_answers: b[5],
+        crashes: b[6],
+        backs: b[7],
+        cuts: b[8],
+        wishes: b[9],
+        dooms: b[10],
+    };
+    explore(
+        "custom",
+        Cluster {
+            hosts: b[0] as usize,
+            replicas: b[1] as usize,
+            bounds,
+            mutant: Mutant::None,
+            grain: if b.len() > 11 {
+                Grain::Checkpoint
+            } else {
+                Grain::Half
+            },
+            durable: false,
+        },
+    );
+}

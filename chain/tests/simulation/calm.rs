@@ -1,0 +1,296 @@
+//! After the faults: hosts and links stay as they are, nobody suspects the living, requests and answers arrive. Then
+//! everything has to come right within a bounded number of steps, by what hosts can really know: there are no timers
+//! here that would paper over a replica that is stuck.
+
+use chain::master::Command;
+use chain::replica::State;
+
+use crate::cluster::{Mutant, Plan, Step, World, index, name};
+use crate::stepper::Stepper;
+
+/// Steps in which a VM has to be protected again.
+const PATIENCE: usize = 6000;
+/// Epochs that have to be committed then.
+const EPOCHS: usize = 3;
+
+/// What an owner's agent does with what it knows; nothing if all is well, or a wish is under way.
+pub fn sensible(world: &World, i: usize) -> Option<Step> {
+    let owner = world.hosts[i].owner.as_ref()?;
+    if owner.asked {
+        return None;
+    }
+    let chain: Vec<usize> = owner.view.chain.iter().map(|m| index(&m.host)).collect();
+    let joining = owner.view.joining.as_ref().map(|m| index(&m.host));
+    let is_up = |h: &usize| world.hosts[*h].up && world.reaches(i, *h);
+    let spare = |taken: &[usize]| {
+        let free = |h: &usize| *h != i && !taken.contains(h) && is_up(h);
+        (0..world.hosts.len()).filter(free).collect::<Vec<usize>>()
+    };
+    let plan = if owner.unfit {
+        // Whoever is up, those of the chain first.
+        let mut hosts: Vec<usize> = chain.iter().copied().filter(is_up).collect();
+        let more = spare(&hosts);
+        hosts.extend(more);
+        hosts.truncate(world.rules.wanted);
+        match hosts.is_empty() {
+            true => Plan::Unprotected,
+            false => Plan::Anew(hosts),
+        }
+    } else if owner
+        .troubles
+        .iter()
+        .any(|h| chain.contains(h) || joining == Some(*h))
+    {
+        Plan::Without(owner.troubles.iter().copied().collect())
+    } else if joining.is_some() && owner.ready {
+        Plan::Promote
+    } else if let Some(joining) = joining
+        && world.is(Mutant::PromoteEarly)
+        && is_up(&joining)
+        && owner.connected
+    {
+        Plan::Promote
+    } else if chain.is_empty() {
+        let mut hosts = spare(&[]);
+        hosts.truncate(world.rules.wanted);
+        (!hosts.is_empty()).then_some(Plan::Anew(hosts))?
+    } else if chain.len() < world.rules.wanted && joining.is_none() && owner.connected {
+        Plan::Join(*spare(&chain).first()?)
+    } else {
+        return None;
+    };
+    Some(Step::Propose(i, plan))
+}
+
+impl Stepper {
+    /// Lets the dust settle.
+    ///
+    /// # Errors
+    /// What did not come right.
+    pub fn calm(&mut self) -> Result<(), String> {
+        if self.below(4) == 0 {
+            self.last_suspicion()?;
+        }
+        self.world.blocked.clear();
+        self.world.say(|| "--- no more faults".into());
+        // Some hosts never return.
+        for i in 0..self.world.hosts.len() {
+            if !self.world.hosts[i].up && self.below(3) != 0 {
+                self.world.apply(&Step::Back(i))?;
+            }
+            if let Some(standby) = self.world.standby(i) {
+                standby.doomed = None;
+            }
+            if let Some(owner) = &mut self.world.hosts[i].owner {
+                // A wish that was lost is wished again.
+                owner.asked = self.world.asked.iter().any(|asked| {
+                    asked.host == i && matches!(asked.command, Command::Reconfigure { .. })
+                });
+            }
+        }
+        for step in 0..PATIENCE {
+            if self.is_over() {
+                return Ok(());
+            }
+            if self.is_protected() {
+                return self
+                    .goes_on()
+                    .map_err(|why| format!("calm step {step}: {why}"));
+            }
+            self.calm_step()
+                .map_err(|why| format!("calm step {step}: {why}"))?;
+        }
+        Err(format!("liveness: {}", self.what_is_missing()))
+    }
+
+    /// The last fault: a replica suspects the living, cannot reach the master, and goes on.
+    fn last_suspicion(&mut self) -> Result<(), String> {
+        let able: Vec<usize> = (0..self.world.hosts.len())
+            .filter(|i| self.world.can_ask(*i))
+            .collect();
+        if able.is_empty() {
+            return Ok(());
+        }
+        let i = able[self.below(able.len())];
+        self.world.apply(&Step::Ask(i))?;
+        self.world
+            .apply(&Step::Forget(self.world.asked.len() - 1))?;
+        for _ in 0..self.below(60) {
+            let mut steps = self.world.deliveries();
+            let errands = self.world.errands();
+            steps.extend(
+                errands
+                    .into_iter()
+                    .filter(|s| matches!(s, Step::Link(_) | Step::Feed(_))),
+            );
+            let owners = self.world.hosts_where(|h| h.owner.is_some());
+            steps.extend(
+                owners
+                    .into_iter()
+                    .filter(|o| self.world.can_run(*o))
+                    .map(Step::Run),
+            );
+            if !steps.is_empty() {
+                let step = steps[self.below(steps.len())].clone();
+                self.world.apply(&step)?;
+            }
+        }
+        match self.world.standby(i).is_some_and(|s| s.asking.is_some()) {
+            true => self.world.apply(&Step::GiveUp(i)),
+            false => Ok(()),
+        }
+    }
+
+    fn calm_step(&mut self) -> Result<(), String> {
+        let world = &self.world;
+        let mut steps = world.deliveries();
+        steps.extend(world.errands());
+        for i in world.hosts_where(|_| true) {
+            if let Some(wish) = sensible(world, i) {
+                steps.push(wish);
+            }
+            if let Some(standby) = &world.hosts[i].standby
+                && standby.asking.is_some()
+                && !world.asked.iter().any(|asked| asked.host == i)
+                && !world.answers.iter().any(|answer| answer.host == i)
+            {
+                steps.push(Step::GiveUp(i));
+            }
+            // Suspicion only of the really dead: the VM runs nowhere.
+            if world.owner_in_force().is_none() && world.can_ask(i) && !self.is_granted() {
+                steps.push(Step::Ask(i));
+            }
+            if self.world.can_run(i) {
+                steps.push(Step::Run(i));
+            }
+        }
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let step = steps[self.below(steps.len())].clone();
+        self.world.apply(&step)
+    }
+
+    /// Whether the master's choice is about to resume it.
+    fn is_granted(&self) -> bool {
+        let view = self.world.view();
+        let i = index(&view.owner);
+        let host = &self.world.hosts[i];
+        host.up && host.standby.is_some() && host.seen < view.generation
+    }
+
+    /// Whether the VM is lost: nobody has it, and nobody could resume it.
+    fn is_over(&mut self) -> bool {
+        let view = self.world.view();
+        if self.world.owner_in_force().is_some() || self.is_granted() {
+            return false;
+        }
+        let waiting = !self.world.asked.is_empty() || !self.world.answers.is_empty();
+        let may = |i: usize| self.world.can_ask(i) || self.world.can_look(i);
+        let chain: Vec<usize> = view.chain.iter().map(|m| index(&m.host)).collect();
+        if waiting || chain.iter().any(|i| self.world.hosts[*i].up && may(*i)) {
+            return false;
+        }
+        self.world.counts.0.lost += 1;
+        // Somebody may have had everything all the same.
+        let had = self.world.hosts.iter().any(|host| {
+            host.up
+                && host.standby.as_ref().is_some_and(|s| {
+                    !s.store.is_empty() && s.store.starts_with(&self.world.visible)
+                })
+        });
+        self.world.counts.0.stranded += u64::from(had);
+        true
+    }
+
+    fn wanted(&self) -> usize {
+        let up = self.world.hosts_where(|_| true).len();
+        self.world.rules.wanted.min(up - 1)
+    }
+
+    fn is_protected(&self) -> bool {
+        let world = &self.world;
+        let view = world.view();
+        let Some(owner) = world
+            .owner_in_force()
+            .and_then(|i| world.hosts[i].owner.as_ref())
+        else {
+            return false;
+        };
+        let serves = |i: usize| {
+            world.hosts[i].standby.as_ref().is_some_and(|s| {
+                s.machine.generation() == view.generation
+                    && matches!(s.machine.state(), State::Serving | State::LastSurvivor)
+            })
+        };
+        owner.generation() == view.generation
+            && owner.connected
+            && owner.holding
+            && view.joining.is_none()
+            && view.chain.len() >= self.wanted()
+            && view.chain.iter().all(|m| serves(index(&m.host)))
+    }
+
+    /// Protected: then what is done from now on is committed.
+    fn goes_on(&mut self) -> Result<(), String> {
+        let enough = self.world.visible.len() + EPOCHS;
+        for _ in 0..PATIENCE {
+            if self.world.visible.len() >= enough {
+                return Ok(());
+            }
+            self.calm_step()?;
+        }
+        Err(format!(
+            "liveness: nothing is committed any more: {}",
+            self.what_is_missing()
+        ))
+    }
+
+    fn what_is_missing(&self) -> String {
+        let world = &self.world;
+        let view = world.view();
+        let mut text = format!(
+            "{} with owner {}, chain {:?}, joining {:?}",
+            view.generation,
+            view.owner,
+            view.chain
+                .iter()
+                .map(|m| m.host.as_str())
+                .collect::<Vec<_>>(),
+            view.joining.as_ref().map(|m| m.host.as_str())
+        );
+        for (i, host) in world.hosts.iter().enumerate() {
+            text += &format!("\n  {}: up {}, seen {}", name(i), host.up, host.seen);
+            if let Some(owner) = &host.owner {
+                text += &format!(
+                    ", owner in {}, connected {}, unfit {}, troubles {:?}, ready {}, asked {}, bridge {}, has {} committed {}",
+                    owner.generation(),
+                    owner.connected,
+                    owner.unfit,
+                    owner.troubles,
+                    owner.ready,
+                    owner.asked,
+                    owner.bridge.is_some(),
+                    owner.content.len(),
+                    owner.committed,
+                );
+            }
+            if let Some(s) = &host.standby {
+                text += &format!(
+                    ", {:?} in {}, holds {:?}, acked {:?}, linked {}, down {:?}, feeding {:?}, asking {:?}, trouble {:?}, failed {:?}",
+                    s.machine.state(),
+                    s.machine.generation(),
+                    s.machine.hist().map(|m| m.epoch.0),
+                    s.machine.acked(),
+                    s.machine.is_linked(),
+                    world.down_link(i),
+                    s.feeding,
+                    s.asking,
+                    s.trouble,
+                    s.machine.failed(),
+                );
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,58 @@
+//! Each protective mechanism switched off in turn: the checks have to notice, and for the right reason.
+
+use crate::cluster::Mutant;
+use crate::run;
+
+/// Finds a seed in which the check meant for it shows the mutant up; others may have done so before.
+fn killed(mutant: Mutant, expected: &[&str]) {
+    let seeds = crate::number("CHAIN_MUTANT_SEEDS").unwrap_or(5_000);
+    let mut others = 0;
+    for seed in 0..seeds {
+        if let Err(why) = run(seed, mutant, false) {
+            let why = why.trim();
+            if expected.iter().any(|reason| why.contains(reason)) {
+                let line = why.lines().next().unwrap_or_default();
+                println!("{mutant:?}, noticed otherwise {others} times before: {line}");
+                return;
+            }
+            if others == 0 {
+                println!(
+                    "{mutant:?}, otherwise: {}",
+                    why.lines().next().unwrap_or_default()
+                );
+            }
+            others += 1;
+        }
+    }
+    panic!("{mutant:?} went unnoticed in {seeds} seeds ({others} times it was noticed otherwise)");
+}
+
+macro_rules! mutants {
+    ($($name:ident: $mutant:ident, $expected:expr;)*) => {
+        $(#[test] fn $name() { killed(Mutant::$mutant, &$expected); })*
+    };
+}
+
+mutants! {
+    i1_acknowledging_before_processing: AckBeforeProcessed, ["I5", "I1"];
+    i1_passing_on_acks_of_what_is_not_processed: AckUnprocessed, ["I1"];
+    i2_forwarding_the_end_before_preparing: ForwardEndEarly, ["I2"];
+    i3_telling_checkpoints_apart_by_number_only: AnyBase, ["I3", "no part of the owner's history"];
+    i4_listening_to_old_generations: AnyGeneration, ["failed without a reason"];
+    i4_a_master_that_does_not_compare_generations: NoCompare, ["I4", "I5"];
+    i5_not_freezing_before_asking: AskWithoutFreezing, ["I5"];
+    i5_resuming_from_before_output_was_unprotected: ResumeOutdated, ["I5"];
+    i5_a_fork_that_the_master_does_not_record: ForkNotRecorded, ["no part of the owner's history"];
+    i5_a_fork_that_the_replica_ignores: ForkIgnored, ["no part of the owner's history"];
+    i5_resuming_a_new_member_before_it_is_complete: ResumeIncomplete, ["I5"];
+    i5_not_looking_at_since_when_somebody_is_a_member: SinceIgnored, ["I5"];
+    i5_a_full_checkpoint_without_a_decision: FullUndecided, ["I5", "I4"];
+    sent_is_not_resent: SentNotResent, ["failed without a reason"];
+    sent_is_resent_whatever_the_successor_holds: ResendAnyway, ["failed without a reason"];
+    i7_a_failed_store_that_is_not_owned_up_to: FailureHidden, ["I3"];
+    liveness_a_joining_replica_promoted_before_it_is_ready: PromoteEarly, ["liveness"];
+    liveness_readiness_said_once: ReadyOnce, ["liveness"];
+    liveness_a_successor_that_came_while_frozen: NoRelink, ["liveness"];
+    liveness_what_was_lost_while_frozen: NoTick, ["liveness"];
+    liveness_a_lost_replica_named_once: TroubleOnce, ["liveness"];
+}
