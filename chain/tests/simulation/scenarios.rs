@@ -95,7 +95,7 @@ fn i5_a_tail_that_is_not_complete_acknowledges_nothing_of_before() {
 #[test]
 fn a_successor_that_is_ahead_is_not_stuck() {
     let mut world = ahead_of_its_predecessor(Mutant::None).unwrap();
-    settle(&mut world, |s| all(s)).ok();
+    settle(&mut world, all).ok();
     for _ in 0..200 {
         if let Some(step) = crate::calm::sensible(&world, 0) {
             apply(&mut world, step).unwrap();
