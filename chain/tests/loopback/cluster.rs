@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use chain::master::{Command, MasterState};
 use chain::{
     ChainClient, ClientError, ClientEvent, Connection, Handover, Mark, Member, ReplicaServer,
-    ServerEvent, ServerOptions, View,
+    ServerEvent, ServerOptions, View, VmShape,
 };
 use checkpoint::{Epoch, Generation, HostId, VmId};
 use diskbuf::Durability;
 use tempfile::TempDir;
 
-pub use crate::vm::{Vm, shape};
+pub use crate::vm::{DISK, Vm, shape};
 use crate::wire::Wire;
 
 pub const VM: VmId = VmId(1);
@@ -109,7 +109,8 @@ pub struct Cluster {
     pub hosts: Vec<Host>,
     pub view: View,
     master: MasterState,
-    pub durability: Durability,
+    shape: VmShape,
+    durability: Durability,
 }
 
 impl Cluster {
@@ -120,19 +121,25 @@ impl Cluster {
 
     /// The same, and hosts that are in no chain yet.
     pub fn with_spares(count: usize, spares: usize) -> Self {
-        let mut cluster = Self::servers(count + spares, NEVER);
+        Self::of_shape(count, spares, shape(DISK), Durability::Disk)
+    }
+
+    /// The same, for another VM.
+    pub fn of_shape(count: usize, spares: usize, shape: VmShape, durability: Durability) -> Self {
+        let mut cluster = Self::servers(count + spares, NEVER, shape);
+        cluster.durability = durability;
         cluster.decide_chain(&(0..count).collect::<Vec<_>>(), None, true);
         cluster.create(0..count);
         cluster
     }
 
     /// Servers without replicas, and a VM that is registered.
-    pub fn servers(count: usize, missed: u32) -> Self {
+    fn servers(count: usize, missed: u32, shape: VmShape) -> Self {
         let mut master = MasterState::default();
         let register = Command::Register {
             name: "vm".into(),
             owner: host("owner"),
-            shape: shape(),
+            shape: shape.clone(),
         };
         let view = master.apply(&register).unwrap().view;
         assert_eq!(view.vm, VM);
@@ -142,13 +149,14 @@ impl Cluster {
                 .collect(),
             view,
             master,
+            shape,
             durability: Durability::Disk,
         }
     }
 
     /// Servers without replicas, whose chain is decided.
     pub fn bare(count: usize, missed: u32) -> Self {
-        let mut cluster = Self::servers(count, missed);
+        let mut cluster = Self::servers(count, missed, shape(DISK));
         cluster.decide_chain(&(0..count).collect::<Vec<_>>(), None, true);
         cluster
     }
@@ -169,7 +177,7 @@ impl Cluster {
     pub fn create(&mut self, which: impl IntoIterator<Item = usize>) {
         for i in which {
             let host = self.hosts[i].server();
-            host.create(self.view.clone(), shape(), self.durability)
+            host.create(self.view.clone(), self.shape.clone(), self.durability)
                 .unwrap();
         }
     }
@@ -186,7 +194,7 @@ impl Cluster {
                 (true, true) => server.adopt(self.view.clone()).unwrap(),
                 (true, false) => server.remove(VM, self.view.generation),
                 (false, true) => server
-                    .create(self.view.clone(), shape(), self.durability)
+                    .create(self.view.clone(), self.shape.clone(), self.durability)
                     .map(drop)
                     .unwrap(),
                 (false, false) => {}

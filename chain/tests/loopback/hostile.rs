@@ -75,7 +75,7 @@ fn a_name_that_leaves_the_directory_is_refused() {
         view.name = name.into();
         let result = cluster.hosts[0].server().create(
             view,
-            crate::cluster::shape(),
+            crate::cluster::shape(crate::cluster::DISK),
             diskbuf::Durability::Memory,
         );
         let error = result.expect_err(name).to_string();

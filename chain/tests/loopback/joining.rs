@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::cluster::{Cluster, VM, Vm, host, until};
+use diskbuf::Durability;
+
+use crate::cluster::{Cluster, VM, Vm, host, shape, until};
 use crate::flow::Flow;
 
 /// Makes `who`, which is filled, the tail after `before`, and waits until it could be resumed from.
@@ -44,6 +46,30 @@ fn i5_a_fresh_replica_joins_and_is_the_last_that_is_left() {
         assert_eq!(cluster.hosts[length].wire.installs(), 1);
         assert_eq!(cluster.fulls(), length, "the owner sent no full checkpoint");
         all_but(&mut cluster, flow, length);
+    }
+}
+
+#[test]
+fn i5_what_changes_while_it_is_copied_is_copied_again() {
+    // So much that most of it is copied while checkpoints are processed, rather than between two.
+    const SIZE: u64 = 24 << 20;
+    for durability in [Durability::Memory, Durability::Disk] {
+        let mut cluster = Cluster::of_shape(1, 1, shape(SIZE), durability);
+        let mut flow = Flow::start(&cluster.view, Vm::with_old_disk(SIZE), None);
+        flow.progress(5);
+        let wire = &cluster.hosts[1].wire;
+        wire.hold_in_filling(2);
+        cluster.reconfigure(&[0], Some(1));
+        flow.reconnect(&cluster.view);
+        for _ in 0..8 {
+            // The guest writes to what was copied and to what was not.
+            cluster.hosts[1].wire.wait_held();
+            flow.progress(10);
+            cluster.hosts[1].wire.hold_in_filling(6);
+        }
+        cluster.hosts[1].wire.release();
+        promote(&mut cluster, &mut flow, &[0], 1);
+        all_but(&mut cluster, flow, 1);
     }
 }
 

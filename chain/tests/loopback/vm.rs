@@ -9,13 +9,14 @@ use checkpoint::{DiskOp, DiskRecord, EncoderOptions, Epoch, MachineState, PageEn
 pub const PAGES: usize = 64;
 pub const DISK: u64 = 1 << 20;
 
-pub fn shape() -> VmShape {
+/// What a replica of a VM with a disk of so many bytes needs.
+pub fn shape(disk: u64) -> VmShape {
     let half = (PAGES as u64 / 2) * 4096;
     let ram = [0, 1 << 32].map(|start| RamRange { start, len: half });
     VmShape {
         ram: ram.into(),
         vcpus: 1,
-        disks: vec![DISK],
+        disks: vec![disk],
         config_toml: String::new(),
     }
 }
@@ -34,6 +35,8 @@ pub struct Vm {
     pub ram: Vec<[u8; 4096]>,
     shadow: Vec<[u8; 4096]>,
     pub disk: Vec<u8>,
+    /// Its disk before its first epoch.
+    born: Vec<u8>,
     pub epoch: Epoch,
     written: Vec<(u64, u8)>,
     /// What it does in the epochs after these: differs from owner to owner.
@@ -44,10 +47,21 @@ pub struct Vm {
 
 impl Vm {
     pub fn new() -> Self {
+        Self::with_disk(vec![0; DISK as usize])
+    }
+
+    /// One whose disk has a content before it lives.
+    pub fn with_old_disk(size: u64) -> Self {
+        let blocks = 0..size / 512;
+        Self::with_disk(blocks.flat_map(|n| [(n % 251) as u8 | 1; 512]).collect())
+    }
+
+    fn with_disk(disk: Vec<u8>) -> Self {
         Self {
+            born: disk.clone(),
             ram: vec![[0; 4096]; PAGES],
             shadow: vec![[0; 4096]; PAGES],
-            disk: vec![0; DISK as usize],
+            disk,
             epoch: Epoch::ZERO,
             written: Vec::new(),
             lives: vec![(Epoch::ZERO, 0)],
@@ -71,7 +85,7 @@ impl Vm {
                 0..4 => page.fill((x >> 8) as u8),
                 _ => page[(x >> 20) as usize % 4096] ^= 0x5a,
             }
-            let block = (x >> 32) % (DISK / 512);
+            let block = (x >> 32) % (self.disk.len() as u64 / 512);
             let value = (x >> 40) as u8;
             self.disk[block as usize * 512..][..512].fill(value);
             self.written.push((block * 512, value));
@@ -96,7 +110,7 @@ impl Vm {
         let mut vm = Self {
             lives: self.lives.clone(),
             busy: self.busy,
-            ..Self::new()
+            ..Self::with_disk(self.born.clone())
         };
         while vm.epoch < epoch {
             vm.live();
@@ -146,7 +160,7 @@ impl Vm {
             .encode(&mut disk);
         };
         if full {
-            for offset in (0..DISK).step_by(64 << 10) {
+            for offset in (0..self.disk.len() as u64).step_by(64 << 10) {
                 write(offset, &self.disk[offset as usize..][..64 << 10]);
             }
         } else {
