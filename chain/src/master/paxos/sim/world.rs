@@ -9,6 +9,7 @@ use omnipaxos::messages::sequence_paxos::PaxosMsg;
 use super::super::entry::{Applied, Entry, Outcome, Pid};
 use super::super::node::{Answer, Event, Node, PATIENCE_TICKS, PeerMessage, Refusal};
 use super::super::storage::{Identity, Record};
+use crate::mark::Mark;
 use crate::master::Command;
 use crate::view::{Member, VmShape};
 
