@@ -28,8 +28,10 @@ pub const MASTER: &str = "m";
 /// What a cluster is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Options<'a> {
-    /// Hosts, the first owner first. The master's is added.
+    /// Hosts, the first owner first. The master's is added, unless they are its members.
     pub hosts: &'a [&'a str],
+    /// Whether the hosts, three or five then, are the master's members: no host is only that.
+    pub members: bool,
     /// Mechanisms switched off: host and `UNDERSTUDY_BREAK`.
     pub broken: &'a [(&'a str, &'a str)],
     /// Milliseconds between heartbeats.
@@ -45,6 +47,7 @@ impl<'a> Options<'a> {
     pub fn of(hosts: &'a [&'a str]) -> Self {
         Self {
             hosts,
+            members: false,
             broken: &[],
             heartbeat_ms: 10,
             missed: 30,
@@ -106,7 +109,8 @@ impl Cluster {
         require_everything();
         // The VM processes of a killed agent become this process's children, so that their end can be waited for.
         nix::sys::prctl::set_child_subreaper(true).expect("PR_SET_CHILD_SUBREAPER");
-        let names: Vec<&str> = options.hosts.iter().copied().chain([MASTER]).collect();
+        let only_master = (!options.members).then_some(MASTER);
+        let names: Vec<&str> = options.hosts.iter().copied().chain(only_master).collect();
         let dir = tempfile::Builder::new()
             .prefix("systest-understudy-")
             .tempdir()
@@ -145,12 +149,30 @@ impl Cluster {
     pub fn host_toml(&self, i: usize, options: &Options<'_>) -> String {
         let dir = self.dir().display();
         let name = &self.hosts[i].name;
-        let master = format!("{}:7690", repl_addr(self.hosts.len() - 1));
         let addr = |i: usize| format!("{}:7700", repl_addr(i));
-        let serve = if name == MASTER {
-            format!("serve = \"{master}\"\n")
+        let master = if options.members {
+            let all = 0..self.hosts.len();
+            let list = |port: u16, named: bool| -> String {
+                let each = all.clone().map(|j| {
+                    let addr = format!("\"{}:{port}\"", repl_addr(j));
+                    if named {
+                        format!("{} = {addr}", self.hosts[j].name)
+                    } else {
+                        addr
+                    }
+                });
+                each.collect::<Vec<_>>().join(", ")
+            };
+            format!(
+                "serve = \"{}:7690\"\nconnect = [{}]\nmembers = {{ {} }}\n",
+                repl_addr(i),
+                list(7690, false),
+                list(7691, true)
+            )
         } else {
-            String::new()
+            let master = format!("{}:7690", repl_addr(self.hosts.len() - 1));
+            let serve = if name == MASTER { "serve" } else { "# serve" };
+            format!("connect = \"{master}\"\n{serve} = \"{master}\"\n")
         };
         let peers: String = (0..self.hosts.len())
             .filter(|j| *j != i)
@@ -163,7 +185,7 @@ impl Cluster {
         } = options;
         format!(
             "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{}\"\n\n\
-             [master]\nconnect = \"{master}\"\n{serve}\n[peers]\n{peers}\n\
+             [master]\n{master}\n[peers]\n{peers}\n\
              [networks.lan]\nbridge = \"{HOST_BRIDGE}\"\ntap_prefix = \"tap\"\n\n\
              [detection]\nheartbeat_ms = {heartbeat_ms}\nmissed = {missed}\n",
             addr(i)

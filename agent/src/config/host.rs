@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use checkpoint::HostId;
 use serde::{Deserialize, Serialize};
 
+use super::master::MasterConfig;
 use super::{ConfigError, load, value_error};
 
 /// Configuration of one `understudy agent`.
@@ -33,17 +34,6 @@ pub struct HostConfig {
     /// How soon silence becomes suspicion.
     #[serde(default)]
     pub detection: Detection,
-}
-
-/// Where the master is.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct MasterConfig {
-    /// If set, this agent also serves the master (single-node engine) at this address.
-    #[serde(default)]
-    pub serve: Option<SocketAddr>,
-    /// Where the master is reached.
-    pub connect: SocketAddr,
 }
 
 /// How a VM's network card is attached on this host.
@@ -104,7 +94,8 @@ impl HostConfig {
     }
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        HostId::new(&self.host).map_err(|e| value_error(path, "host", e.to_string()))?;
+        let host = HostId::new(&self.host).map_err(|e| value_error(path, "host", e.to_string()))?;
+        self.master.check(path, &host)?;
         for (name, addr) in &self.peers {
             HostId::new(name)
                 .map_err(|e| value_error(path, format!("peers.{name}"), e.to_string()))?;

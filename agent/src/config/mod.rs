@@ -4,11 +4,13 @@
 //! line and the column.
 
 mod host;
+mod master;
 mod vm;
 
 use std::path::{Path, PathBuf};
 
-pub use host::{Detection, HostConfig, MasterConfig, Network};
+pub use host::{Detection, HostConfig, Network};
+pub use master::{Addresses, MasterConfig, Members};
 pub use vm::{
     BUILTIN_PROBE, DiskConfig, Durability, NetConfig, ProtectConfig, VmConfig, parse_mac,
 };

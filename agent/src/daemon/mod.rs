@@ -15,7 +15,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chain::master::{LocalMaster, Master, MasterError, MasterServer, RemoteMaster};
+use chain::master::{LocalMaster, Master, MasterError, MasterServer, PaxosMaster, RemoteMaster};
 use chain::{ReplicaServer, ServerError, ServerOptions};
 use checkpoint::{HostId, VmId};
 
@@ -91,7 +91,12 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         source,
     })?;
     if let Some(addr) = config.master.serve {
-        let engine = Arc::new(LocalMaster::open(&data_dir)?);
+        let members = &config.master.members;
+        let engine: Arc<dyn Master> = if members.is_empty() {
+            Arc::new(LocalMaster::open(&data_dir)?)
+        } else {
+            Arc::new(PaxosMaster::open(&data_dir, &config.id(), &members.0)?)
+        };
         MasterServer::bind(addr, engine)?;
     }
     let (sender, server_events) = channel();
@@ -108,7 +113,7 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     )?;
     let listener = control::bind(&config.control)?;
     let daemon = Arc::new(Daemon {
-        master: Arc::new(RemoteMaster::new(config.master.connect)),
+        master: Arc::new(RemoteMaster::of(&config.master.addresses())),
         replicas,
         host,
         vms: Mutex::default(),

@@ -7,6 +7,7 @@ mod demo;
 mod disk;
 mod inspect;
 mod kill;
+mod members;
 mod output_commit;
 mod partition;
 mod superseded;

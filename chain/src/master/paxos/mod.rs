@@ -10,6 +10,8 @@
 mod driver;
 mod entry;
 mod node;
+#[cfg(test)]
+mod node_tests;
 mod record;
 #[cfg(test)]
 mod record_tests;

@@ -33,7 +33,7 @@ use crate::view::VmRecord;
 
 /// Ticks of a round of heartbeats; a lost leader is replaced after about two.
 pub const ELECTION_TICKS: u64 = 8;
-const RESEND_TICKS: u64 = 24;
+const RESEND_TICKS: u64 = 8;
 /// A request without effect is proposed again after this many ticks.
 const RETRY_TICKS: u64 = 24;
 /// A request without effect is given up after this many ticks.
@@ -48,6 +48,8 @@ const UNDECIDED_BYTES_MAX: usize = 4 << 20;
 const COMMAND_MAX: usize = 1 << 20;
 /// Commands are refused while the record is longer than this: it has to stay below its limit.
 const RECORD_HIGH: usize = 56 << 20;
+/// A member that asks so often for a leader's round, bound to a later one, will not come free by itself.
+const BOUND_TIMES: u32 = 3;
 /// No honest index is beyond this.
 const INDEX_MAX: usize = 1 << 48;
 const CONFIGURATION: u32 = 1;
@@ -143,6 +145,8 @@ pub struct Node {
     applied_idx: u64,
     now: u64,
     pending: BTreeMap<u64, Pending>,
+    /// How often each member has asked this leader for its round while bound to a later one.
+    bound: BTreeMap<Pid, u32>,
     /// The round of each member's newest heartbeat: the library would count one that comes twice as two members.
     heartbeats: BTreeMap<Pid, u32>,
     /// Reads that came after the newest marker was proposed: the next one answers them.
@@ -196,6 +200,7 @@ impl Node {
             applied_idx,
             now: 0,
             pending: BTreeMap::new(),
+            bound: BTreeMap::new(),
             heartbeats: BTreeMap::new(),
             reads: Vec::new(),
             record_len: 0,
@@ -315,6 +320,7 @@ impl Node {
         match event {
             Event::Message(from, message) => {
                 if self.acceptable(from, &message) && !self.repeated(from, &message) {
+                    self.free(from, &message);
                     self.omni.handle_incoming(*message);
                 }
             }
@@ -337,6 +343,29 @@ impl Node {
                 }
                 self.reads.push(ticket);
             }
+        }
+    }
+
+    /// A member that wanted to lead, crashed and came back is bound by its own promise to a round that never began,
+    /// and the library leaves it there for as long as an earlier round has a leader and a majority. The leader then
+    /// begins a later round than both.
+    fn free(&mut self, from: Pid, message: &PeerMessage) {
+        let Message::SequencePaxos(paxos) = message else {
+            return;
+        };
+        if let PaxosMsg::PrepareReq(asked) = &paxos.msg
+            && self.leader() == Some(self.me)
+            && asked.n > self.omni.get_promise()
+        {
+            let times = self.bound.entry(from).or_default();
+            *times += 1;
+            // Not at once: it may be about to lead.
+            if *times >= BOUND_TIMES {
+                self.bound.clear();
+                self.omni.try_become_leader();
+            }
+        } else {
+            self.bound.remove(&from);
         }
     }
 
@@ -392,6 +421,13 @@ impl Node {
         let durable = self.durable.clone();
         let mut kept = durable.lock();
         let (compacted, decided) = (kept.record.compacted, kept.record.decided);
+        if decided < compacted || decided < self.applied_idx {
+            let applied = self.applied_idx;
+            kept.broken.get_or_insert_with(|| {
+                format!("{decided} entries decided, but {compacted} folded and {applied} applied")
+            });
+            return;
+        }
         let jumped = self.applied_idx < compacted;
         if jumped {
             self.applied = kept.record.snapshot.clone();
@@ -541,7 +577,7 @@ impl Node {
     fn fold(&mut self) {
         let kept = self.durable.lock();
         let decided = kept.record.decided;
-        let entries = decided - kept.record.compacted;
+        let entries = decided.saturating_sub(kept.record.compacted);
         let bytes = kept.bytes_from(0) - kept.bytes_from(decided);
         drop(kept);
         if entries >= FOLD_ENTRIES || bytes >= FOLD_BYTES {
@@ -587,6 +623,16 @@ impl Node {
         }
     }
 
+    /// Whether this member is gathering promises.
+    ///
+    /// The library forgets who promised, but not what came with the promise, when a member asks anew (`PrepareReq`) or
+    /// refuses meanwhile: with others' promises it then takes that member's snapshot over without what it knows to be
+    /// decided, and hands out a log with a hole. So it does not hear of either before it has enough promises; they are
+    /// durable, and count. Who asked asks again.
+    fn preparing(&self) -> bool {
+        self.omni.get_current_leader() == Some((self.me, false))
+    }
+
     /// Whether an honest member of this cluster can have said this. What it means is the library's business; what
     /// would make the library index, allocate or change beyond what there is, is not given to it.
     fn acceptable(&self, from: Pid, message: &PeerMessage) -> bool {
@@ -622,7 +668,7 @@ impl Node {
                 }
             },
             Message::SequencePaxos(paxos) => match &paxos.msg {
-                PaxosMsg::PrepareReq(m) => ballot(&m.n),
+                PaxosMsg::PrepareReq(m) => ballot(&m.n) && !self.preparing(),
                 PaxosMsg::Prepare(m) => {
                     m.n.pid == from
                         && ballot(&m.n)
@@ -644,7 +690,7 @@ impl Node {
                     m.n.pid == from && ballot(&m.n) && index(m.decided_idx) && entries(&m.entries)
                 }
                 PaxosMsg::Accepted(m) => ballot(&m.n) && index(m.accepted_idx),
-                PaxosMsg::NotAccepted(m) => ballot(&m.n),
+                PaxosMsg::NotAccepted(m) => ballot(&m.n) && !self.preparing(),
                 PaxosMsg::Decide(m) => m.n.pid == from && ballot(&m.n) && index(m.decided_idx),
                 // What is not taken now is proposed again by whom it belongs to; kept, it could take effect too late.
                 PaxosMsg::ProposalForward(proposed) => {

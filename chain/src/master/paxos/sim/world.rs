@@ -124,6 +124,8 @@ pub struct World {
     /// Who was given a VM in which generation.
     granted: BTreeMap<(VmId, Generation), String>,
     leaders: BTreeMap<u32, Pid>,
+    /// Nobody crashes any more.
+    mended: bool,
     pub counts: Counts,
     pub story: Vec<String>,
 }
@@ -162,6 +164,7 @@ impl World {
             told: 0,
             granted: BTreeMap::new(),
             leaders: BTreeMap::new(),
+            mended: false,
             counts: Counts::default(),
             story: Vec::new(),
         };
@@ -250,9 +253,8 @@ impl World {
             return Ok(());
         };
         let output = node.take();
-        let dies = self
-            .rng
-            .one_in(if output.record.is_some() { 60 } else { 1500 });
+        let often = if output.record.is_some() { 60 } else { 1500 };
+        let dies = !self.mended && self.rng.one_in(often);
         let late_writes = self.mutant == Mutant::SendBeforeWriting;
         if let Some(bytes) = &output.record {
             if self.sites[me as usize - 1].failing {
@@ -502,6 +504,12 @@ impl World {
     }
 
     pub fn step(&mut self) -> Result<(), String> {
+        for site in &self.sites {
+            let stopped = site.node.as_ref().and_then(Node::stopped);
+            if let Some(why) = stopped.filter(|_| !site.disk_failed) {
+                return Err(format!("stopped by itself: {why}"));
+            }
+        }
         let me = 1 + self.rng.below(self.n());
         let other = 1 + self.rng.below(self.n());
         match self.rng.below(1000) {
@@ -550,6 +558,7 @@ impl World {
     /// Everything that can be mended is; then there has to be progress within a bounded number of ticks.
     pub fn heal(&mut self) -> Result<(), String> {
         self.say("all is mended".into());
+        self.mended = true;
         self.links.values_mut().for_each(|l| l.cut = false);
         for me in 1..=self.n() {
             self.site(me).failing &= self.sites[me as usize - 1].disk_failed;
@@ -582,11 +591,6 @@ impl World {
                         self.act(from)?;
                     }
                 }
-                for me in 1..=self.n() {
-                    if self.site(me).node.is_none() && !self.site(me).disk_failed {
-                        self.start(me)?; // it may still crash by itself
-                    }
-                }
                 let open = |t: &u64| self.asked.contains_key(t);
                 if round == 1 && !tickets.iter().any(|(_, t)| open(t)) {
                     break;
@@ -594,10 +598,8 @@ impl World {
             }
             if round == 1 {
                 let open = tickets.iter().filter(|(_, t)| self.asked.contains_key(t));
-                // A crash after the mending takes its own question with it.
-                let open = open.filter(|(me, _)| self.sites[*me as usize - 1].node.is_some());
                 let open: Vec<_> = open.collect();
-                if self.counts.undecided > given_up {
+                if self.counts.undecided > given_up || !open.is_empty() {
                     return Err(format!("given up after all was mended: {open:?}"));
                 }
             }
