@@ -100,6 +100,8 @@ fn a_snapshot_that_came_with_a_promise_is_not_taken_over_without_what_is_decided
     say(&mut node, 2, promise(round, 10));
     say(&mut node, 2, PaxosMsg::PrepareReq(PrepareReq { n: round }));
     say(&mut node, 3, promise(round, 0));
+    // Enough promises, should the second's be forgotten.
+    say(&mut node, 4, promise(round, 0));
     assert_eq!(node.stopped(), None);
     let record = node.record_for_test();
     assert_eq!((record.decided, record.compacted), (10, 10), "{record:?}");
