@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use chain::View;
 
 use super::vms::Entry;
-use super::{Daemon, control, lock, repair};
+use super::{Daemon, control, lock};
 use crate::child::proto::ToChild;
 use crate::control::{EventKind, Switched};
 
@@ -100,7 +100,12 @@ fn wait_for_another(daemon: &Daemon, view: &View, begun: Instant) -> Option<Swit
             });
         }
         // The chain was changed meanwhile: the head that was asked is not the head any more.
-        repair::owned_view(daemon, view.vm, view.generation)?;
+        let vms = lock(&daemon.vms);
+        let now = vms.map.get(&view.vm).map(|e| &e.record.view);
+        if now.is_some_and(|v| v.generation != view.generation && v.owner == daemon.host) {
+            return None;
+        }
+        drop(vms);
         std::thread::sleep(POLL);
     }
     None
