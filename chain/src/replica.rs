@@ -35,7 +35,12 @@ use next::Sent;
 struct Failure {
     why: String,
     damaged: bool,
+    /// Since it was said last.
+    ticks: u32,
 }
+
+/// Ticks after which a failed replica says again that it has failed.
+const SAY_FAILED: u32 = 50;
 
 /// The checkpoint being received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -397,6 +402,7 @@ impl Replica {
                 self.failure = Some(Failure {
                     why: why.clone(),
                     damaged,
+                    ticks: 0,
                 });
                 actions.push_back(Action::Failed(why));
             }
@@ -612,7 +618,15 @@ impl Replica {
     }
 
     fn tick(&mut self, now_ms: u64, actions: &mut VecDeque<Action>) {
-        if self.lost && !self.frozen && self.failure.is_none() {
+        if let Some(failure) = &mut self.failure {
+            failure.ticks += 1;
+            if failure.ticks == SAY_FAILED {
+                failure.ticks = 0;
+                actions.push_back(Action::StillFailed(failure.why.clone()));
+            }
+            return;
+        }
+        if self.lost && !self.frozen {
             let why = "checkpoints arrived while it was frozen for a takeover that was not granted";
             return self.fail(why.into(), false, actions);
         }

@@ -165,6 +165,8 @@ pub enum Action {
     Suspect(u64),
     /// This replica has declared itself failed (invariant I7): tell predecessor and agent.
     Failed(String),
+    /// It is failed still: tell the predecessor again, it may have had nobody to tell the owner through.
+    StillFailed(String),
 }
 
 /// Where a replica stands. None of these is final: a newer generation leads out of each.

@@ -165,14 +165,6 @@ impl Slot {
         if let Some(acked) = acked {
             link.send(&state.own_frame(Kind::Ack, acked), &[])?;
         }
-        // That somebody further down is lost may have been said when nobody listened.
-        if hello.role == Role::Update
-            && state.down.is_some()
-            && let Some(trouble) = &state.down_trouble
-            && let Ok(payload) = codec::to_bytes(trouble, HELLO_LIMIT)
-        {
-            link.send(&state.own_frame(Kind::Broken, Epoch::ZERO), &payload)?;
-        }
         match hello.role {
             Role::Update => state.up = Some(link.clone()),
             Role::Acks => state.owners.push(link.clone()),

@@ -353,6 +353,7 @@ impl State {
                 let _ = shared.events.send(ServerEvent::Suspect { vm, silence_ms });
             }
             Action::Failed(why) => self.failed(shared, why),
+            Action::StillFailed(why) => self.tell_trouble(&(shared.options.host.clone(), why)),
         }
         Ok(None)
     }

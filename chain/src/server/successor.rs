@@ -123,12 +123,7 @@ fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) ->
                     break e.to_string();
                 }
             }
-            Kind::Broken | Kind::JoinerReady => {
-                if frame.kind == Kind::Broken {
-                    state.down_trouble = codec::from_bytes(&payload, HELLO_LIMIT).ok();
-                }
-                state.tell_up(frame.kind, frame.epoch, &payload);
-            }
+            Kind::Broken | Kind::JoinerReady => state.tell_up(frame.kind, frame.epoch, &payload),
             Kind::Refused => {
                 let newer = Frame {
                     generation: frame.generation,

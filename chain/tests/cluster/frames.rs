@@ -232,7 +232,6 @@ impl World {
             return Ok(());
         }
         let taken = self.as_taken(to, link.generation);
-        let once = self.is(Mutant::TroubleOnce);
         let Some(standby) = self.standby(to) else {
             return Ok(());
         };
@@ -248,12 +247,7 @@ impl World {
                 let generation = if any { taken } else { generation };
                 return self.step_machine(to, Event::NextAck { generation, epoch }, None);
             }
-            Message::Broken(who) if current => {
-                if !once {
-                    standby.trouble = Some(who);
-                }
-                self.tell_up(to, Message::Broken(who));
-            }
+            Message::Broken(who) if current => self.tell_up(to, Message::Broken(who)),
             Message::JoinerReady if current => self.tell_up(to, Message::JoinerReady),
             Message::Refused(newer) => self.tell_up(to, Message::Refused(newer)),
             _ => {}

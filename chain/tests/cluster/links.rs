@@ -6,13 +6,12 @@ use super::owner::Greeting;
 use super::{Link, LinkId, Message, Mutant, Role, World};
 
 impl World {
-    /// A connection has been greeted: it begins with what was acknowledged, and who is known to be lost.
+    /// A connection has been greeted: it begins with what was acknowledged.
     ///
     /// # Errors
     /// An acknowledgement that must not be.
     pub fn open(&mut self, link: LinkId) -> Result<(), String> {
         let incomplete = self.is(Mutant::AckIncomplete);
-        let once = self.is(Mutant::TroubleOnce);
         let mut up = Vec::new();
         if let Some(standby) = &self.hosts[link.to].standby {
             let machine = &standby.machine;
@@ -26,10 +25,6 @@ impl World {
                 self.check_ack(link.to, epoch)?;
             }
             up.extend(acked.map(|epoch| Message::Ack(generation, epoch)));
-            if link.role == Role::Update && !once {
-                let stands = self.down_link(link.to).is_some();
-                up.extend(standby.trouble.filter(|_| stands).map(Message::Broken));
-            }
         }
         let new = Link {
             up: up.into(),

@@ -85,7 +85,9 @@ pub enum Mutant {
     NoRelink,
     /// A replica that lost something while it was frozen waits for the next checkpoint to show it.
     NoTick,
-    /// That a replica further down is lost is said only once.
+    /// A failed replica says so only once.
+    FailedOnce,
+    /// A joining replica that does not come is not named to the owner.
     TroubleOnce,
 }
 

@@ -193,16 +193,16 @@ impl World {
         if standby.machine.hist().is_none() {
             standby.before = held.or(standby.before.take());
         }
+        let since = |view: &View| view.position(&name(i)).map(|p| view.chain[p].since);
+        if since(view) != since(&standby.view) {
+            standby.processed = None;
+        }
         standby.view = view.clone();
         standby.feeding = None;
         standby.said_ready = false;
         standby.trouble = None;
         standby.staged = None;
         standby.excused = false;
-        let position = view.position(&name(i));
-        if position.is_none_or(|p| view.chain[p].since == view.generation) {
-            standby.processed = None;
-        }
         standby.doomed = None;
         standby.kept.abandon();
         if standby.machine.successor().is_none() || standby.machine.hist().is_none() {
@@ -389,6 +389,7 @@ impl World {
                     return Err(format!("h{at} has failed without a reason: {why}"));
                 }
             }
+            Action::StillFailed(_) => self.tell_up(at, Message::Broken(at)),
             Action::Suspect(_) => {}
         }
         Ok(None)

@@ -1,8 +1,9 @@
 //! Everything that can happen next.
 
+use chain::replica::Event;
 use checkpoint::Generation;
 
-use super::{LinkId, World};
+use super::{LinkId, Mutant, World};
 
 /// What an owner may wish for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -35,6 +36,8 @@ pub enum Step {
     Feed(usize),
     /// A disk is done.
     Prepared(usize),
+    /// So much time passes for a failed replica that it says so again.
+    StillFailed(usize),
     /// A host hears of the newest configuration.
     Look(usize),
     /// A replica asks for the VM.
@@ -84,6 +87,7 @@ impl World {
             Step::Link(i) => self.link_next(*i),
             Step::Feed(i) => self.feed(*i),
             Step::Prepared(i) => self.finish_prepare(*i),
+            Step::StillFailed(i) => self.still_failed(*i),
             Step::Look(i) => self.look(*i),
             Step::Ask(i) => {
                 self.ask(*i);
@@ -148,6 +152,23 @@ impl World {
         self.check()
     }
 
+    fn still_failed(&mut self, i: usize) -> Result<(), String> {
+        for _ in 0..50 {
+            self.step_machine(i, Event::Tick { now_ms: 0 }, None)?;
+        }
+        Ok(())
+    }
+
+    /// Whether replica `i` has failed, and nothing of it is on its way up.
+    fn is_silently_failed(&self, i: usize) -> bool {
+        let failed = self.hosts[i]
+            .standby
+            .as_ref()
+            .is_some_and(|s| s.machine.failed().is_some());
+        let quiet = |link| self.links.get(&link).is_some_and(|l| l.up.is_empty());
+        failed && !self.is(Mutant::FailedOnce) && self.up_link(i).is_some_and(quiet)
+    }
+
     fn beat(&mut self, i: usize) {
         if let Some(owner) = &self.hosts[i].owner
             && let Some(head) = owner.view.chain.first()
@@ -187,6 +208,9 @@ impl World {
             let host = &self.hosts[i];
             if self.can_look(i) {
                 steps.push(Step::Look(i));
+            }
+            if self.is_silently_failed(i) {
+                steps.push(Step::StillFailed(i));
             }
             if self.can_link(i) {
                 steps.push(Step::Link(i));

@@ -5,7 +5,7 @@ use crate::run;
 
 /// Finds a seed in which the check meant for it shows the mutant up; others may have done so before.
 fn killed(mutant: Mutant, expected: &[&str]) {
-    let seeds = crate::number("CHAIN_MUTANT_SEEDS").unwrap_or(5_000);
+    let seeds = crate::number("CHAIN_MUTANT_SEEDS").unwrap_or(30_000);
     let mut others = 0;
     for seed in 0..seeds {
         if let Err(why) = run(seed, mutant, false) {
@@ -54,5 +54,6 @@ mutants! {
     liveness_readiness_said_once: ReadyOnce, ["liveness"];
     liveness_a_successor_that_came_while_frozen: NoRelink, ["liveness"];
     liveness_what_was_lost_while_frozen: NoTick, ["liveness"];
-    liveness_a_lost_replica_named_once: TroubleOnce, ["liveness"];
+    liveness_a_failed_replica_that_says_so_once: FailedOnce, ["liveness"];
+    liveness_a_joining_replica_that_does_not_come: TroubleOnce, ["liveness"];
 }

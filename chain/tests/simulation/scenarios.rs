@@ -35,7 +35,7 @@ fn settle(world: &mut World, wanted: impl Fn(&Step) -> bool) -> Result<(), Strin
 }
 
 fn all(step: &Step) -> bool {
-    !matches!(step, Step::ListenToTail(_))
+    !matches!(step, Step::ListenToTail(_) | Step::StillFailed(_))
 }
 
 fn wish(world: &mut World, plan: Plan) -> Result<(), String> {
