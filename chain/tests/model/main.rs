@@ -7,7 +7,7 @@
 mod cluster;
 
 use cluster::{Grain, Mutant, Plan, Rules, Step, World, index};
-use stateright::{Checker, Model, Property};
+use stateright::{Checker, HasDiscoveries, Model, Property};
 
 /// What may happen how often, all in all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,7 +79,7 @@ impl Cluster {
             for n in 0..500 {
                 let mut steps = world.deliveries();
                 steps.extend(world.errands());
-                steps.retain(|s| !matches!(s, Step::ListenToTail(_)));
+                steps.retain(|s| !matches!(s, Step::ListenToTail(_) | Step::StillFailed(_)));
                 if steps.is_empty() {
                     return;
                 }
@@ -145,7 +145,7 @@ impl Model for Cluster {
         actions.extend(
             errands
                 .into_iter()
-                .filter(|s| !matches!(s, Step::ListenToTail(_))),
+                .filter(|s| !matches!(s, Step::ListenToTail(_) | Step::StillFailed(_))),
         );
         for i in world.hosts_where(|_| true) {
             if left.runs > 0 && world.can_run(i) {
@@ -229,7 +229,8 @@ impl Model for Cluster {
             Property::sometimes(
                 "somebody took over, and is acknowledged by those left",
                 |model: &Self, state: &State| {
-                    model.hosts == 2
+                    model.replicas == 1
+                        || model.bounds.asks == 0
                         || state.world.owner_in_force().is_some_and(|i| {
                             let owner = state.world.hosts[i].owner.as_ref();
                             i > 0
@@ -241,7 +242,9 @@ impl Model for Cluster {
             Property::sometimes(
                 "a chain of one was taken over",
                 |model: &Self, state: &State| {
-                    model.replicas > 1 || state.world.owner_in_force().is_some_and(|i| i > 0)
+                    model.replicas > 1
+                        || model.bounds.asks == 0
+                        || state.world.owner_in_force().is_some_and(|i| i > 0)
                 },
             ),
             Property::sometimes(
@@ -280,14 +283,7 @@ fn deep() -> bool {
 
 /// Explores everything within the bounds.
 fn explore(what: &str, cluster: Cluster) {
-    let begun = std::time::Instant::now();
-    let checker = cluster
-        .checker()
-        .threads(2)
-        .timeout(std::time::Duration::from_secs(25))
-        .spawn_bfs()
-        .join();
-    println!("{:?} done {}", begun.elapsed(), checker.is_done());
+    let checker = cluster.checker().threads(2).spawn_bfs().join();
     println!(
         "{what}: {} unique states, depth {}",
         checker.unique_state_count(),
@@ -300,8 +296,16 @@ fn explore(what: &str, cluster: Cluster) {
     checker.assert_properties();
 }
 
-fn bounds(small: Bounds, wide: Bounds) -> Bounds {
-    if deep() { wide } else { small }
+/// A cluster within one of two bounds.
+fn cluster(hosts: usize, replicas: usize, grain: Grain, small: Bounds, deeper: Bounds) -> Cluster {
+    Cluster {
+        hosts,
+        replicas,
+        bounds: if deep() { deeper } else { small },
+        mutant: Mutant::None,
+        grain,
+        durable: false,
+    }
 }
 
 #[test]
@@ -312,56 +316,174 @@ fn two_hosts() {
         give_ups: 1,
         lost_answers: 1,
         crashes: 1,
-        backs: 1,
-        cuts: 1,
         wishes: 1,
         ..NOTHING
     };
-    let bounds = bounds(
-        small,
-        Bounds {
-            runs: 3,
-            wishes: 2,
-            cuts: 2,
-            dooms: 1,
-            ..small
-        },
-    );
-    let cluster = Cluster {
-        hosts: 2,
-        replicas: 1,
-        bounds,
-        mutant: Mutant::None,
-        grain: Grain::Half,
-        durable: false,
+    let deeper = Bounds {
+        runs: 3,
+        cuts: 1,
+        wishes: 2,
+        ..small
     };
-    explore("two hosts", cluster);
+    explore("two hosts", cluster(2, 1, Grain::Half, small, deeper));
 }
 
 #[test]
-fn three_hosts_with_takeovers() {
+fn two_hosts_with_a_store_that_fails() {
+    let small = Bounds {
+        runs: 2,
+        crashes: 1,
+        backs: 1,
+        wishes: 1,
+        dooms: 1,
+        asks: 1,
+        ..NOTHING
+    };
+    let deeper = Bounds {
+        runs: 3,
+        wishes: 2,
+        ..small
+    };
+    explore(
+        "two hosts, failing store",
+        cluster(2, 1, Grain::Half, small, deeper),
+    );
+}
+
+#[test]
+fn three_hosts_and_a_takeover() {
     let small = Bounds {
         runs: 2,
         asks: 1,
+        ..NOTHING
+    };
+    let deeper = Bounds {
+        asks: 2,
+        give_ups: 1,
         crashes: 1,
+        ..small
+    };
+    explore(
+        "three hosts, takeover",
+        cluster(3, 2, Grain::Half, small, deeper),
+    );
+}
+
+#[test]
+fn three_hosts_repaired_in_place() {
+    let small = Bounds {
+        runs: 1,
         wishes: 1,
         ..NOTHING
     };
-    let bounds = bounds(
-        small,
-        Bounds {
-            asks: 2,
-            give_ups: 1,
-            ..small
-        },
+    let deeper = Bounds { asks: 1, ..small };
+    explore(
+        "three hosts, repair",
+        cluster(3, 2, Grain::Checkpoint, small, deeper),
     );
-    let cluster = Cluster {
-        hosts: 3,
-        replicas: 2,
-        bounds,
-        mutant: Mutant::None,
-        grain: Grain::Half,
-        durable: true,
+}
+
+#[test]
+fn a_third_host_joins() {
+    let small = Bounds {
+        wishes: 2,
+        ..NOTHING
     };
-    explore("three hosts, takeovers", cluster);
+    let deeper = Bounds { runs: 1, ..small };
+    explore(
+        "a third joins",
+        cluster(3, 1, Grain::Checkpoint, small, deeper),
+    );
+}
+
+#[test]
+fn four_hosts_and_a_takeover() {
+    let small = Bounds {
+        runs: 1,
+        asks: 1,
+        ..NOTHING
+    };
+    let deeper = Bounds { asks: 2, ..small };
+    explore(
+        "four hosts, takeover",
+        cluster(4, 3, Grain::Checkpoint, small, deeper),
+    );
+}
+
+/// A planted bug: what the checker finds.
+fn planted(mutant: Mutant, cluster: Cluster, expected: &str) {
+    let checker = Cluster { mutant, ..cluster }
+        .checker()
+        .threads(2)
+        .finish_when(HasDiscoveries::AnyFailures)
+        .spawn_bfs()
+        .join();
+    let path = checker
+        .discovery("what must hold holds")
+        .unwrap_or_else(|| panic!("{mutant:?} went unnoticed"));
+    let why = path.last_state().broken.clone().unwrap_or_default();
+    println!(
+        "{mutant:?}: found among {} states, in {} steps: {why}",
+        checker.unique_state_count(),
+        path.into_actions().len()
+    );
+    assert!(why.contains(expected), "{mutant:?}: {why}");
+}
+
+mod mutants {
+    use super::*;
+
+    fn three(bounds: Bounds) -> Cluster {
+        cluster(3, 2, Grain::Half, bounds, bounds)
+    }
+
+    #[test]
+    fn i1_acknowledging_before_processing_is_found() {
+        let bounds = Bounds { runs: 1, ..NOTHING };
+        planted(Mutant::AckBeforeProcessed, three(bounds), "I5");
+    }
+
+    #[test]
+    fn i2_forwarding_the_end_before_preparing_is_found() {
+        let bounds = Bounds {
+            runs: 1,
+            dooms: 1,
+            ..NOTHING
+        };
+        planted(Mutant::ForwardEndEarly, three(bounds), "I2");
+    }
+
+    #[test]
+    fn i5_not_freezing_before_asking_is_found() {
+        let bounds = Bounds {
+            runs: 1,
+            asks: 1,
+            ..NOTHING
+        };
+        planted(Mutant::AskWithoutFreezing, three(bounds), "I4");
+    }
+
+    #[test]
+    fn i3_a_failed_store_that_is_not_owned_up_to_is_found() {
+        let bounds = Bounds {
+            runs: 1,
+            dooms: 1,
+            ..NOTHING
+        };
+        planted(Mutant::FailureHidden, three(bounds), "I3");
+    }
+
+    #[test]
+    fn sent_that_is_not_resent_is_found() {
+        let bounds = Bounds {
+            runs: 1,
+            cuts: 1,
+            ..NOTHING
+        };
+        planted(
+            Mutant::SentNotResent,
+            three(bounds),
+            "failed without a reason",
+        );
+    }
 }
