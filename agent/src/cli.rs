@@ -153,6 +153,8 @@ pub enum Victim {
     Middle,
     /// The last backup.
     Tail,
+    /// The leader of a master of three members; and then the owner, to see the others decide.
+    Master,
 }
 
 /// Options of `understudy demo`.

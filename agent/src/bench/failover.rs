@@ -46,9 +46,9 @@ pub fn run(args: &FailoverArgs) -> Outcome<()> {
     for number in 1..=args.runs {
         // The first makes the namespace, the others find it made.
         let cluster = if number == 1 {
-            Cluster::launch(args.backups, false)?
+            Cluster::launch(args.backups, false, 1)?
         } else {
-            Cluster::start(args.backups, false)?
+            Cluster::start(args.backups, false, 1)?
         };
         let vm = vmfile::probe(&cluster, MEMORY, 1, (args.pages, args.work), args.epoch_ms)?;
         cluster.start_protected("demo", &vm)?;

@@ -37,7 +37,7 @@ struct Report {
 /// What keeps it from measuring.
 pub fn run(args: &LatencyArgs) -> Outcome<()> {
     cluster::check_host()?;
-    let cluster = Cluster::launch(args.backups, false)?;
+    let cluster = Cluster::launch(args.backups, false, 1)?;
     let vm = vmfile::probe(&cluster, MEMORY, 1, (args.pages, args.work), args.epoch_ms)?;
     cluster.start_vm(&vm)?;
     let (tcp_unprotected, udp_unprotected) = measure(args.seconds)?;

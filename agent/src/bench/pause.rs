@@ -49,7 +49,7 @@ struct Report {
 /// What keeps it from measuring.
 pub fn run(args: &PauseArgs) -> Outcome<()> {
     cluster::check_host()?;
-    let cluster = Cluster::launch(args.backups, false)?;
+    let cluster = Cluster::launch(args.backups, false, 1)?;
     let memory = 64 + args.pages * 4096 * 2 / (1 << 20);
     let vm = vmfile::probe(&cluster, memory, 1, (args.pages, args.work), args.epoch_ms)?;
     cluster.start_vm(&vm)?;

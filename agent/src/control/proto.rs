@@ -58,6 +58,8 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Whether the master, or its member that leads, is on this host; answers with [`Reply::Leads`].
+    Leads,
     /// Events after number `since` (0: all kept).
     Events {
         /// The last number seen.
@@ -90,6 +92,8 @@ pub enum Reply {
     Error(String),
     /// Another host owns the VM now.
     Switched(Switched),
+    /// Answer to [`Request::Leads`].
+    Leads(bool),
     /// Answer to [`Request::Points`], oldest first.
     Points(Vec<Point>),
     /// Answer to [`Request::Status`].

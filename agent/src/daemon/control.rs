@@ -75,6 +75,10 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
         Request::Failover { vm } => failover::by_order(daemon, &vm)?,
         Request::HandOver { vm } => return switch::hand_over(daemon, &vm).map(Reply::Switched),
         Request::Drill { vm } => return switch::drill(daemon, &vm).map(Reply::Switched),
+        Request::Leads => {
+            let leads = daemon.serving.as_ref().is_some_and(|master| master.leads());
+            return Ok(Reply::Leads(leads));
+        }
         Request::Points { vm } => return points(daemon, &vm).map(Reply::Points),
         Request::Events { since } => return Ok(Reply::Events(daemon.events.since(since))),
         Request::HarvestOnly { vm, ms } => tell(daemon, &vm, &ToChild::HarvestOnly { ms })?,

@@ -64,6 +64,8 @@ struct Daemon {
     config: HostConfig,
     host: HostId,
     master: Arc<dyn Master>,
+    /// The master, or its member, on this host.
+    serving: Option<Arc<dyn Master>>,
     replicas: ReplicaServer,
     vms: Mutex<Vms>,
     events: EventLog,
@@ -93,6 +95,7 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         path: data_dir.clone(),
         source,
     })?;
+    let mut serving = None;
     if let Some(addr) = config.master.serve {
         let members = &config.master.members;
         let engine: Arc<dyn Master> = if members.is_empty() {
@@ -100,7 +103,8 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         } else {
             Arc::new(PaxosMaster::open(&data_dir, &config.id(), &members.0)?)
         };
-        MasterServer::bind(addr, engine)?;
+        MasterServer::bind(addr, engine.clone())?;
+        serving = Some(engine);
     }
     let (sender, server_events) = channel();
     let host = config.id();
@@ -117,6 +121,7 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     let listener = control::bind(&config.control)?;
     let daemon = Arc::new(Daemon {
         master: Arc::new(RemoteMaster::of(&config.master.addresses())),
+        serving,
         replicas,
         host,
         vms: Mutex::default(),

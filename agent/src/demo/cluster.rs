@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::control::{ControlClient, EventKind, Request, VmStatus};
+use crate::control::{ControlClient, EventKind, Reply, Request, VmStatus};
 
 /// The client's address, on the bridge.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -111,7 +111,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Naming what is missing.
-    pub fn launch(backups: u8, keep: bool) -> Outcome<Self> {
+    pub fn launch(backups: u8, keep: bool, masters: u8) -> Outcome<Self> {
         netconf::unshare_userns_netns()?;
         netconf::set_link("lo", true)?;
         netconf::create_bridge(BRIDGE)?;
@@ -120,14 +120,14 @@ impl Cluster {
         netconf::set_mac(BRIDGE, [0x52, 0x54, 0x00, 0x75, 0x73, 0xfe])?;
         netconf::set_addr_v4(BRIDGE, CLIENT, 24)?;
         netconf::set_link(BRIDGE, true)?;
-        Self::start(backups, keep)
+        Self::start(backups, keep, masters)
     }
 
     /// As [`Cluster::launch`], in a namespace that has the bridge already.
     ///
     /// # Errors
     /// Naming what is missing.
-    pub fn start(backups: u8, keep: bool) -> Outcome<Self> {
+    pub fn start(backups: u8, keep: bool, masters: u8) -> Outcome<Self> {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("understudy-{}-{number}", std::process::id()));
@@ -137,17 +137,18 @@ impl Cluster {
         let names: Vec<String> = (b'a'..=b'a' + backups)
             .map(|c| char::from(c).to_string())
             .collect();
-        // The master has a host of its own, so that any other may be killed.
-        let with_master: Vec<String> = names.iter().cloned().chain(["m".to_string()]).collect();
+        // The master has hosts of its own, so that any other may be killed.
+        let master = (b'm'..b'm' + masters).map(|c| char::from(c).to_string());
+        let with_master: Vec<String> = names.iter().cloned().chain(master).collect();
         let cluster = Self {
             dir,
             hosts: Default::default(),
             names: names.iter().map(|n| HostName { name: n.clone() }).collect(),
             keep: AtomicBool::new(keep),
         };
-        // The last host first: it has the master.
+        // The last hosts first: they have the master.
         for (i, name) in with_master.iter().enumerate().rev() {
-            let toml = host_toml(&cluster.dir, &with_master, i);
+            let toml = host_toml(&cluster.dir, &with_master, i, usize::from(masters));
             let path = cluster.dir.join(format!("{name}.toml"));
             fs::write(&path, toml)?;
             let agent = cluster.spawn_agent(name)?;
@@ -243,6 +244,29 @@ impl Cluster {
     #[must_use]
     pub fn pid(&self, i: usize) -> u32 {
         self.hosts.borrow().get(i).map_or(0, |h| h.agent.id())
+    }
+
+    /// The number of the host that has the master, or its member that leads.
+    ///
+    /// # Errors
+    /// When there is none for a minute.
+    pub fn leader(&self) -> Outcome<usize> {
+        wait("the master to have a leader", || {
+            let count = self.hosts.borrow().len();
+            (self.names.len()..count).find(|i| {
+                let answer = self.control(*i).map(|mut c| c.call(&Request::Leads));
+                matches!(answer, Ok(Ok(Reply::Leads(true))))
+            })
+        })
+    }
+
+    /// The name of host number `i`, of those with the master too.
+    #[must_use]
+    pub fn name(&self, i: usize) -> String {
+        self.hosts
+            .borrow()
+            .get(i)
+            .map_or_else(String::new, |h| h.name.clone())
     }
 
     /// Host number `i` loses power.
@@ -376,17 +400,27 @@ pub fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> Outcome<T> {
     }
 }
 
-fn host_toml(dir: &Path, names: &[String], i: usize) -> String {
+fn host_toml(dir: &Path, names: &[String], i: usize, masters: usize) -> String {
     // A namespace of our own: every port is free.
     let addr = |i: usize| format!("127.0.0.1:{}", 7700 + i);
+    let first = names.len() - masters;
+    let serves = |i: usize| format!("\"127.0.0.1:{}\"", 7690 + i - first);
+    let all: Vec<String> = (first..names.len()).map(serves).collect();
     let mut toml = format!(
-        "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{listen}\"\n\n[master]\nconnect = \"127.0.0.1:7690\"\n",
+        "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{listen}\"\n\n[master]\nconnect = [{all}]\n",
         name = names[i],
         dir = dir.display(),
         listen = addr(i),
+        all = all.join(", "),
     );
-    if i + 1 == names.len() {
-        toml += "serve = \"127.0.0.1:7690\"\n";
+    if i >= first {
+        toml += &format!("serve = {}\n", serves(i));
+        if masters > 1 {
+            let members: Vec<String> = (first..names.len())
+                .map(|i| format!("{} = \"127.0.0.1:{}\"", names[i], 7680 + i - first))
+                .collect();
+            toml += &format!("members = {{ {} }}\n", members.join(", "));
+        }
     }
     toml += "\n[peers]\n";
     for (j, peer) in names.iter().enumerate().filter(|(j, _)| *j != i) {

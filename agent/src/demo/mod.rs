@@ -40,7 +40,8 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
         }
     };
     cluster::check_host()?;
-    let cluster = Cluster::launch(args.backups, args.keep)?;
+    let masters = if args.kill == Victim::Master { 3 } else { 1 };
+    let cluster = Cluster::launch(args.backups, args.keep, masters)?;
     let names: Vec<&str> = cluster.hosts().iter().map(|h| h.name.as_str()).collect();
     say(format!(
         "Hosts {}: an agent each, on one machine, in a network namespace of the demo's own.",
@@ -68,7 +69,15 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
         "A client at 10.77.0.1 talks TCP to the VM at 10.77.0.2: {before} numbered requests acknowledged so far."
     ));
     let (mut failover, mut loss) = (None, None);
-    if args.kill == Victim::Owner {
+    if args.kill == Victim::Master {
+        let leader = cluster.leader()?;
+        say(format!(
+            "Now host {} dies, which leads the three members of the master.",
+            cluster.name(leader)
+        ));
+        cluster.kill(leader);
+    }
+    if matches!(args.kill, Victim::Owner | Victim::Master) {
         say("Now host a dies: SIGKILL to its agent and its VM process at once.".into());
         failover = Some(scenario::kill_owner_and_wait(
             &cluster, "demo", 0, &traffic,

@@ -179,6 +179,11 @@ pub trait Master: Send + Sync {
     /// [`MasterError::Unreachable`] or [`MasterError::Storage`].
     fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError>;
 
+    /// Whether decisions are made here: always, except by a member of several that does not lead them now.
+    fn leads(&self) -> bool {
+        true
+    }
+
     /// Everything decided so far.
     ///
     /// # Errors

@@ -49,7 +49,7 @@ struct Report {
 /// # Errors
 /// As the bench's.
 pub(super) fn run(args: &FailoverArgs) -> Outcome<()> {
-    let cluster = Cluster::launch(args.backups, false)?;
+    let cluster = Cluster::launch(args.backups, false, 1)?;
     let vm = vmfile::probe(&cluster, MEMORY, 1, (args.pages, args.work), args.epoch_ms)?;
     cluster.start_protected(VM, &vm)?;
     let traffic = Traffic::probe(Duration::from_millis(5))?;

@@ -109,12 +109,6 @@ impl PaxosMaster {
         self.driver.stop();
     }
 
-    /// Whether this member leads the others at the moment.
-    #[must_use]
-    pub fn leads(&self) -> bool {
-        self.driver.leads()
-    }
-
     fn ask(&self, question: Question) -> Result<Answer, MasterError> {
         match self.driver.ask(question)? {
             Answer::Refused(Refusal::Rejected(rejection)) => Err(rejection.into()),
@@ -156,6 +150,10 @@ fn check_members(me: &HostId, members: &BTreeMap<HostId, SocketAddr>) -> Result<
 }
 
 impl Master for PaxosMaster {
+    fn leads(&self) -> bool {
+        self.driver.leads()
+    }
+
     fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
         match self.ask(Question::Propose(command.clone()))? {
             Answer::Record(record) => Ok(*record),
