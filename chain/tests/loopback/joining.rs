@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chain::ClientEvent;
 use diskbuf::Durability;
 
 use crate::cluster::{Cluster, VM, Vm, host, shape, until};
@@ -199,10 +200,17 @@ fn a_joining_replica_that_reads_slowly_does_not_slow_the_chain_down() {
     until("the chain is ahead of it", || {
         flow.acked().0 >= epoch(2) + 48
     });
-    assert_eq!(flow.said(), [], "it has not been given up");
+    // That it is ready may be said once more at any time: the owner may have missed it.
+    let trouble = |flow: &Flow| {
+        let mut said = flow.said();
+        said.retain(|event| *event != ClientEvent::JoinerReady);
+        said
+    };
+    assert_eq!(trouble(&flow), [], "it has not been given up");
     cluster.hosts[2].wire.slow(Duration::ZERO);
-    until("it is up to date", || epoch(2) + 10 > flow.acked().0);
-    assert_eq!(flow.said(), []);
+    let behind = flow.acked().0;
+    until("it catches up", || epoch(2) >= behind);
+    assert_eq!(trouble(&flow), []);
     cluster.reconfigure(&[0, 1, 2], None);
     flow.reconnect(&cluster.view);
     until("it could be resumed from", || {
