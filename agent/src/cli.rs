@@ -181,8 +181,14 @@ pub struct DemoArgs {
     /// Virtual CPUs.
     #[arg(long, default_value_t = 1)]
     pub vcpus: u8,
-    /// Backups.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]
+    /// Backups [default: 2; with --kill middle 3].
+    #[arg(
+        long,
+        default_value = "2",
+        default_value_if("kill", "middle", "3"),
+        hide_default_value = true
+    )]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=4))]
     pub backups: u8,
     /// Pages the probe guest dirties per pass.
     #[arg(long, default_value_t = 256)]
