@@ -9,6 +9,7 @@ pub mod client;
 pub mod image;
 pub(crate) mod kept;
 pub(crate) mod link;
+pub mod look;
 pub mod mark;
 pub mod master;
 pub mod query;
@@ -22,6 +23,7 @@ pub mod wire;
 
 pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
 pub use kept::{KEPT_MAX, Kept};
+pub use look::{Held, look};
 pub use mark::Mark;
 pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};

@@ -28,6 +28,8 @@ pub enum Role {
     Acks,
     /// Anybody's connection to the tail: queries and answers.
     Query,
+    /// An owner that has lost its VM: is there a checkpoint that it could be resumed from? The greeting's answer says it.
+    Look,
 }
 
 /// Payload of [`wire::Kind::Hello`].

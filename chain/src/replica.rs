@@ -39,6 +39,10 @@ struct Failure {
     ticks: u32,
 }
 
+/// A replica that came back waits so many times longer before it suspects anybody: the owner may only not have noticed
+/// it yet, and if it has not come back itself, nothing is lost by waiting.
+const RETURNED: u32 = 20;
+
 /// Ticks after which a failed replica says again that it has failed.
 const SAY_FAILED: u32 = 50;
 
@@ -76,6 +80,8 @@ struct Silence {
     ticks: u32,
     last_ms: u64,
     suspected: bool,
+    /// Of a replica that came back with its host: nobody has been heard since.
+    returned: bool,
 }
 
 /// The state machine.
@@ -137,6 +143,33 @@ impl Replica {
         new
     }
 
+    /// A replica whose host was down, with the newest checkpoint that its store still has: everything that it has ever
+    /// passed on or acknowledged, since a durable store had that first.
+    ///
+    /// It is complete if it was sent something first in a generation in which it was a member: that lies on top of all
+    /// that was acknowledged before it came.
+    #[must_use]
+    pub fn returned(host: HostId, view: &View, missed: u32, holds: Mark) -> Self {
+        let mut back = Self::new(host, view, missed);
+        if !back.history.contains(holds) {
+            return back;
+        }
+        let Part::Member { since, .. } = back.part else {
+            return back;
+        };
+        back.hist = Some(holds);
+        back.sent = Sent::after(holds);
+        if holds.generation >= since {
+            back.complete_in = Some(holds.generation);
+        }
+        if back.is_tail() && back.is_complete() {
+            back.acked = Some(holds.epoch);
+        }
+        back.silence.heard = true;
+        back.silence.returned = true;
+        back
+    }
+
     fn place(&mut self, view: &View) {
         self.length = view.chain.len();
         self.history = view.history.clone();
@@ -161,6 +194,13 @@ impl Replica {
     #[must_use]
     pub fn hist(&self) -> Option<Mark> {
         self.hist
+    }
+
+    /// The checkpoint that the VM may be, or is about to be, resumed from by this replica.
+    #[must_use]
+    pub fn resumable(&self) -> Option<Mark> {
+        let may = self.frozen || self.state().could_resume();
+        self.hist.filter(|_| may)
     }
 
     /// Newest checkpoint that the tail is known to have.
@@ -387,6 +427,7 @@ impl Replica {
             Event::NextAck { generation, epoch } => self.next_ack(generation, epoch, actions),
             Event::Heard { now_ms } => {
                 self.silence.heard = true;
+                self.silence.returned = false;
                 self.silence.ticks = 0;
                 self.silence.last_ms = now_ms;
             }
@@ -613,8 +654,10 @@ impl Replica {
             Part::Member { position, .. } => u32::try_from(position).unwrap_or(u32::MAX),
             _ => 0,
         };
+        let returned = if self.silence.returned { RETURNED } else { 1 };
         self.missed
             .saturating_mul(hops.saturating_mul(4).saturating_add(1))
+            .saturating_mul(returned)
     }
 
     fn tick(&mut self, now_ms: u64, actions: &mut VecDeque<Action>) {

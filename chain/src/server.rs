@@ -222,25 +222,48 @@ impl ReplicaServer {
         shape: VmShape,
         options: impl Into<StoreOptions>,
     ) -> Result<Vec<OwnedFd>, ServerError> {
+        let dir = self.make_way(&view)?;
+        let (store, fds) = store::create(&dir, view.vm, shape, options.into())?;
+        self.create_with(view, store);
+        Ok(fds)
+    }
+
+    /// As [`ReplicaServer::create`], for a member that was down: with what its disk still has, if that is a complete
+    /// checkpoint of the VM's history; it is returned then.
+    ///
+    /// # Errors
+    /// As [`ReplicaServer::create`]; [`StoreError`] also if what is there is damaged.
+    pub fn reopen(
+        &self,
+        view: View,
+        shape: VmShape,
+        options: impl Into<StoreOptions>,
+    ) -> Result<(Vec<OwnedFd>, Option<Mark>), ServerError> {
+        let dir = self.make_way(&view)?;
+        let (store, fds) = store::reopen(&dir, view.vm, shape, options.into())?;
+        let holds = store.holds().filter(|mark| view.history.contains(*mark));
+        self.create_with(view, store);
+        Ok((fds, holds))
+    }
+
+    /// The directory for the VM's replica, free to be used.
+    fn make_way(&self, view: &View) -> Result<PathBuf, ServerError> {
         let mut parts = Path::new(&view.name).components();
         if !matches!(
             (parts.next(), parts.next()),
             (Some(Component::Normal(_)), None)
         ) {
-            return Err(ServerError::Name(view.name));
+            return Err(ServerError::Name(view.name.clone()));
         }
         // A replica that is replaced gives up its lock on the directory first.
         let old = lock(&self.shared.slots).remove(&view.vm);
         if let Some(old) = old {
             old.close();
         }
-        let dir = self.shared.options.data_dir.join(&view.name);
-        let (store, fds) = store::create(&dir, view.vm, shape, options.into())?;
-        self.create_with(view, store);
-        Ok(fds)
+        Ok(self.shared.options.data_dir.join(&view.name))
     }
 
-    /// As [`ReplicaServer::create`], with a store of the caller's, which is empty.
+    /// As [`ReplicaServer::create`], with a store of the caller's.
     pub fn create_with(&self, view: View, store: Box<dyn ReplicaStore>) {
         let vm = view.vm;
         let slot = Slot::new(&self.shared.options, view, store);

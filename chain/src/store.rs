@@ -18,7 +18,7 @@ use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
 use crate::image::ImageError;
 use crate::kept::Kept;
 use crate::mark::Mark;
-pub use choose::{StoreOptions, create};
+pub use choose::{StoreOptions, create, reopen};
 pub use durable::DurableStore;
 pub use log::LogError;
 pub use memory::MemoryStore;
@@ -186,6 +186,9 @@ pub trait ReplicaStore: Send {
 
     /// The copy is over: commits need not be noted for it any more.
     fn copy_end(&mut self);
+
+    /// The newest committed checkpoint; a store just opened holds one only if it was on the disk.
+    fn holds(&self) -> Option<Mark>;
 
     /// Encoded machine state of the newest committed checkpoint.
     fn machine_state(&self) -> Option<&[u8]>;

@@ -1,7 +1,7 @@
 //! Opening a replica's directory, and bringing it to a complete checkpoint after a crash.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use checkpoint::{Epoch, Generation, VmId};
@@ -102,11 +102,21 @@ impl ReplicaDisks {
         Ok(disks)
     }
 
+    /// Where the mirrors are, in the order of the disks, whoever has them open.
+    #[must_use]
+    pub fn image_paths(&self) -> Vec<PathBuf> {
+        (0..self.sizes.len()).map(|n| self.image_path(n)).collect()
+    }
+
+    fn image_path(&self, n: usize) -> PathBuf {
+        self.dir.join(format!("disk{n}.img"))
+    }
+
     /// Opens and locks the mirrors; if not `valid`, their content and size mean nothing yet.
     pub(crate) fn open_mirrors(&self, valid: bool) -> Result<Vec<Mirror>, DiskbufError> {
         let mut mirrors = Vec::with_capacity(self.sizes.len());
         for (n, &wanted) in self.sizes.iter().enumerate() {
-            let path = self.dir.join(format!("disk{n}.img"));
+            let path = self.image_path(n);
             let (mirror, found) = if valid {
                 let mirror = Mirror::open_in(&*self.layer, &path)?;
                 let found = mirror.size();

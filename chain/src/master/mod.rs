@@ -71,6 +71,16 @@ pub enum Command {
         /// The owner.
         by: HostId,
     },
+    /// Nobody can resume the VM any more: `by`, the owner or a member of the chain, boots it from its own disks. From
+    /// here on no checkpoint and no other disk counts.
+    Restart {
+        /// The VM.
+        vm: VmId,
+        /// The generation it is based on.
+        expect: Generation,
+        /// Who boots it.
+        by: HostId,
+    },
 }
 
 /// What has been decided.

@@ -196,6 +196,32 @@ impl MasterState {
                 }
                 Ok(self.decide(next))
             }
+            Command::Restart { vm, expect, by } => {
+                let view = self.view(*vm)?;
+                let repeated = view.generation == expect.next()
+                    && view.owner == *by
+                    && view.chain.is_empty()
+                    && view.history.since == view.generation;
+                if repeated {
+                    return Ok(self.vms[vm].clone());
+                }
+                in_generation(view, *expect)?;
+                if view.owner != *by && view.position(by).is_none() {
+                    return Err(Rejection::NotMember {
+                        vm: *vm,
+                        by: by.clone(),
+                    });
+                }
+                let next = View {
+                    generation: expect.next(),
+                    owner: by.clone(),
+                    chain: Vec::new(),
+                    joining: None,
+                    history: History::new(expect.next()),
+                    ..view.clone()
+                };
+                Ok(self.decide(next))
+            }
             Command::Remove { vm, expect, by } => {
                 owned(self.view(*vm)?, *expect, by)?;
                 self.revision += 1;
@@ -384,6 +410,45 @@ mod tests {
             .apply(&reconfigure(vm, 1, "a", &["b", "c", "d"], true))
             .unwrap();
         (state, vm)
+    }
+
+    #[test]
+    fn i4_of_two_copies_that_claim_to_be_valid_only_one_is() {
+        let restart = |vm, expect, by| Command::Restart {
+            vm,
+            expect: Generation(expect),
+            by: host(by),
+        };
+        let copies = |vm| {
+            [
+                restart(vm, 2, "a"),
+                restart(vm, 2, "b"),
+                restart(vm, 2, "d"),
+                take(vm, 2, "b", mark(2, 7)),
+                take(vm, 2, "c", mark(2, 6)),
+            ]
+        };
+        for first in 0..5 {
+            let (mut state, vm) = protected();
+            let copies = copies(vm);
+            let granted = state.apply(&copies[first]).unwrap();
+            assert_eq!(granted.view.generation, Generation(3));
+            for (i, other) in copies.iter().enumerate() {
+                let answer = state.apply(other);
+                // Asked again, as if the answer had been lost, it is the same one; a takeover counts as asked again
+                // whoever's disk it was to be.
+                match answer {
+                    Ok(again) => assert_eq!(again, granted, "{i} after {first}"),
+                    Err(Rejection::Generation { .. }) => assert_ne!(i, first),
+                    Err(e) => panic!("{e}"),
+                }
+            }
+        }
+        let (mut state, vm) = protected();
+        let stranger = state.apply(&restart(vm, 2, "z"));
+        assert!(matches!(stranger, Err(Rejection::NotMember { .. })));
+        let record = state.apply(&restart(vm, 2, "a")).unwrap();
+        assert!(record.view.chain.is_empty() && !record.view.history.contains(mark(2, 7)));
     }
 
     #[test]

@@ -82,10 +82,10 @@ fn frames(
         match role {
             Role::Update => slot.frame(shared, &frame, payload, link)?,
             Role::Query => slot.query(&frame, &payload, link)?,
-            Role::Acks => {
+            Role::Acks | Role::Look => {
                 return Err(WireError::OutOfPlace(
                     frame.kind,
-                    "this connection is for acks only",
+                    "this connection is for acks, or for the answer to its greeting, only",
                 ));
             }
         }

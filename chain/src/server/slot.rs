@@ -32,7 +32,11 @@ impl Slot {
         view: View,
         store: Box<dyn ReplicaStore>,
     ) -> Arc<Self> {
-        let replica = Replica::new(options.host.clone(), &view, options.missed);
+        let (host, missed) = (options.host.clone(), options.missed);
+        let replica = match store.holds() {
+            Some(mark) => Replica::returned(host, &view, missed, mark),
+            None => Replica::new(host, &view, missed),
+        };
         let vm = view.vm;
         let buffers = Arc::<Buffers>::default();
         let state = State::new(view, replica, store, buffers.clone());
@@ -153,14 +157,18 @@ impl Slot {
             link.send(&state.own_frame(Kind::NotReady, Epoch::ZERO), &payload)?;
             return Ok(false);
         }
-        let holds = state.replica.hist().map(|mark| mark.to_bytes());
+        let holds = match hello.role {
+            Role::Look => state.replica.resumable(),
+            _ => state.replica.hist(),
+        };
+        let holds = holds.map(|mark| mark.to_bytes());
         let payload = holds.as_ref().map_or(&[][..], |bytes| &bytes[..]);
         link.send(&state.own_frame(Kind::HelloOk, Epoch::ZERO), payload)?;
         // What was acknowledged while nobody listened must not be lost with the old connection.
         let acked = match hello.role {
             Role::Update => state.replica.acked_up(),
             Role::Acks => state.replica.acked(),
-            Role::Query => None,
+            Role::Query | Role::Look => None,
         };
         if let Some(acked) = acked {
             link.send(&state.own_frame(Kind::Ack, acked), &[])?;
@@ -168,7 +176,7 @@ impl Slot {
         match hello.role {
             Role::Update => state.up = Some(link.clone()),
             Role::Acks => state.owners.push(link.clone()),
-            Role::Query => {}
+            Role::Query | Role::Look => {}
         }
         Ok(true)
     }
@@ -267,6 +275,9 @@ fn obstacle(
     if generation > state.replica.generation() {
         return here(format!("has not been told of generation {generation} yet"));
     }
+    if hello.role == Role::Look {
+        return None;
+    }
     if let Some(why) = state.replica.failed() {
         return here(format!("this replica has failed: {why}"));
     }
@@ -295,7 +306,7 @@ fn obstacle(
         Role::Query if !state.replica.state().could_resume() => {
             here("holds no complete checkpoint yet".into())
         }
-        Role::Query => None,
+        Role::Query | Role::Look => None,
         Role::Acks if hello.from != state.view.owner => {
             let owner = &state.view.owner;
             here(format!("{} is not the owner, {owner} is", hello.from))

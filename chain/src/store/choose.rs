@@ -65,6 +65,25 @@ pub fn create(
     }
 }
 
+/// Opens the store that a host that was down has in `dir`, at its newest complete checkpoint; an empty one if there is none,
+/// as always when its checkpoints were in memory only.
+///
+/// # Errors
+/// [`StoreError`]; if it is damaged, the host has to be filled anew ([`create`]).
+pub fn reopen(
+    dir: &Path,
+    vm: VmId,
+    shape: VmShape,
+    options: StoreOptions,
+) -> Result<(Box<dyn ReplicaStore>, Vec<OwnedFd>), StoreError> {
+    if options.durability == Durability::Memory {
+        return create(dir, vm, shape, options);
+    }
+    let store = DurableStore::recover(dir, vm, shape, options.retention)?;
+    let fds = owned(store.ram_fds())?;
+    Ok((Box::new(store), fds))
+}
+
 fn owned(fds: Vec<BorrowedFd<'_>>) -> io::Result<Vec<OwnedFd>> {
     fds.into_iter().map(|fd| fd.try_clone_to_owned()).collect()
 }

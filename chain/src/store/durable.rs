@@ -169,12 +169,6 @@ impl DurableStore {
         Ok(self.log.retain()?)
     }
 
-    /// The newest complete checkpoint.
-    #[must_use]
-    pub fn holds(&self) -> Option<Mark> {
-        self.inner.machine.as_ref().map(|(mark, _)| *mark)
-    }
-
     /// The RAM files for a standby.
     #[must_use]
     pub fn ram_fds(&self) -> Vec<BorrowedFd<'_>> {
@@ -274,6 +268,10 @@ impl ReplicaStore for DurableStore {
 
     fn copy_end(&mut self) {
         self.inner.copy_end();
+    }
+
+    fn holds(&self) -> Option<Mark> {
+        self.inner.holds()
     }
 
     fn machine_state(&self) -> Option<&[u8]> {

@@ -172,6 +172,10 @@ impl ReplicaStore for MemoryStore {
         self.inner.copy_end();
     }
 
+    fn holds(&self) -> Option<Mark> {
+        self.inner.holds()
+    }
+
     fn machine_state(&self) -> Option<&[u8]> {
         self.inner.machine_state()
     }

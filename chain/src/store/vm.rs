@@ -205,6 +205,10 @@ impl ReplicaStore for VmStore {
         self.copy = None;
     }
 
+    fn holds(&self) -> Option<Mark> {
+        self.machine.as_ref().map(|(mark, _)| *mark)
+    }
+
     fn machine_state(&self) -> Option<&[u8]> {
         self.machine.as_ref().map(|(_, machine)| machine.as_slice())
     }

@@ -298,7 +298,7 @@ impl Hash for Asked {
                 anew,
                 ..
             } => (expect, chain, joining, anew).hash(state),
-            Command::Register { .. } | Command::Remove { .. } => {}
+            Command::Register { .. } | Command::Remove { .. } | Command::Restart { .. } => {}
         }
     }
 }

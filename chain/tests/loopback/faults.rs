@@ -169,6 +169,9 @@ impl ReplicaStore for Failing {
         0
     }
     fn copy_end(&mut self) {}
+    fn holds(&self) -> Option<Mark> {
+        None
+    }
     fn machine_state(&self) -> Option<&[u8]> {
         None
     }

@@ -3,6 +3,7 @@
 use diskbuf::faulty::{Crash, MemDisk, Rng};
 
 use super::model::{Told, open, options};
+use crate::store::ReplicaStore;
 use crate::store::StoreError;
 use crate::store::log::Mutants;
 

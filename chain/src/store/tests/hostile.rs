@@ -6,6 +6,7 @@ use diskbuf::faulty::{Crash, MemDisk, Rng};
 use proptest::prelude::*;
 
 use super::model::{DIR, Told, open, options};
+use crate::store::ReplicaStore;
 use crate::store::StoreError;
 use crate::store::log::{LogError, Mutants};
 

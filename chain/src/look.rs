@@ -1,0 +1,32 @@
+//! After the loss of a VM's process: whether a replica holds a checkpoint from which the VM can be resumed. If one does, it
+//! takes the VM over by itself; only if none does is the VM to be booted from a disk.
+
+use checkpoint::HostId;
+
+use crate::link::Role;
+use crate::mark::Mark;
+use crate::server::{GreetError, greet};
+use crate::view::{Member, View};
+
+/// What a replica holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// A complete checkpoint: the VM can be resumed from it.
+    Checkpoint(Mark),
+    /// Nothing that it can be resumed from: its memory went with its host, or it never had everything.
+    Nothing,
+    /// It does not answer, or does not know yet. Why, in words.
+    Unknown(String),
+}
+
+/// Asks `member` of `view`'s chain, for the owner `from`.
+#[must_use]
+pub fn look(member: &Member, view: &View, from: &HostId) -> Held {
+    match greet(member.addr, view, Role::Look, from) {
+        Ok(peer) => peer.holds.map_or(Held::Nothing, Held::Checkpoint),
+        Err(e @ (GreetError::Io(_) | GreetError::Wire(_) | GreetError::Refused(_))) => {
+            Held::Unknown(format!("{} {e}", member.host))
+        }
+        Err(e @ GreetError::NotReady { .. }) => Held::Unknown(e.to_string()),
+    }
+}
