@@ -93,6 +93,15 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// After the loss of all its hosts: boot a VM from this host's copy of its disks, without waiting for other hosts. What
+    /// was only in its memory is lost; so may be the last moment before, if another copy is newer.
+    Recover {
+        /// The VM's name.
+        vm: String,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
     /// Kill the process of a VM that runs here, to see a backup take it over.
     Drill {
         /// The VM's name.

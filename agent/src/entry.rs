@@ -70,6 +70,9 @@ fn run(command: Command) -> Outcome {
         Command::Failover { vm, control, .. } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Failover { vm })?)
         }
+        Command::Recover { vm, control } => {
+            Ok(ControlClient::connect(&control.control)?.order(&Request::Recover { vm })?)
+        }
         Command::Drill { vm, control } => {
             switch(&control.control, &vm, Request::Drill { vm: vm.clone() })
         }

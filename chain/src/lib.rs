@@ -23,7 +23,7 @@ pub mod wire;
 
 pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
 pub use kept::{KEPT_MAX, Kept};
-pub use look::{Held, look};
+pub use look::{Held, look, yield_to};
 pub use mark::Mark;
 pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};

@@ -28,7 +28,8 @@ pub enum Role {
     Acks,
     /// Anybody's connection to the tail: queries and answers.
     Query,
-    /// An owner that has lost its VM: is there a checkpoint that it could be resumed from? The greeting's answer says it.
+    /// An owner that has lost its VM: is there a checkpoint that it could be resumed from? The greeting's answer says it,
+    /// and a [`Kind::Yield`](wire::Kind::Yield) may follow.
     Look,
 }
 

@@ -7,6 +7,7 @@ use crate::link::Role;
 use crate::mark::Mark;
 use crate::server::{GreetError, greet};
 use crate::view::{Member, View};
+use crate::wire::{Frame, Kind};
 
 /// What a replica holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,4 +30,24 @@ pub fn look(member: &Member, view: &View, from: &HostId) -> Held {
         }
         Err(e @ GreetError::NotReady { .. }) => Held::Unknown(e.to_string()),
     }
+}
+
+/// If the head of the chain holds a checkpoint, tells it that its owner `from` does not run the VM any more.
+///
+/// # Errors
+/// In words: that it does not answer.
+pub fn yield_to(head: &Member, view: &View, from: &HostId) -> Result<(), String> {
+    let failed = |e: &dyn std::fmt::Display| format!("backup {} does not answer: {e}", head.host);
+    let peer = greet(head.addr, view, Role::Look, from).map_err(|e| failed(&e))?;
+    let Some(mark) = peer.holds else {
+        return Ok(());
+    };
+    let frame = Frame {
+        kind: Kind::Yield,
+        vm: view.vm,
+        generation: view.generation,
+        epoch: mark.epoch,
+        flags: 0,
+    };
+    peer.link.send(&frame, &[]).map_err(|e| failed(&e))
 }

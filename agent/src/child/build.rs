@@ -3,6 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -330,12 +331,20 @@ impl Machine {
 /// # Errors
 /// [`BuildError::Disk`] naming the file and the remedy.
 pub fn open_disks(config: &VmConfig) -> Result<Vec<Arc<Mirror>>, BuildError> {
-    config
-        .disk
-        .iter()
+    open_images(config.disk.iter().map(|disk| disk.path.as_path()))
+}
+
+/// Opens disk images, in order.
+///
+/// # Errors
+/// [`BuildError::Disk`] naming the file and the remedy.
+pub fn open_images<'a>(
+    paths: impl Iterator<Item = &'a Path>,
+) -> Result<Vec<Arc<Mirror>>, BuildError> {
+    paths
         .enumerate()
-        .map(|(index, disk)| {
-            Mirror::open(&disk.path)
+        .map(|(index, path)| {
+            Mirror::open(path)
                 .map(Arc::new)
                 .map_err(|source| BuildError::Disk { index, source })
         })

@@ -2,14 +2,14 @@
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use checkpoint::{Epoch, Generation, MachineState};
 use vmm::VmEvent;
 
-use super::build::{BuildError, Machine, open_disks, shape_of};
+use super::build::{BuildError, Machine, open_disks, open_images, shape_of};
 use super::monotonic_us;
 use super::protector::Protector;
 use super::proto::{Activate, FromChild, Role, Start, ToChild};
@@ -100,14 +100,17 @@ fn serve(socket: &UnixStream, reporter: &Reporter) -> Result<(), ChildError> {
         reporter: reporter.clone(),
     };
     match &child.start.role {
-        Role::Boot => child.boot(socket),
+        Role::Boot { disks } => child.boot(socket, disks.as_deref()),
         Role::Standby { disk_sizes } => child.standby(socket, fds, &disk_sizes.clone()),
     }
 }
 
 impl Child {
-    fn boot(&self, socket: &UnixStream) -> Result<(), ChildError> {
-        let mirrors = open_disks(&self.config)?;
+    fn boot(&self, socket: &UnixStream, disks: Option<&[PathBuf]>) -> Result<(), ChildError> {
+        let mirrors = match disks {
+            Some(paths) => open_images(paths.iter().map(PathBuf::as_path))?,
+            None => open_disks(&self.config)?,
+        };
         let sizes: Vec<u64> = mirrors.iter().map(|m| m.size()).collect();
         let shape = shape_of(&self.config, &self.start.config_toml, &mirrors)?;
         let mut machine = Machine::build(&self.config, &self.start.taps, None, &sizes, None)?;

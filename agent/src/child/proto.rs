@@ -35,7 +35,10 @@ pub struct TapSpec {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Role {
     /// Boot the VM and run it. RAM is the process's own; nothing comes with the message.
-    Boot,
+    Boot {
+        /// The disks' images, in order; none: those that the configuration names.
+        disks: Option<Vec<std::path::PathBuf>>,
+    },
     /// Build the VM around the RAM files that come with this message and wait for [`ToChild::Activate`].
     Standby {
         /// Sizes of the disks in bytes, in order.

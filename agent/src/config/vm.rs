@@ -126,6 +126,10 @@ pub struct ProtectConfig {
     /// What the VM does once its last backup is lost.
     #[serde(default)]
     pub alone: Alone,
+    /// After all hosts were lost: seconds that the owner waits for backups that do not answer and may hold a newer
+    /// checkpoint, before it boots the VM from its own disks.
+    #[serde(default = "default_return_wait_s")]
+    pub return_wait_s: u64,
     /// Checkpoints that replicas keep to be asked for, the newest included. In memory each costs what it changed.
     #[serde(default = "default_retain")]
     pub retain: u64,
@@ -148,6 +152,7 @@ impl Default for ProtectConfig {
             disk_limit_kib: default_disk_kib(),
             durability: Durability::default(),
             alone: Alone::default(),
+            return_wait_s: default_return_wait_s(),
             retain: default_retain(),
             retain_mib: default_retain_mib(),
             lz4: true,
@@ -172,6 +177,9 @@ fn default_in_flight() -> u32 {
 }
 fn default_output_kib() -> u64 {
     16 * 1024
+}
+fn default_return_wait_s() -> u64 {
+    60
 }
 fn default_retain() -> u64 {
     1
@@ -258,6 +266,7 @@ impl VmConfig {
                 4 * 1024 * 1024,
             ),
             ("protect.disk_limit_kib", p.disk_limit_kib, 2048, 512 * 1024),
+            ("protect.return_wait_s", p.return_wait_s, 0, 86_400),
             ("protect.retain", p.retain, 1, 100_000),
             ("protect.retain_mib", p.retain_mib, 1, 1024 * 1024),
         ] {

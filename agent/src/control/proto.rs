@@ -43,6 +43,11 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Boot a VM that runs nowhere from this host's copy of its disks, without waiting for other hosts.
+    Recover {
+        /// The VM.
+        vm: String,
+    },
     /// Planned switchover of a VM of this host to its head; answers with [`Reply::Switched`].
     HandOver {
         /// The VM.
@@ -216,6 +221,10 @@ pub enum EventKind {
     HandedOver,
     /// This host's VM was superseded and has been stopped.
     Superseded,
+    /// This host's replica is back, with what it held before its agent was started again.
+    Returned,
+    /// This host owns a VM that runs nowhere: its process ended with the agent.
+    Orphaned,
     /// The guest ended.
     GuestEnded,
     /// Something failed.

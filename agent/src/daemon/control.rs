@@ -13,7 +13,7 @@ use chain::{Member, Query};
 use checkpoint::{Epoch, HostId};
 
 use super::vms::{Entry, Part};
-use super::{AgentError, Daemon, failover, lock, reconcile, switch};
+use super::{AgentError, Daemon, failover, lock, reconcile, restart, switch};
 use crate::child::proto::ToChild;
 use crate::config::VmConfig;
 use crate::control::{MemberStatus, Point, Reply, Request, VmStatus};
@@ -73,6 +73,7 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
         }
         Request::Inspect { vm } => return inspect(daemon, &vm).map(Reply::Vcpus),
         Request::Failover { vm } => failover::by_order(daemon, &vm)?,
+        Request::Recover { vm } => restart::by_order(daemon, &vm)?,
         Request::HandOver { vm } => return switch::hand_over(daemon, &vm).map(Reply::Switched),
         Request::Drill { vm } => return switch::drill(daemon, &vm).map(Reply::Switched),
         Request::Leads => {
@@ -202,7 +203,10 @@ fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(),
 fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
     let view = {
         let mut vms = lock(&daemon.vms);
-        owned(vms.by_name(name), name)?.record.view.clone()
+        match vms.orphan(name) {
+            Some(orphan) => orphan.record.view.clone(),
+            None => owned(vms.by_name(name), name)?.record.view.clone(),
+        }
     };
     let command = Command::Remove {
         vm: view.vm,
@@ -220,6 +224,11 @@ fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
 
 fn status(daemon: &Daemon) -> Vec<VmStatus> {
     let vms = lock(&daemon.vms);
+    let orphans = vms
+        .orphans
+        .iter()
+        .filter(|(vm, _)| !vms.map.contains_key(vm));
+    let orphans = orphans.map(|(_, orphan)| orphan.status(&daemon.host));
     vms.map
         .values()
         .map(|entry| {
@@ -278,5 +287,6 @@ fn status(daemon: &Daemon) -> Vec<VmStatus> {
                 failover: entry.failover.clone(),
             }
         })
+        .chain(orphans)
         .collect()
 }

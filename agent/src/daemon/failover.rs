@@ -30,7 +30,7 @@ pub(super) fn run(daemon: &Arc<Daemon>, events: &Receiver<ServerEvent>) {
             ServerEvent::Suspect { vm, silence_ms } => {
                 let name = daemon.name_of(vm);
                 let text = match silence_ms {
-                    0 => "the owner has stopped the VM and hands it over".to_string(),
+                    0 => "the owner does not run the VM any more and hands it over".to_string(),
                     ms => format!("silence on the checkpoint stream for {ms} ms"),
                 };
                 daemon.events.add(EventKind::Suspected, &name, text);
@@ -218,7 +218,7 @@ fn ask(daemon: &Daemon, view: &View, held: Mark) -> Result<VmRecord, String> {
 }
 
 /// The hosts that should back the VM up from now on: those of its configuration, and those that did before.
-fn wanted(daemon: &Daemon, before: &View, config: &str) -> Vec<HostId> {
+pub(super) fn wanted(daemon: &Daemon, before: &View, config: &str) -> Vec<HostId> {
     let configured = VmConfig::from_text(Path::new(&before.name), config)
         .map(|config| config.protect.backups)
         .unwrap_or_default();

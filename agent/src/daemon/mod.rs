@@ -8,6 +8,7 @@ mod failover;
 mod reconcile;
 mod repair;
 mod reprotect;
+mod restart;
 mod switch;
 mod vms;
 

@@ -1,7 +1,7 @@
 //! Makes this host be to each VM what the master has decided.
 
-use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use checkpoint::{Generation, VmId};
 
 use super::child::ChildHandle;
 use super::vms::{Entry, Part};
-use super::{Daemon, bridge, failover, lock, repair, reprotect};
+use super::{Daemon, bridge, failover, lock, repair, reprotect, restart};
 use crate::child::proto::{FromChild, Role, Start, TapSpec, ToChild};
 use crate::child::{open_disks, shape_of};
 use crate::config::{Durability, VmConfig};
@@ -119,7 +119,8 @@ pub(super) fn apply_locked(daemon: &Arc<Daemon>, record: &VmRecord) {
             daemon.replicas.remove(view.vm, view.generation);
             drop_entry(daemon, view.vm);
         }
-        None if member && !mine => become_standby(daemon, record),
+        None if mine => restart::orphaned(daemon, record),
+        None if member => become_standby(daemon, record),
         None => {}
     }
 }
@@ -155,7 +156,7 @@ pub(super) fn decide(
     }
 }
 
-fn drop_entry(daemon: &Daemon, vm: VmId) {
+pub(super) fn drop_entry(daemon: &Daemon, vm: VmId) {
     let entry = lock(&daemon.vms).map.remove(&vm);
     if let Some(entry) = entry {
         entry.child.kill();
@@ -231,7 +232,7 @@ pub(super) fn start_vm(daemon: &Arc<Daemon>, toml: &str, name: &str) -> Result<(
         .propose(&register)
         .map_err(|e| e.to_string())?;
     let vm = record.view.vm;
-    let result = boot(daemon, &config, toml, record.clone());
+    let result = boot(daemon, &config, record.clone(), None);
     if result.is_err() {
         let remove = Command::Remove {
             vm,
@@ -246,14 +247,17 @@ pub(super) fn start_vm(daemon: &Arc<Daemon>, toml: &str, name: &str) -> Result<(
     result
 }
 
-fn boot(
+/// Boots a VM that this host owns, from `disks` or from those that its configuration names. By a caller that holds
+/// `changing`.
+pub(super) fn boot(
     daemon: &Arc<Daemon>,
     config: &VmConfig,
-    toml: &str,
     record: VmRecord,
+    disks: Option<Vec<PathBuf>>,
 ) -> Result<(), String> {
     let vm = record.view.vm;
-    let start = start_message(daemon, config, toml, vm, Role::Boot)?;
+    let toml = &record.shape.config_toml;
+    let start = start_message(daemon, config, toml, vm, Role::Boot { disks })?;
     let (sender, ready) = std::sync::mpsc::channel();
     let reporting = daemon.clone();
     let child = ChildHandle::start(&start, &[], move |message| match message {
@@ -299,21 +303,7 @@ fn try_standby(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
     let (view, shape) = (&record.view, &record.shape);
     let config = VmConfig::from_text(Path::new(&view.name), &shape.config_toml)
         .map_err(|e| e.to_string())?;
-    let durability = match config.protect.durability {
-        Durability::Memory => diskbuf::Durability::Memory,
-        Durability::Disk => diskbuf::Durability::Disk,
-    };
-    let options = StoreOptions {
-        durability,
-        retention: Retention {
-            checkpoints: usize::try_from(config.protect.retain).unwrap_or(usize::MAX),
-            bytes: config.protect.retain_mib << 20,
-        },
-    };
-    let ram = daemon
-        .replicas
-        .create(view.clone(), shape.clone(), options)
-        .map_err(|e| e.to_string())?;
+    let ram = open_replica(daemon, record, store_options(&config))?;
     let role = Role::Standby {
         disk_sizes: shape.disks.clone(),
     };
@@ -325,6 +315,53 @@ fn try_standby(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
     let entry = Entry::new(record.clone(), Part::Standby, child);
     lock(&daemon.vms).map.insert(vm, entry);
     Ok(())
+}
+
+/// How replicas of that VM keep it.
+pub(super) fn store_options(config: &VmConfig) -> StoreOptions {
+    let durability = match config.protect.durability {
+        Durability::Memory => diskbuf::Durability::Memory,
+        Durability::Disk => diskbuf::Durability::Disk,
+    };
+    let retention = Retention {
+        checkpoints: usize::try_from(config.protect.retain).unwrap_or(usize::MAX),
+        bytes: config.protect.retain_mib << 20,
+    };
+    StoreOptions {
+        durability,
+        retention,
+    }
+}
+
+/// The replica of a VM that this host has not had since its agent was started. A member may have had one before that: if it
+/// is whole, and still part of the VM's history, the VM can be resumed from it.
+fn open_replica(
+    daemon: &Daemon,
+    record: &VmRecord,
+    options: StoreOptions,
+) -> Result<Vec<OwnedFd>, String> {
+    let (view, shape) = (&record.view, &record.shape);
+    let name = &view.name;
+    if view.position(&daemon.host).is_some() {
+        let reopened = daemon.replicas.reopen(view.clone(), shape.clone(), options);
+        match reopened {
+            Ok((ram, held)) => {
+                if let Some(mark) = held {
+                    let text = format!("this host's replica is back, with checkpoint {mark}");
+                    daemon.events.add(EventKind::Returned, name, text);
+                }
+                return Ok(ram);
+            }
+            Err(e) => {
+                let text = format!("what was left of this host's replica is of no use: {e}");
+                daemon.events.add(EventKind::Failed, name, text);
+            }
+        }
+    }
+    daemon
+        .replicas
+        .create(view.clone(), shape.clone(), options)
+        .map_err(|e| e.to_string())
 }
 
 /// A report of a VM's process.

@@ -14,7 +14,7 @@ use super::child::ChildHandle;
 use super::reprotect::Retries;
 use crate::child::proto::FromChild;
 use crate::config::{Alone, VmConfig};
-use crate::control::FailoverReport;
+use crate::control::{FailoverReport, VmStatus};
 use crate::epoch::EpochStats;
 
 /// This host's part.
@@ -95,15 +95,46 @@ pub(super) struct Waiting {
     pub handed_over: Option<Sender<checkpoint::Epoch>>,
 }
 
+/// A VM that this host owns and that runs nowhere.
+pub(super) struct Orphan {
+    pub record: VmRecord,
+    /// What is being done about it, in words.
+    pub state: String,
+}
+
+impl Orphan {
+    /// As `status` shows it.
+    pub fn status(&self, host: &HostId) -> VmStatus {
+        let view = &self.record.view;
+        VmStatus {
+            name: view.name.clone(),
+            host: host.to_string(),
+            role: "owner".into(),
+            state: format!("Not running: {}", self.state),
+            owner: view.owner.to_string(),
+            generation: view.generation.0,
+            ..VmStatus::default()
+        }
+    }
+}
+
 /// All VMs here.
 #[derive(Default)]
 pub(super) struct Vms {
     pub map: BTreeMap<VmId, Entry>,
+    pub orphans: BTreeMap<VmId, Orphan>,
 }
 
 impl Vms {
     pub fn name(&self, vm: VmId) -> Option<String> {
         self.map.get(&vm).map(|e| e.record.view.name.clone())
+    }
+
+    /// A VM of that name that this host owns and that runs nowhere.
+    pub fn orphan(&self, name: &str) -> Option<&Orphan> {
+        let mut all = self.orphans.iter();
+        all.find(|(vm, o)| o.record.view.name == name && !self.map.contains_key(vm))
+            .map(|(_, orphan)| orphan)
     }
 
     pub fn by_name(&mut self, name: &str) -> Option<&mut Entry> {

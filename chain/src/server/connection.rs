@@ -82,6 +82,7 @@ fn frames(
         match role {
             Role::Update => slot.frame(shared, &frame, payload, link)?,
             Role::Query => slot.query(&frame, &payload, link)?,
+            Role::Look if frame.kind == Kind::Yield => slot.yielded(shared, &frame)?,
             Role::Acks | Role::Look => {
                 return Err(WireError::OutOfPlace(
                     frame.kind,

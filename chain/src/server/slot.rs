@@ -203,6 +203,15 @@ impl Slot {
         result
     }
 
+    /// The owner does not run the VM any more.
+    pub(super) fn yielded(&self, shared: &Shared, frame: &Frame) -> Result<(), WireError> {
+        let event = Event::Yield {
+            generation: frame.generation,
+            epoch: frame.epoch,
+        };
+        lock(&self.state).run(shared, event, None)
+    }
+
     /// Answers a query from what has been processed, if this is (still) the tail in the asker's generation.
     pub(super) fn query(
         &self,
@@ -276,7 +285,10 @@ fn obstacle(
         return here(format!("has not been told of generation {generation} yet"));
     }
     if hello.role == Role::Look {
-        return None;
+        let (owner, from) = (&state.view.owner, &hello.from);
+        return (from != owner)
+            .then(|| here(format!("{from} is not the owner, {owner} is")))
+            .flatten();
     }
     if let Some(why) = state.replica.failed() {
         return here(format!("this replica has failed: {why}"));
