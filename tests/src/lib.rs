@@ -18,7 +18,7 @@ pub mod stock;
 pub mod vmfile;
 
 pub use capture::{Capture, Injector};
-pub use cluster::{Cluster, Options};
+pub use cluster::{Cluster, MASTER, Options, VM};
 pub use net::{CLIENT, Network};
 pub use vmfile::{GUEST, GUEST_MAC, VmFile};
 

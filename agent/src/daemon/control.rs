@@ -13,7 +13,7 @@ use chain::{Member, Query};
 use checkpoint::{Epoch, HostId};
 
 use super::vms::{Entry, Part};
-use super::{AgentError, Daemon, failover, lock, reconcile, restart, switch};
+use super::{AgentError, Daemon, failover, lock, reconcile, restart, switch, wish};
 use crate::child::proto::ToChild;
 use crate::config::VmConfig;
 use crate::control::{MemberStatus, Point, Reply, Request, VmStatus};
@@ -195,8 +195,9 @@ fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(),
     };
     reconcile::decide(daemon, view.vm, view.generation, &command).map_err(|e| e.to_string())?;
     if let Some(entry) = lock(&daemon.vms).map.get_mut(&view.vm) {
-        entry.wanted = wanted;
+        entry.wanted.clone_from(&wanted);
     }
+    wish::note(daemon, &view.name, &wanted);
     Ok(())
 }
 
@@ -219,6 +220,7 @@ fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
     if let Some(entry) = entry {
         entry.child.kill();
     }
+    wish::forget(daemon, name);
     Ok(())
 }
 

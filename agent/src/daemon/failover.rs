@@ -11,7 +11,7 @@ use checkpoint::{HostId, VmId};
 
 use super::bridge::{self, Bridge};
 use super::vms::Part;
-use super::{Daemon, lock};
+use super::{Daemon, lock, wish};
 use crate::child::monotonic_us;
 use crate::child::proto::{Activate, FromChild, ToChild};
 use crate::config::VmConfig;
@@ -157,8 +157,12 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
         restored_us,
         running_us,
     };
-    if let Some(entry) = lock(&daemon.vms).map.get_mut(&vm) {
+    let wanted = lock(&daemon.vms).map.get_mut(&vm).map(|entry| {
         entry.failover = Some(report);
+        entry.wanted.clone()
+    });
+    if let Some(wanted) = wanted {
+        wish::note(daemon, &view.name, &wanted);
     }
     daemon.events.add(
         EventKind::Activated,
@@ -225,7 +229,9 @@ pub(super) fn wanted(daemon: &Daemon, before: &View, config: &str) -> Vec<HostId
     let configured = configured.iter().filter_map(|name| HostId::new(name).ok());
     let others = before.chain.iter().map(|m| m.host.clone());
     let mut wanted = Vec::new();
-    for host in configured.chain(others).chain([before.owner.clone()]) {
+    let noted = wish::noted(daemon, &before.name);
+    let all = configured.chain(noted).chain(others);
+    for host in all.chain([before.owner.clone()]) {
         if host != daemon.host && !wanted.contains(&host) {
             wanted.push(host);
         }

@@ -11,6 +11,7 @@ mod reprotect;
 mod restart;
 mod switch;
 mod vms;
+mod wish;
 
 use std::io;
 use std::os::unix::net::UnixListener;

@@ -4,6 +4,7 @@
 mod joining;
 mod leaving;
 mod next;
+mod returned;
 
 use super::*;
 use crate::master::{Command, MasterState};

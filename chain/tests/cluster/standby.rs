@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use chain::replica::{Action, Base, Event, Replica};
+use chain::replica::{Action, Event, Replica};
 use chain::{History, Mark, View};
 use checkpoint::{Epoch, Generation};
 
 use super::kept::Kept;
-use super::{Content, LinkId, Message, Mutant, World, digest, index, member, name};
+use super::{Content, LinkId, Message, Mutant, World, digest, index, name};
 
 /// How far the filling of a joining replica is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,41 +69,13 @@ impl Standby {
         }
     }
 
-    /// A new replica; `disk` is what outlived the process before: its own store is what it is filled from.
+    /// A new replica; `disk` is what outlived the process before.
     pub fn new(i: usize, view: &View, told: &Arc<View>, disk: Option<(Mark, Content)>) -> Self {
         let Some((mark, store)) = disk else {
             let machine = Replica::new(name(i), view, 3);
             return Self::with(machine, told.clone(), Vec::new());
         };
-        let generation = Generation(view.generation.0 - 1);
-        let before = View {
-            generation,
-            chain: vec![member(if i == 0 { 1 } else { 0 })],
-            joining: Some(member(i)),
-            history: History::default(),
-            ..view.clone()
-        };
-        let mut machine = Replica::new(name(i), &before, 3);
-        let mut actions = VecDeque::new();
-        let epoch = Epoch::ZERO;
-        for event in [
-            Event::Begin {
-                generation,
-                epoch,
-                base: Base::Install,
-            },
-            Event::End {
-                generation,
-                epoch,
-                install: Some(mark),
-            },
-            Event::Prepared {
-                digest: mark.digest,
-            },
-        ] {
-            machine.step(event, &mut actions);
-        }
-        machine.adopt(view);
+        let machine = Replica::returned(name(i), view, 3, mark);
         let store = match machine.hist() {
             Some(_) => store,
             None => Vec::new(),

@@ -14,6 +14,7 @@ mod points;
 mod rejoin;
 mod superseded;
 mod switch;
+mod total;
 mod unprotected;
 
 /// The program, able to have a mechanism switched off.
