@@ -319,12 +319,7 @@ fn two_hosts() {
         wishes: 1,
         ..NOTHING
     };
-    let deeper = Bounds {
-        runs: 3,
-        cuts: 1,
-        wishes: 2,
-        ..small
-    };
+    let deeper = Bounds { cuts: 1, ..small };
     explore("two hosts", cluster(2, 1, Grain::Half, small, deeper));
 }
 
@@ -358,9 +353,8 @@ fn three_hosts_and_a_takeover() {
         ..NOTHING
     };
     let deeper = Bounds {
-        asks: 2,
-        give_ups: 1,
         crashes: 1,
+        backs: 1,
         ..small
     };
     explore(
@@ -403,7 +397,10 @@ fn four_hosts_and_a_takeover() {
         asks: 1,
         ..NOTHING
     };
-    let deeper = Bounds { asks: 2, ..small };
+    let deeper = Bounds {
+        crashes: 1,
+        ..small
+    };
     explore(
         "four hosts, takeover",
         cluster(4, 3, Grain::Checkpoint, small, deeper),
