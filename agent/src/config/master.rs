@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use checkpoint::HostId;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
@@ -25,6 +25,22 @@ pub struct MasterConfig {
     /// same on all of them.
     #[serde(default, skip_serializing_if = "Members::is_empty")]
     pub members: Members,
+    /// Instead of all of these: client URLs of an etcd cluster's members, in which every agent keeps the decisions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub etcd: Vec<String>,
+    /// What the keys in etcd begin with.
+    #[serde(default = "default_etcd_prefix")]
+    pub etcd_prefix: String,
+    /// Who to be in etcd, if it asks.
+    #[serde(default)]
+    pub etcd_user: Option<String>,
+    /// The file with that user's password, on its first line.
+    #[serde(default)]
+    pub etcd_password_file: Option<PathBuf>,
+}
+
+fn default_etcd_prefix() -> String {
+    "/understudy".into()
 }
 
 /// One address or several.
@@ -109,6 +125,20 @@ impl MasterConfig {
     /// What one key alone does not show.
     pub(super) fn check(&self, path: &Path, host: &HostId) -> Result<(), ConfigError> {
         let fail = |key: &str, problem: String| Err(value_error(path, key, problem));
+        if !self.etcd.is_empty() {
+            return self.check_etcd(path);
+        }
+        for (key, is_set) in [
+            ("master.etcd_user", self.etcd_user.is_some()),
+            (
+                "master.etcd_password_file",
+                self.etcd_password_file.is_some(),
+            ),
+        ] {
+            if is_set {
+                return fail(key, "is of no use without `etcd`: where is it?".into());
+            }
+        }
         let member = self.members.0.contains_key(host);
         if self.connect.is_empty() && self.serve.is_none() {
             return fail("master.connect", "is missing: where is the master?".into());
@@ -139,6 +169,74 @@ impl MasterConfig {
                 format!(
                     "{serve} is the address at which {host} talks to the other members; agents need another"
                 ),
+            );
+        }
+        Ok(())
+    }
+
+    /// Name and password for etcd, if there are any.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`] naming the password's file.
+    #[cfg(feature = "etcd")]
+    pub fn etcd_credentials(&self) -> Result<Option<(String, String)>, ConfigError> {
+        let (Some(user), Some(file)) = (&self.etcd_user, &self.etcd_password_file) else {
+            return Ok(None);
+        };
+        let text = std::fs::read_to_string(file).map_err(|source| ConfigError::Read {
+            path: file.clone(),
+            source,
+        })?;
+        let password = text.lines().next().unwrap_or_default();
+        Ok(Some((user.clone(), password.into())))
+    }
+
+    fn check_etcd(&self, path: &Path) -> Result<(), ConfigError> {
+        let fail = |key: &str, problem: String| Err(value_error(path, key, problem));
+        for (key, is_set) in [
+            ("master.serve", self.serve.is_some()),
+            ("master.connect", !self.connect.is_empty()),
+            ("master.members", !self.members.is_empty()),
+        ] {
+            if is_set {
+                return fail(key, "does not go with `etcd`: one of them decides".into());
+            }
+        }
+        for url in &self.etcd {
+            let authority = url
+                .strip_prefix("http://")
+                .map(|rest| rest.trim_end_matches('/'));
+            let is_url = authority.is_some_and(|a| {
+                let port = a
+                    .rsplit_once(':')
+                    .map(|(_, port)| port.parse::<u16>().is_ok());
+                port == Some(true) && !a.contains('/')
+            });
+            if !is_url {
+                return fail(
+                    "master.etcd",
+                    format!(
+                        "{url:?} is not a client URL like \"http://10.0.0.1:2379\" (https is not built in: keep etcd on a network of its own, or behind a tunnel)"
+                    ),
+                );
+            }
+        }
+        if !self.etcd_prefix.starts_with('/') || self.etcd_prefix.len() < 2 {
+            return fail(
+                "master.etcd_prefix",
+                "has to be like \"/understudy\"".into(),
+            );
+        }
+        if self.etcd_user.is_some() != self.etcd_password_file.is_some() {
+            return fail(
+                "master.etcd_user",
+                "and `etcd_password_file` are given together, or not at all".into(),
+            );
+        }
+        if !cfg!(feature = "etcd") {
+            return fail(
+                "master.etcd",
+                "this understudy was built without it: build one with `cargo build --release --features etcd` (docs/master.md says what that needs), or name `connect`".into(),
             );
         }
         Ok(())
@@ -247,6 +345,22 @@ mod tests {
         for (text, names) in [
             (String::new(), &["master.connect", "missing"][..]),
             (
+                "etcd = [\"http://10.0.0.1:2379\"]\nconnect = \"10.0.0.2:1\"\n".into(),
+                &["master.connect", "etcd"],
+            ),
+            (
+                "etcd = [\"10.0.0.1:2379\"]\n".into(),
+                &["master.etcd", "10.0.0.1:2379", "http://"],
+            ),
+            (
+                "etcd = [\"http://10.0.0.1:2379\"]\netcd_user = \"u\"\n".into(),
+                &["master.etcd_user", "etcd_password_file"],
+            ),
+            (
+                "connect = \"10.0.0.2:1\"\netcd_user = \"u\"\n".into(),
+                &["master.etcd_user", "without `etcd`"],
+            ),
+            (
                 format!("connect = \"10.0.0.2:1\"\n{THREE}"),
                 &["master.serve", "a is one of the members"],
             ),
@@ -263,6 +377,17 @@ mod tests {
             for name in names {
                 assert!(said.contains(name), "{text}{said}");
             }
+        }
+    }
+
+    #[test]
+    fn etcd_needs_a_program_that_has_it() {
+        let config = load("etcd = [\"http://10.0.0.1:2379\", \"http://10.0.0.2:2379/\"]\n");
+        if cfg!(feature = "etcd") {
+            assert_eq!(config.unwrap().master.etcd_prefix, "/understudy");
+        } else {
+            let said = config.unwrap_err();
+            assert!(said.contains("--features etcd"), "{said}");
         }
     }
 }

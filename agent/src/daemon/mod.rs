@@ -122,7 +122,7 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     )?;
     let listener = control::bind(&config.control)?;
     let daemon = Arc::new(Daemon {
-        master: Arc::new(RemoteMaster::of(&config.master.addresses())),
+        master: engine_asked(&config)?,
         serving,
         replicas,
         host,
@@ -149,6 +149,20 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         .name("reprotect".into())
         .spawn(move || reprotect::run(&protecting))?;
     serve_control(&daemon, &listener)
+}
+
+/// What this agent asks for decisions.
+fn engine_asked(config: &HostConfig) -> Result<Arc<dyn Master>, AgentError> {
+    #[cfg(feature = "etcd")]
+    if !config.master.etcd.is_empty() {
+        let options = chain::master::EtcdOptions {
+            endpoints: config.master.etcd.clone(),
+            prefix: config.master.etcd_prefix.clone(),
+            user: config.master.etcd_credentials()?,
+        };
+        return Ok(Arc::new(chain::master::EtcdMaster::new(options)?));
+    }
+    Ok(Arc::new(RemoteMaster::of(&config.master.addresses())))
 }
 
 fn serve_control(daemon: &Arc<Daemon>, listener: &UnixListener) -> Result<(), AgentError> {

@@ -1,7 +1,9 @@
 //! The master: decides chains, owners and generations. One trait, several engines: [`LocalMaster`] for one host,
-//! [`PaxosMaster`] for several.
+//! [`PaxosMaster`] for several, and with feature `etcd` one that keeps its decisions there.
 
 mod client;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod local;
 mod paxos;
 mod server;
@@ -13,6 +15,8 @@ use checkpoint::{Generation, HostId, VmId};
 use serde::{Deserialize, Serialize};
 
 pub use client::RemoteMaster;
+#[cfg(feature = "etcd")]
+pub use etcd::{EtcdMaster, EtcdOptions};
 pub use local::LocalMaster;
 pub use paxos::PaxosMaster;
 pub use server::MasterServer;
@@ -143,6 +147,11 @@ pub enum MasterError {
         /// All.
         members: usize,
     },
+    /// No member of etcd answers as hoped: nothing is known of the change.
+    #[error(
+        "etcd does not decide: {0} (is a majority of its members up, and is `master.etcd` in host.toml right?)"
+    )]
+    Etcd(String),
     /// The member of the master that was asked does not decide.
     #[error("the master: {0}")]
     Stopped(String),

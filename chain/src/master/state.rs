@@ -87,6 +87,22 @@ impl MasterState {
         }
     }
 
+    /// For an engine that keeps each VM's record by itself: the state that these records are.
+    #[cfg(feature = "etcd")]
+    pub(super) fn of(last_vm: u64, records: Vec<VmRecord>) -> Self {
+        Self {
+            revision: 0,
+            last_vm,
+            vms: records.into_iter().map(|r| (r.view.vm, r)).collect(),
+        }
+    }
+
+    /// The number of the newest VM.
+    #[cfg(feature = "etcd")]
+    pub(super) fn last_vm(&self) -> u64 {
+        self.last_vm
+    }
+
     /// Raised by every change.
     #[must_use]
     pub fn revision(&self) -> u64 {
