@@ -62,7 +62,7 @@ fn main() {
     netconf::set_addr_v4("probe0", Ipv4Addr::new(10, 77, 0, 1), 24).expect("address");
     netconf::set_link("probe0", true).expect("link up");
     type Test = (&'static str, fn(&Arc<Tap>));
-    let tests: [Test; 8] = [
+    let tests: [Test; 9] = [
         ("counts_without_a_disk", counts_without_a_disk),
         (
             "the_disk_holds_every_acknowledged_count",
@@ -81,6 +81,7 @@ fn main() {
             the_load_is_set_and_makes_passes,
         ),
         ("udp_is_echoed", udp_is_echoed),
+        ("pings_are_answered", pings_are_answered),
         ("garbage_does_no_harm", garbage_does_no_harm),
         ("connections_come_and_go", connections_come_and_go),
     ];
@@ -92,6 +93,18 @@ fn main() {
             println!("test {name} ok");
         }
     }
+}
+
+/// By the ping that everybody uses.
+fn pings_are_answered(tap: &Arc<Tap>) {
+    let g = Running::start(tap, "", None);
+    let output = std::process::Command::new("ping")
+        .args(["-c", "3", "-i", "0.2", "-W", "10", &GUEST.to_string()])
+        .output()
+        .expect("this test needs ping: install the Debian package iputils-ping");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("3 received"), "{said}");
+    g.stop();
 }
 
 fn counts_without_a_disk(tap: &Arc<Tap>) {
