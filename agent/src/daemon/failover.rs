@@ -116,7 +116,8 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
     {
         let mut vms = lock(&daemon.vms);
         let entry = vms.map.get_mut(&vm).ok_or("its standby is gone")?;
-        entry.wanted = wanted(daemon, &view, &entry.record.shape.config_toml);
+        let config = &entry.record.shape.config_toml;
+        entry.wanted = wanted(daemon, &view, &entry.seen, config);
         entry.record = record.clone();
         entry.part = Part::Owner;
         entry.bridge = bridge.clone();
@@ -221,8 +222,9 @@ fn ask(daemon: &Daemon, view: &View, held: Mark) -> Result<VmRecord, String> {
         .map_err(|e| format!("not taken over: {e}"))
 }
 
-/// The hosts that should back the VM up from now on: those of its configuration, and those that did before.
-pub(super) fn wanted(daemon: &Daemon, before: &View, config: &str) -> Vec<HostId> {
+/// The hosts that should back the VM up from now on: those of its configuration, and those that did before; `seen` are
+/// known from configurations before the last one, as a host may be lost for longer than one owner lives.
+pub(super) fn wanted(daemon: &Daemon, before: &View, seen: &[HostId], config: &str) -> Vec<HostId> {
     let configured = VmConfig::from_text(Path::new(&before.name), config)
         .map(|config| config.protect.backups)
         .unwrap_or_default();
@@ -231,7 +233,8 @@ pub(super) fn wanted(daemon: &Daemon, before: &View, config: &str) -> Vec<HostId
     let mut wanted = Vec::new();
     let noted = wish::noted(daemon, &before.name);
     let all = configured.chain(noted).chain(others);
-    for host in all.chain([before.owner.clone()]) {
+    let all = all.chain([before.owner.clone()]);
+    for host in all.chain(seen.iter().cloned()) {
         if host != daemon.host && !wanted.contains(&host) {
             wanted.push(host);
         }

@@ -181,7 +181,7 @@ fn boot(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
     reconcile::boot(daemon, &config, record.clone(), disks).inspect_err(|_| {
         reconcile::drop_entry(daemon, vm);
     })?;
-    let wanted = failover::wanted(daemon, before, &record.shape.config_toml);
+    let wanted = failover::wanted(daemon, before, &[], &record.shape.config_toml);
     wish::note(daemon, &before.name, &wanted);
     if let Some(entry) = lock(&daemon.vms).map.get_mut(&vm) {
         entry.wanted = wanted;

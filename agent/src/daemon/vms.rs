@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use chain::VmRecord;
+use chain::{View, VmRecord};
 use checkpoint::{Generation, HostId, VmId};
 use vmm::VcpuReport;
 
@@ -38,6 +38,8 @@ pub(super) struct Entry {
     pub failover: Option<FailoverReport>,
     /// Owner: the hosts that should back it up, in order of preference; none: nobody has asked for protection.
     pub wanted: Vec<HostId>,
+    /// Standby: the hosts of all configurations since the chain began anew, which may be fewer by now.
+    pub seen: Vec<HostId>,
     /// Owner: hosts that were lost.
     pub retries: Retries,
     /// New owner: what its chain may lack.
@@ -55,6 +57,7 @@ pub(super) struct Entry {
 impl Entry {
     /// A VM that this host has just been given a part in.
     pub fn new(record: VmRecord, part: Part, child: Arc<ChildHandle>) -> Self {
+        let seen = hosts(&record.view);
         Self {
             record,
             part,
@@ -63,6 +66,7 @@ impl Entry {
             trouble: None,
             failover: None,
             wanted: Vec::new(),
+            seen,
             retries: Retries::default(),
             bridge: None,
             proposing: None,
@@ -70,6 +74,19 @@ impl Entry {
             ended: false,
             waiting: Waiting::default(),
         }
+    }
+
+    /// A standby's next configuration. One that begins anew has the hosts that are wanted now, and no others.
+    pub fn adopt(&mut self, record: VmRecord) {
+        if !record.view.in_place() {
+            self.seen.clear();
+        }
+        for host in hosts(&record.view) {
+            if !self.seen.contains(&host) {
+                self.seen.push(host);
+            }
+        }
+        self.record = record;
     }
 
     /// Whether it stands still rather than run without a backup.
@@ -140,4 +157,11 @@ impl Vms {
     pub fn by_name(&mut self, name: &str) -> Option<&mut Entry> {
         self.map.values_mut().find(|e| e.record.view.name == name)
     }
+}
+
+/// Everybody who has a part in a configuration.
+fn hosts(view: &View) -> Vec<HostId> {
+    let others = view.chain.iter().chain(&view.joining);
+    let others = others.map(|m| m.host.clone());
+    std::iter::once(view.owner.clone()).chain(others).collect()
 }

@@ -90,6 +90,32 @@ fn hosts_take_turns_and_the_vm_is_protected_again_after_each() {
     check_survived(&cluster.stop_client(client));
 }
 
+/// A host that is lost for longer than one owner lives is not forgotten: the last one wants both back.
+#[test]
+fn owners_lost_one_after_the_other_both_come_back() {
+    let mut cluster = protected(&["a", "b", "c"]);
+    let client = cluster.client();
+    for (dead, owner, left) in [("a", "b", vec!["c"]), ("b", "c", vec![])] {
+        cluster.kill(dead);
+        cluster.wait_owner(owner);
+        if !left.is_empty() {
+            cluster.wait_protected(owner, &left);
+        }
+        more_answers(&client, 50);
+    }
+    cluster.start_agent("a", None);
+    cluster.wait_protected("c", &["a"]);
+    cluster.start_agent("b", None);
+    cluster.wait_protected("c", &["a", "b"]);
+    more_answers(&client, 50);
+    cluster.kill("c");
+    cluster.wait_owner("a");
+    cluster.wait_protected("a", &["b"]);
+    more_answers(&client, 50);
+    check_disk(&client);
+    check_survived(&cluster.stop_client(client));
+}
+
 /// `protect.alone`: what a VM does once its last backup is lost, and that it is protected again when one is back.
 fn alone(policy: &'static str) {
     let mut cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
