@@ -75,11 +75,11 @@ exit $status'
 package_name() { awk -F'"' '/^name *=/ { print $2; exit }' "$1/Cargo.toml"; }
 
 # run_tier2: the whole-system tests with stock guests. The test program is built here and run inside the emulated host,
-# which is told by variables where the program under test, the guest and its empty disk are.
+# which is told by variables where the program under test, the guest and its disks are.
 run_tier2() {
-    local list program VMLINUZ INITRD work status=0
-    [ -e "tests/tests/$TIER2_TEST.rs" ] || {
-        say "there is no tests/tests/$TIER2_TEST.rs: tier 2 has nothing to run"
+    local list program VMLINUZ INITRD PG_DISK PG_BIN PG_LIB work status=0
+    [ -e "tests/tests/$TIER2_TEST/main.rs" ] || {
+        say "there is no tests/tests/$TIER2_TEST/main.rs: tier 2 has nothing to run"
         return 1
     }
     # Optimised: emulation costs enough.
@@ -95,6 +95,11 @@ run_tier2() {
         say "there is no stock guest"
         return 1
     }
+    eval "$(scripts/stock-guest postgres)"
+    [ -r "${PG_DISK:-}" ] && [ -d "${PG_BIN:-}" ] || {
+        say "there is no disk with PostgreSQL"
+        return 1
+    }
     work="$(mktemp -d "${TMPDIR:-/tmp}/tier2.XXXXXX")"
     scripts/stock-guest disk "$work/disk.raw" 64M
     # Each case has an emulated host of its own: what one leaves behind cannot be the next one's trouble.
@@ -103,6 +108,7 @@ run_tier2() {
         UNDERSTUDY_BIN="$(target_dir)/release/understudy" \
             UNDERSTUDY_STOCK_VMLINUZ="$VMLINUZ" UNDERSTUDY_STOCK_INITRD="$INITRD" \
             UNDERSTUDY_STOCK_DISK="$work/disk.raw" \
+            UNDERSTUDY_PG_DISK="$PG_DISK" UNDERSTUDY_PG_BIN="$PG_BIN" UNDERSTUDY_PG_LIB="$PG_LIB" \
             scripts/kvm-host --cpus 2 --mem 4096 --timeout 900 \
             "$program" --include-ignored --test-threads=1 --exact "$case" || status=1
     done

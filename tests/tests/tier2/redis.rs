@@ -1,5 +1,4 @@
-//! Tier 2: a stock Debian guest with redis, protected by agents on three hosts (network namespaces), on an emulated KVM
-//! host. `tests/stock/README.md` says how this program is run and what it is given; a plain `cargo test` leaves it out.
+//! A guest with redis: every write that the client was told of is there after a failover, on the same connection.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -8,6 +7,8 @@ use agent::control::EventKind;
 use agent::demo::redis::RedisClient;
 use understudy_tests::stock::{StockFile, given};
 use understudy_tests::{Cluster, GUEST, Options, patience, wait};
+
+use crate::number;
 
 /// Port of the guest's redis server.
 const REDIS: u16 = 6379;
@@ -21,14 +22,6 @@ enum Protected {
     Booting,
     /// When redis answers.
     Ready,
-}
-
-/// What a variable says, or `default`.
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| {
-        text.parse()
-            .unwrap_or_else(|e| panic!("{name}={text:?}: {e}"))
-    })
 }
 
 /// How long the guest is written to under protection before its host dies: another moment in each run.
