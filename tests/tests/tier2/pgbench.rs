@@ -41,12 +41,12 @@ fn program(name: &str) -> Command {
     command
 }
 
-/// Runs `sql` on a connection of its own.
-pub fn psql(cluster: &Cluster, sql: &str) -> Output {
+/// Runs `sql`, a transaction each, on a connection of its own.
+pub fn psql(cluster: &Cluster, sql: &[&str]) -> Output {
     let mut command = program("psql");
-    command
-        .args(["-XAt", "-v", "ON_ERROR_STOP=1", "-c", sql])
-        .arg("postgres");
+    command.args(["-XAtq", "-v", "ON_ERROR_STOP=1"]);
+    command.args(sql.iter().flat_map(|sql| ["-c", sql]));
+    command.arg("postgres");
     cluster
         .network()
         .within("client", || command.output())
@@ -57,11 +57,11 @@ pub fn psql(cluster: &Cluster, sql: &str) -> Output {
 ///
 /// # Panics
 /// If the server does not answer, or with an error.
-pub fn query(cluster: &Cluster, sql: &str) -> String {
+pub fn query(cluster: &Cluster, sql: &[&str]) -> String {
     let output = psql(cluster, sql);
     assert!(
         output.status.success(),
-        "{sql}: {}",
+        "{sql:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8_lossy(&output.stdout).into_owned()

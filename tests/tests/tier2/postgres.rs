@@ -19,6 +19,8 @@ use crate::unpacked::{Unpacked, run};
 const CLIENTS: u64 = 3;
 /// Transactions a second it begins at most.
 const RATE: u64 = 6;
+/// Rows of a table that is left alone.
+const ROWS_LEFT: u64 = 1000;
 /// Transactions that each of its clients has to be told of before one is content.
 const SOME: u64 = 2;
 
@@ -82,6 +84,21 @@ fn more(cluster: &Cluster, host: &str, clients: &mut Pgbench) {
     );
 }
 
+/// The table that is left by the guest on `host`.
+fn left(host: &str) -> String {
+    format!("left_on_{host}")
+}
+
+/// Makes a table that nobody touches again, and has it written to the disk: what pgbench works on is written again and
+/// again, so that a write that an owner made and its successor never had would not be missed at the end.
+fn leave(cluster: &Cluster, host: &str) {
+    let table = format!(
+        "CREATE TABLE {} AS SELECT n, md5(n::text) AS digest FROM generate_series(1, {ROWS_LEFT}) n",
+        left(host)
+    );
+    query(cluster, &[&table, "CHECKPOINT"]);
+}
+
 /// I5, I1 and I6 for a database: whatever a client was told of is there, on the connections that were there at the
 /// beginning, and on the disk of the last owner; file system and database are whole.
 #[test]
@@ -100,7 +117,7 @@ fn postgresql_survives_two_owners_and_goes_back_to_the_first() {
     );
     cluster.start_vm(vm_toml(&cluster));
     wait("PostgreSQL in the guest to answer", || {
-        pgbench::psql(&cluster, "SELECT 1")
+        pgbench::psql(&cluster, &["SELECT 1"])
             .status
             .success()
             .then_some(())
@@ -112,6 +129,7 @@ fn postgresql_survives_two_owners_and_goes_back_to_the_first() {
     cluster.protect_vm(&["b", "c"]);
     reached(begun, "a is protected by b and c");
     more(&cluster, "a", &mut clients);
+    leave(&cluster, "a");
 
     cluster.kill("a");
     reached(begun, "a is killed");
@@ -119,6 +137,7 @@ fn postgresql_survives_two_owners_and_goes_back_to_the_first() {
     cluster.wait_protected("b", &["c"]);
     reached(begun, "b has taken over, protected by c");
     more(&cluster, "b", &mut clients);
+    leave(&cluster, "b");
 
     cluster.kill("b");
     reached(begun, "b is killed");
@@ -130,6 +149,7 @@ fn postgresql_survives_two_owners_and_goes_back_to_the_first() {
     cluster.wait_protected("c", &["a"]);
     reached(begun, "a is back and protects c");
     more(&cluster, "c", &mut clients);
+    leave(&cluster, "c");
     match cluster
         .control("c")
         .call(&Request::HandOver { vm: VM.into() })
@@ -144,8 +164,8 @@ fn postgresql_survives_two_owners_and_goes_back_to_the_first() {
 
     let acked = clients.stop();
     reached(begun, &format!("acknowledged to each client: {acked:?}"));
-    let rows = query(&cluster, ROWS);
-    let sums = query(&cluster, SUMS);
+    let rows = query(&cluster, &[ROWS]);
+    let sums = query(&cluster, &[SUMS]);
     pgbench::check("in the guest", &acked, &rows, &sums);
     reached(begun, "every one is there");
 
@@ -159,7 +179,7 @@ fn postgresql_survives_two_owners_and_goes_back_to_the_first() {
 fn shut_down(cluster: &Cluster, owner: &str) {
     // The server runs this, in its data directory; whether the answer comes before the end does not matter.
     let stop = "COPY (SELECT 1) TO PROGRAM 'read pid <postmaster.pid; kill -INT $pid'";
-    let answer = pgbench::psql(cluster, stop);
+    let answer = pgbench::psql(cluster, &[stop]);
     wait("the guest's end", || {
         cluster
             .events(owner)
@@ -207,12 +227,24 @@ fn check_disk(cluster: &Cluster, owner: &str, acked: &pgbench::Counts) {
         log.contains("database system was shut down at"),
         "PostgreSQL had to recover, though it was shut down: {log}"
     );
-    let query = |sql| {
+    let query = |sql: &str| {
         root.run(&[
             "psql", "-h", "/s", "-U", "postgres", "-XAt", "-c", sql, "postgres",
         ])
     };
     let (rows, sums) = (query(ROWS), query(SUMS));
+    for host in ["a", "b", "c"] {
+        let whole = format!(
+            "SELECT count(*) FROM {} WHERE digest = md5(n::text)",
+            left(host)
+        );
+        let there = query(&whole);
+        assert_eq!(
+            there.trim(),
+            ROWS_LEFT.to_string(),
+            "rows on the disk of the table that was left when the VM ran on {host}"
+        );
+    }
     root.run(&[
         "pg_amcheck",
         "-h",
