@@ -8,7 +8,7 @@ use clap::Parser;
 
 use crate::cli::{BenchCommand, Cli, Command};
 use crate::config::{HostConfig, VmConfig};
-use crate::control::{ControlClient, ControlError, Reply, Request, VmStatus};
+use crate::control::{ControlClient, ControlError, FailoverReport, Reply, Request, VmStatus};
 use crate::{bench, child, daemon, demo};
 
 /// Between two looks of `status --watch` and `events --follow`.
@@ -199,13 +199,14 @@ fn print_status(list: Vec<VmStatus>, json: bool) -> Outcome {
         return Ok(());
     }
     println!(
-        "{:<16} {:<8} {:<10} {:<24} {:>5} {:>10}  STATE",
-        "VM", "HERE", "OWNER", "CHAIN", "GEN", "EPOCH"
+        "{:<14} {:<8} {:<8} {:<20} {:>4} {:>9} {:>7} {:>8}  STATE",
+        "VM", "HERE", "OWNER", "CHAIN", "GEN", "EPOCH", "LAG ms", "HELD ms"
     );
     for vm in list {
         let chain: Vec<&str> = vm.chain.iter().map(|m| m.host.as_str()).collect();
+        let owner = vm.role == "owner" && vm.pid != 0;
         println!(
-            "{:<16} {:<8} {:<10} {:<24} {:>5} {:>10}  {}",
+            "{:<14} {:<8} {:<8} {:<20} {:>4} {:>9} {:>7} {:>8}  {}",
             vm.name,
             vm.role,
             vm.owner,
@@ -216,10 +217,37 @@ fn print_status(list: Vec<VmStatus>, json: bool) -> Outcome {
             },
             vm.generation,
             vm.epoch,
+            if owner {
+                vm.lag_ms.to_string()
+            } else {
+                "-".into()
+            },
+            if owner {
+                format!("{:.1}", vm.held_p99_us as f64 / 1000.0)
+            } else {
+                "-".into()
+            },
             vm.state
         );
+        if let Some(f) = &vm.failover {
+            println!("{:<14} {}", "", failover_line(f));
+        }
     }
     Ok(())
+}
+
+fn failover_line(f: &FailoverReport) -> String {
+    let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
+    format!(
+        "last failover: {}; generation {}, from checkpoint {}; ms: decide {:.1}, hand over {:.1}, restore {:.1}, run {:.1}",
+        f.cause,
+        f.generation,
+        f.epoch,
+        ms(f.suspected_us, f.decided_us),
+        ms(f.decided_us, f.handed_us),
+        ms(f.handed_us, f.restored_us),
+        ms(f.restored_us, f.running_us)
+    )
 }
 
 fn inspect(control: &Path, vm: &str, json: bool) -> Outcome {

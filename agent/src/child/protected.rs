@@ -17,6 +17,9 @@ use crate::config::{ConfigError, VmConfig};
 use crate::epoch::owner::{EpochOptions, Owner};
 use crate::ipc::{self, IpcError};
 
+/// Between two reports of how an owner is doing.
+const FIGURES: Duration = Duration::from_millis(500);
+
 /// Why a VM process ended early; also sent to the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum ChildError {
@@ -260,8 +263,22 @@ impl Child {
                     reporter.send(&FromChild::Fatal(e.to_string()));
                 }
             })?;
+        self.tell_figures(&owner)?;
         self.watch_guest(machine)?;
         Ok(owner)
+    }
+
+    /// Until the process ends.
+    fn tell_figures(&self, owner: &Arc<Owner>) -> Result<(), ChildError> {
+        let (owner, reporter) = (owner.clone(), self.reporter.clone());
+        let tell = move || {
+            loop {
+                std::thread::sleep(FIGURES);
+                reporter.send(&FromChild::Figures(owner.figures()));
+            }
+        };
+        let thread = std::thread::Builder::new().name("figures".into());
+        Ok(thread.spawn(tell).map(drop)?)
     }
 
     fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {

@@ -4,6 +4,7 @@ use checkpoint::{Epoch, Generation, HostId};
 use serde::{Deserialize, Serialize};
 
 use crate::epoch::EpochStats;
+use crate::epoch::figures::Figures;
 
 /// First message to a new VM process.
 #[derive(Debug, Serialize, Deserialize)]
@@ -146,6 +147,8 @@ pub enum FromChild {
         /// The checkpoint.
         epoch: Epoch,
     },
+    /// How the owner is doing; from time to time, unasked.
+    Figures(Figures),
     /// Answer to [`ToChild::TakeStats`].
     Stats(Box<EpochStats>),
     /// Answer to [`ToChild::Inspect`]: what each vCPU is at, or why that cannot be told.

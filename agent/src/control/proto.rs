@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::epoch::EpochStats;
+use crate::epoch::figures::SyncFigures;
 
 /// What can be asked of an agent.
 #[derive(Debug, Serialize, Deserialize)]
@@ -140,6 +141,8 @@ pub struct MemberStatus {
     pub host: String,
     /// Chain server.
     pub addr: String,
+    /// What is known of its replica, in words; empty: nothing on this host.
+    pub state: String,
 }
 
 /// One VM as one host sees it.
@@ -167,6 +170,14 @@ pub struct VmStatus {
     pub epoch: u64,
     /// Process id of the VM or standby on that host, 0 if none.
     pub pid: u32,
+    /// Owner: milliseconds that the oldest checkpoint under way has been waiting for its commit; 0: none is.
+    pub lag_ms: u64,
+    /// Owner: milliseconds since the last commit.
+    pub since_commit_ms: Option<u64>,
+    /// Owner: how long output was held, in microseconds: 99th percentile, the highest of the last some hundred epochs.
+    pub held_p99_us: u64,
+    /// Owner: how far the first synchronisation of its chain is, during it.
+    pub sync: Option<SyncFigures>,
     /// The last failover to this host.
     pub failover: Option<FailoverReport>,
 }

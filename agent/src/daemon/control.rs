@@ -8,15 +8,14 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use chain::master::Command;
-use chain::replica::State;
 use chain::{Member, Query};
 use checkpoint::{Epoch, HostId};
 
 use super::vms::{Entry, Part};
-use super::{AgentError, Daemon, failover, lock, reconcile, restart, switch, wish};
+use super::{AgentError, Daemon, failover, lock, reconcile, restart, status, switch, wish};
 use crate::child::proto::ToChild;
 use crate::config::VmConfig;
-use crate::control::{MemberStatus, Point, Reply, Request, VmStatus};
+use crate::control::{Point, Reply, Request};
 use crate::ipc;
 
 /// How long a VM process may take to answer a question.
@@ -56,7 +55,7 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
         Request::Start { toml, name } => reconcile::start_vm(daemon, &toml, &name)?,
         Request::Protect { vm, backups } => protect(daemon, &vm, backups)?,
         Request::Stop { vm } => stop(daemon, &vm)?,
-        Request::Status => return Ok(Reply::Status(status(daemon))),
+        Request::Status => return Ok(Reply::Status(status::status(daemon))),
         Request::Stats { vm } => {
             let (sender, receiver) = channel();
             let child = {
@@ -222,73 +221,4 @@ fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
     }
     wish::forget(daemon, name);
     Ok(())
-}
-
-fn status(daemon: &Daemon) -> Vec<VmStatus> {
-    let vms = lock(&daemon.vms);
-    let orphans = vms
-        .orphans
-        .iter()
-        .filter(|(vm, _)| !vms.map.contains_key(vm));
-    let orphans = orphans.map(|(_, orphan)| orphan.status(&daemon.host));
-    vms.map
-        .values()
-        .map(|entry| {
-            let view = &entry.record.view;
-            let replica = daemon.replicas.status(view.vm);
-            let (role, protected, state, epoch) = match entry.part {
-                Part::Owner => {
-                    let protected =
-                        entry.protected == Some(view.generation) && !view.chain.is_empty();
-                    let state = match (&entry.trouble, protected) {
-                        (Some(trouble), _) => format!("Not protected: {trouble}"),
-                        (None, true) => "Protected".into(),
-                        (None, false) if view.chain.is_empty() => {
-                            "Not protected: no backups".into()
-                        }
-                        (None, false) if view.in_place() => {
-                            "Output held: the backups are being brought up to date".into()
-                        }
-                        (None, false) => "Not protected: the first checkpoint is on its way".into(),
-                    };
-                    ("owner", protected && entry.trouble.is_none(), state, 0)
-                }
-                Part::Standby => {
-                    let epoch = replica.as_ref().and_then(|r| r.epoch);
-                    let stands_by = replica.as_ref().is_some_and(|r| r.state.could_resume());
-                    let state = match replica.as_ref().map(|r| (r.state, r.failed.clone())) {
-                        Some((_, Some(why))) => format!("Replica failed: {why}"),
-                        Some((State::Serving | State::LastSurvivor, _)) => "Standing by".into(),
-                        Some((State::Joining, _)) => "Joining".into(),
-                        Some((State::Frozen, _)) => "Frozen for a takeover".into(),
-                        Some((State::Offline, _)) | None => "No replica".into(),
-                        Some((State::Syncing | State::Failed, _)) => "Synchronising".into(),
-                    };
-                    ("replica", stands_by, state, epoch.map_or(0, |e| e.0))
-                }
-            };
-            VmStatus {
-                name: view.name.clone(),
-                host: daemon.host.to_string(),
-                role: role.into(),
-                protected,
-                state,
-                owner: view.owner.to_string(),
-                chain: view
-                    .chain
-                    .iter()
-                    .map(|m| MemberStatus {
-                        host: m.host.to_string(),
-                        addr: m.addr.to_string(),
-                    })
-                    .collect(),
-                joining: view.joining.as_ref().map(|m| m.host.to_string()),
-                generation: view.generation.0,
-                epoch,
-                pid: entry.child.pid(),
-                failover: entry.failover.clone(),
-            }
-        })
-        .chain(orphans)
-        .collect()
 }

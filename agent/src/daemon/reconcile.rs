@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chain::master::{Command, MasterError};
 use chain::{Retention, StoreOptions, VmRecord, VmShape};
@@ -395,6 +395,9 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
                 "protected from checkpoint {epoch} on (generation {generation}, synchronised in {sync_ms} ms)"
             );
             daemon.events.add(EventKind::Protected, &name, text);
+        }
+        Some(FromChild::Figures(figures)) => {
+            entry.figures = Some((figures, Instant::now()));
         }
         Some(FromChild::Stats(stats)) => {
             for waiting in entry.waiting.stats.drain(..) {

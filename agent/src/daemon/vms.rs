@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use chain::{View, VmRecord};
 use checkpoint::{Generation, HostId, VmId};
@@ -16,6 +17,7 @@ use crate::child::proto::FromChild;
 use crate::config::{Alone, VmConfig};
 use crate::control::{FailoverReport, VmStatus};
 use crate::epoch::EpochStats;
+use crate::epoch::figures::Figures;
 
 /// This host's part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub(super) struct Entry {
     /// Owner: why it is not protected.
     pub trouble: Option<String>,
     pub failover: Option<FailoverReport>,
+    /// Owner: how it is doing, and when its process said so.
+    pub figures: Option<(Figures, Instant)>,
     /// Owner: the hosts that should back it up, in order of preference; none: nobody has asked for protection.
     pub wanted: Vec<HostId>,
     /// Standby: the hosts of all configurations since the chain began anew, which may be fewer by now.
@@ -65,6 +69,7 @@ impl Entry {
             protected: None,
             trouble: None,
             failover: None,
+            figures: None,
             wanted: Vec::new(),
             seen,
             retries: Retries::default(),

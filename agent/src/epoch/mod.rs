@@ -5,6 +5,7 @@
 //! disk writes to the shipping thread ([`ship`]); [`staging`] copies dirty pages while the guest is paused and keeps
 //! the shadow that deltas are computed against.
 
+pub mod figures;
 pub mod owner;
 pub mod pipeline;
 pub mod queue;

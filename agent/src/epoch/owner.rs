@@ -1,6 +1,8 @@
 //! The owner's epoch loop: one thread that pauses, captures and resumes the guest, and what it shares with the
 //! threads that ship, receive acks and do the devices' I/O.
 
+mod sync;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,23 +12,17 @@ use checkpoint::{Epoch, Generation, PageBitmap};
 use netbuf::Gate;
 use vmm::Vm;
 
+use super::figures::{Figures, Progress};
 use super::pipeline::{Action, Mode, Pipeline};
 use super::queue::ShipQueue;
 use super::staging::{RamView, StagingError};
 use super::stats::{EpochStats, Recorder};
 use crate::fault::{self, Fault};
 
-/// Pages streamed in one piece during the first synchronisation.
-const SYNC_CHUNK: u64 = 1024;
-/// The first synchronisation pauses the guest for its last round once fewer pages than this are dirty.
-const SYNC_SMALL: u64 = 2048;
-/// Or after this many rounds: a guest that dirties faster than the link carries is caught by the pause all the same.
-const SYNC_ROUNDS: u32 = 8;
+/// `status` looks at the output held in so many epochs.
+const HOLDS_EPOCHS: u64 = 400;
 /// Nothing happens by itself.
 const FOREVER: Duration = Duration::from_secs(3600);
-/// Block size of the disks' initial copy.
-const COPY_BLOCK: usize = 256 << 10;
-
 /// Lengths of epochs and bounds.
 #[derive(Clone, Copy, Debug)]
 pub struct EpochOptions {
@@ -98,6 +94,8 @@ pub struct Owner {
     measured_since: Mutex<Instant>,
     captured_at: Mutex<std::collections::VecDeque<(Epoch, Instant)>>,
     sync_started: Mutex<Option<(Epoch, Instant)>>,
+    progress: Progress,
+    last_commit: Mutex<Option<Instant>>,
     on_protected: OnProtected,
 }
 
@@ -133,6 +131,8 @@ impl Owner {
             measured_since: Mutex::new(Instant::now()),
             captured_at: Mutex::default(),
             sync_started: Mutex::default(),
+            progress: Progress::default(),
+            last_commit: Mutex::default(),
             on_protected,
         })
     }
@@ -245,6 +245,7 @@ impl Owner {
         if let Action::Release(epoch) = action {
             self.queue.committed(epoch);
             self.record_commit(epoch);
+            *lock(&self.last_commit) = Some(Instant::now());
             let mut sync = lock(&self.sync_started);
             if let Some((first, started)) = *sync
                 && epoch >= first
@@ -264,6 +265,31 @@ impl Owner {
             return None;
         }
         lock(&self.captured_at).front().map(|(_, at)| at.elapsed())
+    }
+
+    /// How it is doing, for `status`.
+    #[must_use]
+    pub fn figures(&self) -> Figures {
+        let (open, committed) = {
+            let pipeline = lock(&self.pipeline);
+            (pipeline.open(), pipeline.committed())
+        };
+        let syncing = lock(&self.sync_started).is_some();
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let holds = self.gates.iter().flat_map(|gate| gate.recent_holds());
+        let newest = open.0.saturating_sub(HOLDS_EPOCHS);
+        Figures {
+            open_epoch: open.0,
+            committed_epoch: committed.0,
+            lag_ms: self.waiting_for_commit().map_or(0, ms),
+            since_commit_ms: lock(&self.last_commit).map(|at| ms(at.elapsed())),
+            held_p99_us: holds
+                .filter(|hold| hold.epoch.0 >= newest)
+                .map(|hold| hold.p99_us)
+                .max()
+                .unwrap_or_default(),
+            sync: syncing.then(|| self.progress.read()),
+        }
     }
 
     /// Stops for good: what is held is dropped, the guest stands still.
@@ -578,98 +604,11 @@ impl Owner {
         Ok(())
     }
 
-    /// The first checkpoint of a configuration: everything, streamed while the guest runs; only the last round pauses. A
-    /// frozen guest stands still until its end, and what is held stays so.
-    fn synchronise(
-        &self,
-        view: &RamView,
-        dirty: &mut PageBitmap,
-        begin: Begin,
-        frozen: bool,
-    ) -> Result<(), OwnerError> {
-        let started = Instant::now();
-        let epoch = {
-            let mut pipeline = lock(&self.pipeline);
-            pipeline.begin_sync(begin.generation);
-            if pipeline.mode() == Mode::Fenced {
-                return Ok(());
-            }
-            pipeline.open()
-        };
-        // Until the new chain has this checkpoint the VM is not protected, and held output would wait for nothing.
-        if !frozen {
-            self.flow();
-        }
-        *lock(&self.sync_started) = Some((epoch, started));
-        lock(&self.captured_at).clear();
-        self.queue.activate(epoch);
-        self.vm.dirty().start().map_err(Self::vm_error)?;
-        self.copy_disks()?;
-        for range in view.ranges() {
-            let (mut gfn, end) = (range.start >> 12, (range.start + range.len) >> 12);
-            while gfn < end && self.still_syncing() {
-                let count = SYNC_CHUNK.min(end - gfn);
-                let mut staging = self.queue.take_staging();
-                view.copy(gfn, count, &mut staging)?;
-                self.queue.push_pages(epoch, staging);
-                gfn += count;
-            }
-        }
-        for _ in 0..SYNC_ROUNDS {
-            if !self.still_syncing() {
-                return Ok(());
-            }
-            dirty.clear();
-            self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
-            if dirty.count() < SYNC_SMALL {
-                break;
-            }
-            let mut staging = self.queue.take_staging();
-            view.copy_dirty(dirty, &mut staging)?;
-            self.queue.push_pages(epoch, staging);
-        }
-        // What the last harvest took out of the log is still to be sent.
-        self.vm.dirty().merge_back(dirty);
-        self.checkpoint(view, dirty, true)
-    }
-
     /// Ends holding: what is held goes out in order, and later frames at once.
     fn flow(&self) {
         for gate in &self.gates {
             gate.set_hold(false);
         }
-    }
-
-    fn still_syncing(&self) -> bool {
-        lock(&self.pipeline).mode() == Mode::Syncing && !lock(&self.signals).any()
-    }
-
-    fn copy_disks(&self) -> Result<(), OwnerError> {
-        let mut block = vec![0u8; COPY_BLOCK];
-        for (index, mirror) in self.disks.iter().enumerate() {
-            let mut offset = 0;
-            while offset < mirror.size() && self.still_syncing() {
-                let length = (mirror.size() - offset).min(COPY_BLOCK as u64) as usize;
-                let data = &mut block[..length];
-                // The barrier keeps a guest's write from being queued between this read and its queueing: the older
-                // content would then overwrite the newer one.
-                let barrier = self.queue.barrier().wait_below(16);
-                mirror
-                    .read_at(offset, data)
-                    .map_err(|source| OwnerError::Disk { index, source })?;
-                if data.iter().any(|b| *b != 0) {
-                    barrier.copy_block(&checkpoint::DiskRecord {
-                        disk: index as u16,
-                        op: checkpoint::DiskOp::Write,
-                        offset,
-                        len: length as u32,
-                        data,
-                    });
-                }
-                offset += length as u64;
-            }
-        }
-        Ok(())
     }
 
     fn release_all(&self, generation: Generation) -> Result<(), OwnerError> {

@@ -1,0 +1,100 @@
+//! How an owner is doing, as `status` shows it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+/// An owner's figures at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    /// The epoch that the guest is in.
+    pub open_epoch: u64,
+    /// The newest checkpoint that the chain has.
+    pub committed_epoch: u64,
+    /// Milliseconds that the oldest checkpoint under way has been waiting for its commit; 0: none is.
+    pub lag_ms: u64,
+    /// Milliseconds since the last commit, if there was one.
+    pub since_commit_ms: Option<u64>,
+    /// How long output was held, in microseconds: the highest of the epochs' 99th percentiles, of the last some hundred epochs.
+    pub held_p99_us: u64,
+    /// How far the first synchronisation of a chain is, during it.
+    pub sync: Option<SyncFigures>,
+}
+
+/// How far a first synchronisation is, in bytes. Memory that changes meanwhile is sent again, and not counted again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncFigures {
+    /// Of the disks, read and, where it is not zero, sent.
+    pub disk_done: u64,
+    /// Sizes of the disks.
+    pub disk_total: u64,
+    /// Of the memory.
+    pub memory_done: u64,
+    /// Its size.
+    pub memory_total: u64,
+}
+
+impl SyncFigures {
+    /// Percent, of disks and memory together.
+    #[must_use]
+    pub fn percent(&self) -> u64 {
+        let total = self.disk_total + self.memory_total;
+        (self.disk_done + self.memory_done) * 100 / total.max(1)
+    }
+}
+
+/// What the epoch loop notes of a first synchronisation.
+#[derive(Debug, Default)]
+pub struct Progress {
+    disk_done: AtomicU64,
+    disk_total: AtomicU64,
+    memory_done: AtomicU64,
+    memory_total: AtomicU64,
+}
+
+impl Progress {
+    /// One begins.
+    pub fn begin(&self, disk: u64, memory: u64) {
+        self.disk_done.store(0, Ordering::Relaxed);
+        self.memory_done.store(0, Ordering::Relaxed);
+        self.disk_total.store(disk, Ordering::Relaxed);
+        self.memory_total.store(memory, Ordering::Relaxed);
+    }
+
+    /// So many bytes more of the disks are done.
+    pub fn disk(&self, bytes: u64) {
+        self.disk_done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes more of the memory are done.
+    pub fn memory(&self, bytes: u64) {
+        self.memory_done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// How far it is.
+    pub fn read(&self) -> SyncFigures {
+        SyncFigures {
+            disk_done: self.disk_done.load(Ordering::Relaxed),
+            disk_total: self.disk_total.load(Ordering::Relaxed),
+            memory_done: self.memory_done.load(Ordering::Relaxed),
+            memory_total: self.memory_total.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_is_of_disks_and_memory_together() {
+        let progress = Progress::default();
+        assert_eq!(progress.read().percent(), 0, "of nothing");
+        progress.begin(300, 100);
+        progress.disk(150);
+        progress.memory(50);
+        assert_eq!(progress.read().percent(), 50);
+        progress.begin(10, 10);
+        assert_eq!(progress.read().percent(), 0, "another one begins");
+    }
+}
