@@ -150,6 +150,30 @@ pub struct VmRecord {
     pub view: View,
     /// What a replica needs.
     pub shape: VmShape,
+    /// Every host that has had a part since an administrator chose some, the first owner first: whoever owns the VM wants
+    /// the others as backups, however long they have been away.
+    pub hosts: Vec<HostId>,
+}
+
+impl VmRecord {
+    /// The hosts that `owner` wants as backups.
+    #[must_use]
+    pub fn wanted_by(&self, owner: &HostId) -> Vec<HostId> {
+        let others = self.hosts.iter().filter(|host| *host != owner);
+        others.cloned().collect()
+    }
+
+    /// Follows a configuration.
+    pub(crate) fn enter(&mut self, view: View) {
+        let members = view.chain.iter().chain(&view.joining);
+        let hosts = members.map(|m| &m.host);
+        for host in std::iter::once(&view.owner).chain(hosts) {
+            if !self.hosts.contains(host) {
+                self.hosts.push(host.clone());
+            }
+        }
+        self.view = view;
+    }
 }
 
 #[cfg(test)]

@@ -99,7 +99,7 @@ fn main() {
 fn pings_are_answered(tap: &Arc<Tap>) {
     let g = Running::start(tap, "", None);
     let output = std::process::Command::new("ping")
-        .args(["-c", "3", "-i", "0.2", "-W", "10", &GUEST.to_string()])
+        .args(["-c", "3", "-i", "0.2", "-W", "10", GUEST])
         .output()
         .expect("this test needs ping: install the Debian package iputils-ping");
     let said = String::from_utf8_lossy(&output.stdout);

@@ -12,7 +12,7 @@ use chain::{Member, Query};
 use checkpoint::{Epoch, HostId};
 
 use super::vms::{Entry, Part};
-use super::{AgentError, Daemon, failover, lock, reconcile, restart, status, switch, wish};
+use super::{AgentError, Daemon, failover, lock, reconcile, restart, status, switch};
 use crate::child::proto::ToChild;
 use crate::config::VmConfig;
 use crate::control::{Point, Reply, Request};
@@ -183,7 +183,7 @@ fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(),
             Ok(Member::new(HostId::new(backup).map_err(|e| e.to_string())?, addr))
         })
         .collect::<Result<Vec<_>, String>>()?;
-    let wanted = chain.iter().map(|m| m.host.clone()).collect();
+    let wanted: Vec<HostId> = chain.iter().map(|m| m.host.clone()).collect();
     let command = Command::Reconfigure {
         vm: view.vm,
         expect: view.generation,
@@ -196,7 +196,15 @@ fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(),
     if let Some(entry) = lock(&daemon.vms).map.get_mut(&view.vm) {
         entry.wanted.clone_from(&wanted);
     }
-    wish::note(daemon, &view.name, &wanted);
+    // The hosts of the new chain are noted with it; this forgets those that are not wanted any more.
+    let choose = Command::Choose {
+        vm: view.vm,
+        by: daemon.host.clone(),
+        backups: wanted,
+    };
+    if let Err(e) = daemon.master.propose(&choose) {
+        tracing::warn!("{name}: hosts that it had before may join again: {e}");
+    }
     Ok(())
 }
 
@@ -219,6 +227,5 @@ fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
     if let Some(entry) = entry {
         entry.child.kill();
     }
-    wish::forget(daemon, name);
     Ok(())
 }

@@ -11,7 +11,7 @@ use checkpoint::{HostId, VmId};
 
 use super::bridge::{self, Bridge};
 use super::vms::Part;
-use super::{Daemon, lock, wish};
+use super::{Daemon, lock};
 use crate::child::monotonic_us;
 use crate::child::proto::{Activate, FromChild, ToChild};
 use crate::config::VmConfig;
@@ -116,8 +116,7 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
     {
         let mut vms = lock(&daemon.vms);
         let entry = vms.map.get_mut(&vm).ok_or("its standby is gone")?;
-        let config = &entry.record.shape.config_toml;
-        entry.wanted = wanted(daemon, &view, &entry.seen, config);
+        entry.wanted = wanted(daemon, &record);
         entry.record = record.clone();
         entry.part = Part::Owner;
         entry.bridge = bridge.clone();
@@ -158,12 +157,8 @@ fn take_over(daemon: &Arc<Daemon>, vm: VmId, cause: &str, silence_ms: u64) -> Re
         restored_us,
         running_us,
     };
-    let wanted = lock(&daemon.vms).map.get_mut(&vm).map(|entry| {
+    if let Some(entry) = lock(&daemon.vms).map.get_mut(&vm) {
         entry.failover = Some(report);
-        entry.wanted.clone()
-    });
-    if let Some(wanted) = wanted {
-        wish::note(daemon, &view.name, &wanted);
     }
     daemon.events.add(
         EventKind::Activated,
@@ -222,19 +217,14 @@ fn ask(daemon: &Daemon, view: &View, held: Mark) -> Result<VmRecord, String> {
         .map_err(|e| format!("not taken over: {e}"))
 }
 
-/// The hosts that should back the VM up from now on: those of its configuration, and those that did before; `seen` are
-/// known from configurations before the last one, as a host may be lost for longer than one owner lives.
-pub(super) fn wanted(daemon: &Daemon, before: &View, seen: &[HostId], config: &str) -> Vec<HostId> {
-    let configured = VmConfig::from_text(Path::new(&before.name), config)
+/// The hosts that should back the VM up from now on: those of its configuration, and all that have had a part.
+pub(super) fn wanted(daemon: &Daemon, record: &VmRecord) -> Vec<HostId> {
+    let configured = VmConfig::from_text(Path::new(&record.view.name), &record.shape.config_toml)
         .map(|config| config.protect.backups)
         .unwrap_or_default();
     let configured = configured.iter().filter_map(|name| HostId::new(name).ok());
-    let others = before.chain.iter().map(|m| m.host.clone());
     let mut wanted = Vec::new();
-    let noted = wish::noted(daemon, &before.name);
-    let all = configured.chain(noted).chain(others);
-    let all = all.chain([before.owner.clone()]);
-    for host in all.chain(seen.iter().cloned()) {
+    for host in configured.chain(record.wanted_by(&daemon.host)) {
         if host != daemon.host && !wanted.contains(&host) {
             wanted.push(host);
         }

@@ -12,7 +12,6 @@ mod restart;
 mod status;
 mod switch;
 mod vms;
-mod wish;
 
 use std::io;
 use std::os::unix::net::UnixListener;

@@ -106,7 +106,7 @@ pub(super) fn apply_locked(daemon: &Arc<Daemon>, record: &VmRecord) {
             if daemon.replicas.adopt(view.clone()).is_ok()
                 && let Some(entry) = lock(&daemon.vms).map.get_mut(&view.vm)
             {
-                entry.adopt(record.clone());
+                entry.record = record.clone();
             }
         }
         Some((Part::Standby, _)) if mine => {

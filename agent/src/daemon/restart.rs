@@ -16,7 +16,7 @@ use checkpoint::{Generation, VmId};
 use diskbuf::{DiskbufError, ReplicaDisks, Role};
 
 use super::vms::{Orphan, Part};
-use super::{Daemon, failover, lock, reconcile, repair, wish};
+use super::{Daemon, failover, lock, reconcile, repair};
 use crate::config::VmConfig;
 use crate::control::EventKind;
 
@@ -181,8 +181,7 @@ fn boot(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
     reconcile::boot(daemon, &config, record.clone(), disks).inspect_err(|_| {
         reconcile::drop_entry(daemon, vm);
     })?;
-    let wanted = failover::wanted(daemon, before, &[], &record.shape.config_toml);
-    wish::note(daemon, &before.name, &wanted);
+    let wanted = failover::wanted(daemon, &record);
     if let Some(entry) = lock(&daemon.vms).map.get_mut(&vm) {
         entry.wanted = wanted;
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use chain::{View, VmRecord};
+use chain::VmRecord;
 use checkpoint::{Generation, HostId, VmId};
 use vmm::VcpuReport;
 
@@ -42,8 +42,6 @@ pub(super) struct Entry {
     pub figures: Option<(Figures, Instant)>,
     /// Owner: the hosts that should back it up, in order of preference; none: nobody has asked for protection.
     pub wanted: Vec<HostId>,
-    /// Standby: the hosts of all configurations since the chain began anew, which may be fewer by now.
-    pub seen: Vec<HostId>,
     /// Owner: hosts that were lost.
     pub retries: Retries,
     /// New owner: what its chain may lack.
@@ -61,7 +59,6 @@ pub(super) struct Entry {
 impl Entry {
     /// A VM that this host has just been given a part in.
     pub fn new(record: VmRecord, part: Part, child: Arc<ChildHandle>) -> Self {
-        let seen = hosts(&record.view);
         Self {
             record,
             part,
@@ -71,7 +68,6 @@ impl Entry {
             failover: None,
             figures: None,
             wanted: Vec::new(),
-            seen,
             retries: Retries::default(),
             bridge: None,
             proposing: None,
@@ -79,19 +75,6 @@ impl Entry {
             ended: false,
             waiting: Waiting::default(),
         }
-    }
-
-    /// A standby's next configuration. One that begins anew has the hosts that are wanted now, and no others.
-    pub fn adopt(&mut self, record: VmRecord) {
-        if !record.view.in_place() {
-            self.seen.clear();
-        }
-        for host in hosts(&record.view) {
-            if !self.seen.contains(&host) {
-                self.seen.push(host);
-            }
-        }
-        self.record = record;
     }
 
     /// Whether it stands still rather than run without a backup.
@@ -162,11 +145,4 @@ impl Vms {
     pub fn by_name(&mut self, name: &str) -> Option<&mut Entry> {
         self.map.values_mut().find(|e| e.record.view.name == name)
     }
-}
-
-/// Everybody who has a part in a configuration.
-fn hosts(view: &View) -> Vec<HostId> {
-    let others = view.chain.iter().chain(&view.joining);
-    let others = others.map(|m| m.host.clone());
-    std::iter::once(view.owner.clone()).chain(others).collect()
 }

@@ -75,6 +75,15 @@ pub enum Command {
         /// The owner.
         by: HostId,
     },
+    /// An administrator chooses the hosts that the VM is to have as backups from now on. Changes nothing at once.
+    Choose {
+        /// The VM.
+        vm: VmId,
+        /// The owner.
+        by: HostId,
+        /// The others.
+        backups: Vec<HostId>,
+    },
     /// Nobody can resume the VM any more: `by`, the owner or a member of the chain, boots it from its own disks. From
     /// here on no checkpoint and no other disk counts.
     Restart {

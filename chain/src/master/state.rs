@@ -139,6 +139,7 @@ impl MasterState {
                 let record = VmRecord {
                     view,
                     shape: shape.clone(),
+                    hosts: vec![owner.clone()],
                 };
                 self.vms.insert(vm, record.clone());
                 self.revision += 1;
@@ -212,6 +213,18 @@ impl MasterState {
                 }
                 Ok(self.decide(next))
             }
+            Command::Choose { vm, by, backups } => {
+                let view = self.view(*vm)?;
+                owned(view, view.generation, by)?;
+                let mut hosts = vec![by.clone()];
+                hosts.extend(backups.iter().filter(|host| *host != by).cloned());
+                let record = self.vms.get_mut(vm).ok_or(Rejection::Unknown(*vm))?;
+                if record.hosts != hosts {
+                    record.hosts = hosts;
+                    self.revision += 1;
+                }
+                Ok(record.clone())
+            }
             Command::Restart { vm, expect, by } => {
                 let view = self.view(*vm)?;
                 let repeated = view.generation == expect.next()
@@ -259,7 +272,7 @@ impl MasterState {
             .vms
             .get_mut(&view.vm)
             .expect("the caller has looked it up");
-        record.view = view;
+        record.enter(view);
         record.clone()
     }
 }
@@ -426,6 +439,32 @@ mod tests {
             .apply(&reconfigure(vm, 1, "a", &["b", "c", "d"], true))
             .unwrap();
         (state, vm)
+    }
+
+    #[test]
+    fn whoever_has_had_a_part_is_wanted_back_until_an_administrator_chooses() {
+        let (mut state, vm) = protected();
+        state.apply(&take(vm, 2, "b", mark(2, 7))).unwrap();
+        let record = state.apply(&take(vm, 3, "c", mark(2, 7))).unwrap();
+        assert_eq!(hosts(&record), ["d"], "the chain has forgotten them");
+        let wanted = record.wanted_by(&host("c"));
+        assert_eq!(wanted, ["a", "b", "d"].map(host));
+        let choose = |by, backups: &[&str]| Command::Choose {
+            vm,
+            by: host(by),
+            backups: backups.iter().map(|name| host(name)).collect(),
+        };
+        assert!(state.apply(&choose("b", &["d"])).is_err(), "not the owner");
+        let record = state.apply(&choose("c", &["d"])).unwrap();
+        assert_eq!(record.wanted_by(&host("c")), [host("d")]);
+        assert_eq!(
+            record.view.generation,
+            Generation(4),
+            "nothing else has changed"
+        );
+        let revision = state.revision();
+        state.apply(&choose("c", &["d"])).unwrap();
+        assert_eq!(state.revision(), revision);
     }
 
     #[test]

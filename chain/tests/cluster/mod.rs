@@ -298,7 +298,10 @@ impl Hash for Asked {
                 anew,
                 ..
             } => (expect, chain, joining, anew).hash(state),
-            Command::Register { .. } | Command::Remove { .. } | Command::Restart { .. } => {}
+            Command::Register { .. }
+            | Command::Remove { .. }
+            | Command::Restart { .. }
+            | Command::Choose { .. } => {}
         }
     }
 }
