@@ -110,6 +110,24 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// On a backup: start a clone of a VM from a checkpoint of the past, memory and disks, while the VM goes on.
+    Rewind {
+        /// The VM's name.
+        vm: String,
+        /// The checkpoint (`understudy points` lists them).
+        #[arg(long)]
+        epoch: u64,
+        /// The clone's name.
+        #[arg(long = "as", value_name = "CLONE")]
+        clone: String,
+        /// Connect its network cards to this network of the host's configuration; otherwise they are connected to nothing.
+        /// The clone has the VM's addresses.
+        #[arg(long)]
+        network: Option<String>,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
     /// Which checkpoints of a VM its chain's tail has.
     Points {
         /// The VM's name.

@@ -76,6 +76,22 @@ fn run(command: Command) -> Outcome {
         Command::Drill { vm, control } => {
             switch(&control.control, &vm, Request::Drill { vm: vm.clone() })
         }
+        Command::Rewind {
+            vm,
+            epoch,
+            clone,
+            network,
+            control,
+        } => {
+            ControlClient::connect(&control.control)?.order(&Request::Rewind {
+                vm: vm.clone(),
+                epoch,
+                clone: clone.clone(),
+                network,
+            })?;
+            println!("{clone} runs from checkpoint {epoch} of {vm}");
+            Ok(())
+        }
         Command::Points { vm, json, control } => points(&control.control, vm, json),
         Command::Events {
             follow,

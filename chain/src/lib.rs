@@ -28,8 +28,8 @@ pub use mark::Mark;
 pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{
-    DurableStore, Handover, LogError, MemoryStore, ReplicaStore, Retention, Snapshot, StoreError,
-    StoreOptions, VmStore,
+    DurableStore, Handover, LogError, MemoryStore, ReplicaStore, Retention, Rewound, Snapshot,
+    StoreError, StoreOptions, VmStore,
 };
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Fork, History, Member, View, VmRecord, VmShape};

@@ -20,7 +20,7 @@ use checkpoint::{Epoch, Generation, HostId, VmId};
 
 use crate::mark::Mark;
 use crate::replica::State;
-use crate::store::{self, Handover, ReplicaStore, StoreError, StoreOptions};
+use crate::store::{self, Handover, ReplicaStore, Rewound, StoreError, StoreOptions};
 use crate::view::{View, VmShape};
 use slot::Slot;
 pub(crate) use successor::{GreetError, greet};
@@ -299,6 +299,21 @@ impl ReplicaServer {
             slot.retire(generation);
         }
         lock(&self.shared.gone).insert(vm, generation);
+    }
+
+    /// Copies a checkpoint of the past out, its disks into `dir`. The replica takes nothing meanwhile: the VM goes on, its
+    /// output waits.
+    ///
+    /// # Errors
+    /// [`ServerError::Unknown`]; [`StoreError`] if that checkpoint is not kept, or cannot be copied.
+    pub fn rewind(
+        &self,
+        vm: VmId,
+        shape: &VmShape,
+        epoch: Epoch,
+        dir: &Path,
+    ) -> Result<Rewound, ServerError> {
+        self.slot(vm)?.rewind(shape, epoch, dir)
     }
 
     /// Before asking the master for ownership: from here on nothing is accepted, forwarded or acknowledged, so that

@@ -22,7 +22,8 @@ pub use choose::{StoreOptions, create, reopen};
 pub use durable::DurableStore;
 pub use log::LogError;
 pub use memory::MemoryStore;
-pub use query::{History, Retention, Snapshot};
+pub(crate) use query::copy_out;
+pub use query::{History, Retention, Rewound, Snapshot};
 pub use vm::VmStore;
 
 /// Why a replica cannot go on with a VM.
@@ -70,9 +71,36 @@ pub enum StoreError {
     /// A checkpoint that is not kept, or not any more.
     #[error("checkpoint {0} is not kept here; ask which are")]
     NotRetained(Mark),
+    /// No checkpoint of that epoch is kept.
+    #[error(
+        "checkpoint {epoch} is not kept here; {}", kept_text(*kept)
+    )]
+    NoPast {
+        /// As asked for.
+        epoch: Epoch,
+        /// The oldest and the newest that are.
+        kept: Option<(Epoch, Epoch)>,
+    },
+    /// A checkpoint could not be copied out.
+    #[error("copying a disk to {path}: {source}")]
+    CopyOut {
+        /// Where to.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The log.
     #[error(transparent)]
     Log(#[from] LogError),
+}
+
+fn kept_text(kept: Option<(Epoch, Epoch)>) -> String {
+    match kept {
+        Some((first, last)) => format!(
+            "{first} to {last} are (`understudy points` lists them, `protect.retain` says how many are kept)"
+        ),
+        None => "none is".into(),
+    }
 }
 
 impl StoreError {
@@ -89,7 +117,9 @@ impl StoreError {
             | Self::Machine { .. }
             | Self::End(_)
             | Self::NotOpen
-            | Self::NotRetained(_) => false,
+            | Self::NotRetained(_)
+            | Self::NoPast { .. }
+            | Self::CopyOut { .. } => false,
         }
     }
 }

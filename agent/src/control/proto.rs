@@ -64,6 +64,17 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Start a clone of a VM, whose replica this host holds, from a checkpoint of the past.
+    Rewind {
+        /// The VM.
+        vm: String,
+        /// Which checkpoint.
+        epoch: u64,
+        /// The clone's name.
+        clone: String,
+        /// This host's network for its cards; none: they are connected to nothing.
+        network: Option<String>,
+    },
     /// Whether the master, or its member that leads, is on this host; answers with [`Reply::Leads`].
     Leads,
     /// Events after number `since` (0: all kept).
@@ -230,6 +241,8 @@ pub enum EventKind {
     Joined,
     /// This host gave its VM away, by an administrator's wish.
     HandedOver,
+    /// A clone was started from a checkpoint of the past.
+    Cloned,
     /// This host's VM was superseded and has been stopped.
     Superseded,
     /// This host's replica is back, with what it held before its agent was started again.

@@ -12,7 +12,7 @@ use chain::{Member, Query};
 use checkpoint::{Epoch, HostId};
 
 use super::vms::{Entry, Part};
-use super::{AgentError, Daemon, failover, lock, reconcile, restart, status, switch};
+use super::{AgentError, Daemon, failover, lock, reconcile, restart, rewind, status, switch};
 use crate::child::proto::ToChild;
 use crate::config::VmConfig;
 use crate::control::{Point, Reply, Request};
@@ -79,6 +79,12 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
             let leads = daemon.serving.as_ref().is_some_and(|master| master.leads());
             return Ok(Reply::Leads(leads));
         }
+        Request::Rewind {
+            vm,
+            epoch,
+            clone,
+            network,
+        } => rewind::rewind(daemon, &vm, Epoch(epoch), &clone, network.as_deref())?,
         Request::Points { vm } => return points(daemon, &vm).map(Reply::Points),
         Request::Events { since } => return Ok(Reply::Events(daemon.events.since(since))),
         Request::HarvestOnly { vm, ms } => tell(daemon, &vm, &ToChild::HarvestOnly { ms })?,
@@ -209,6 +215,9 @@ fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(),
 }
 
 fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
+    if rewind::stop(daemon, name) {
+        return Ok(());
+    }
     let view = {
         let mut vms = lock(&daemon.vms);
         match vms.orphan(name) {

@@ -9,6 +9,7 @@ mod reconcile;
 mod repair;
 mod reprotect;
 mod restart;
+mod rewind;
 mod status;
 mod switch;
 mod vms;

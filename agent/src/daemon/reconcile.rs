@@ -196,7 +196,7 @@ fn taps(daemon: &Daemon, config: &VmConfig, vm: VmId) -> Result<Vec<TapSpec>, St
         .collect()
 }
 
-fn start_message(
+pub(super) fn start_message(
     daemon: &Daemon,
     config: &VmConfig,
     toml: &str,

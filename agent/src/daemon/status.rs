@@ -28,6 +28,11 @@ pub(super) fn status(daemon: &Daemon) -> Vec<VmStatus> {
             of(daemon, entry, replica)
         })
         .chain(orphans)
+        .chain(
+            vms.clones
+                .iter()
+                .map(|(name, clone)| clone.status(name, &daemon.host)),
+        )
         .collect()
 }
 

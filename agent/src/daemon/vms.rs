@@ -13,6 +13,7 @@ use vmm::VcpuReport;
 use super::bridge::Bridge;
 use super::child::ChildHandle;
 use super::reprotect::Retries;
+use super::rewind::Clone;
 use crate::child::proto::FromChild;
 use crate::config::{Alone, VmConfig};
 use crate::control::{FailoverReport, VmStatus};
@@ -128,6 +129,8 @@ impl Orphan {
 pub(super) struct Vms {
     pub map: BTreeMap<VmId, Entry>,
     pub orphans: BTreeMap<VmId, Orphan>,
+    /// By name.
+    pub clones: BTreeMap<String, Clone>,
 }
 
 impl Vms {

@@ -1,5 +1,6 @@
 //! One VM's replica at this host, as the rest of the server sees it: each operation takes the replica's lock once.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -12,8 +13,8 @@ use crate::link::{HELLO_LIMIT, Hello, Link, Role, Trouble};
 use crate::mark::Mark;
 use crate::query::{Query, answer_payload};
 use crate::replica::{Event, FreezeError, Replica};
-use crate::store::{Handover, ReplicaStore, StoreError};
-use crate::view::View;
+use crate::store::{self, Handover, ReplicaStore, Rewound, StoreError};
+use crate::view::{View, VmShape};
 use crate::wire::{Frame, Kind, Payload, WireError};
 
 pub(super) struct Slot {
@@ -132,6 +133,20 @@ impl Slot {
         let mut handover = store.hand_over(view.generation)?;
         handover.kept = kept;
         Ok(handover)
+    }
+
+    pub(super) fn rewind(
+        &self,
+        shape: &VmShape,
+        epoch: Epoch,
+        dir: &Path,
+    ) -> Result<Rewound, ServerError> {
+        let mut state = lock(&self.state);
+        if !state.replica.state().could_resume() {
+            return Err(StoreError::Empty.into());
+        }
+        let store = state.store.as_mut().ok_or(StoreError::Empty)?;
+        Ok(store::copy_out(store.as_mut(), shape, epoch, dir)?)
     }
 
     /// Answers a greeting; true if the connection stands. Answered under the lock, so that nothing else goes first.

@@ -2,13 +2,16 @@
 //! them as memory, machine state and disks, for a clone to be started from.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use checkpoint::{DiskOp, Epoch, disk_records};
 
-use super::StoreError;
+use super::{ReplicaStore, StoreError};
 use crate::image::Image;
 use crate::mark::Mark;
+use crate::view::VmShape;
 
 /// How much of a VM's past is kept. At least the newest checkpoint always is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +75,67 @@ pub trait History {
     /// # Errors
     /// [`StoreError::Disks`].
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), StoreError>;
+}
+
+/// A checkpoint of the past, copied out of a replica that goes on.
+#[derive(Debug)]
+pub struct Rewound {
+    /// Which one.
+    pub mark: Mark,
+    /// Encoded machine state.
+    pub machine: Vec<u8>,
+    /// Its memory, one file per range of RAM.
+    pub ram: Vec<OwnedFd>,
+    /// Its disks, in order.
+    pub disks: Vec<PathBuf>,
+}
+
+/// Copies the checkpoint of `epoch` out of a store: memory into files of its own, disks into `dir`. The store takes no
+/// other checkpoint meanwhile.
+///
+/// # Errors
+/// [`StoreError::NoPast`] saying which checkpoints there are; reading the mirrors or the log, writing the files.
+pub(crate) fn copy_out(
+    store: &mut dyn ReplicaStore,
+    shape: &VmShape,
+    epoch: Epoch,
+    dir: &Path,
+) -> Result<Rewound, StoreError> {
+    let history = store.history().ok_or(StoreError::Empty)?;
+    let Some(mark) = history.by_epoch(epoch) else {
+        let range = history.range();
+        let ends = range.first().zip(range.last());
+        return Err(StoreError::NoPast {
+            epoch,
+            kept: ends.map(|(first, last)| (first.epoch, last.epoch)),
+        });
+    };
+    let mut image = Image::new(&shape.ram)?;
+    let snapshot = history.materialise(mark, &mut image)?;
+    let mut disks = Vec::new();
+    for (n, size) in shape.disks.iter().enumerate() {
+        let path = dir.join(format!("disk{n}.img"));
+        let failed = |source| StoreError::CopyOut {
+            path: path.clone(),
+            source,
+        };
+        let mut options = File::options();
+        let file = options.write(true).create_new(true).open(&path);
+        let disk = u16::try_from(n).map_err(|_| StoreError::NotOpen)?;
+        let copied = snapshot.copy_disk(history, disk, *size, &file.map_err(failed)?);
+        copied.map_err(|e| match e {
+            StoreError::Descriptor(source) => failed(source),
+            other => other,
+        })?;
+        disks.push(path);
+    }
+    let ram = image.fds().into_iter().map(|fd| fd.try_clone_to_owned());
+    Ok(Rewound {
+        mark,
+        machine: snapshot.machine,
+        ram: ram.collect::<Result<_, _>>()?,
+        disks,
+    })
 }
 
 impl Snapshot {
