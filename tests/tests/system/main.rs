@@ -12,6 +12,7 @@ mod output_commit;
 mod partition;
 mod points;
 mod rejoin;
+mod rewind;
 mod superseded;
 mod switch;
 mod total;

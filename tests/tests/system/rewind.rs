@@ -1,0 +1,150 @@
+//! A clone of a VM from a checkpoint of the past, while the VM goes on.
+
+use agent::control::{Point, Reply, Request};
+use agent::probe::{ProbeClient, ProbeConn};
+use guest::proto::{Op, PORT, Request as Ask, Response, Status};
+use understudy_tests::{Cluster, GUEST, Options, PATIENCE, VM, VmFile, wait};
+
+use crate::PROGRAM;
+use crate::kill::{check_disk, check_survived, more_answers, told};
+
+fn newest(cluster: &Cluster) -> Point {
+    match cluster
+        .control("b")
+        .call(&Request::Points { vm: VM.into() })
+    {
+        Ok(Reply::Points(points)) => *points.last().expect("at least one"),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn rewind(cluster: &Cluster, host: &str, epoch: u64, clone: &str) -> Result<(), String> {
+    let request = Request::Rewind {
+        vm: VM.into(),
+        epoch,
+        clone: clone.into(),
+        network: None,
+    };
+    let mut control = cluster.control(host);
+    control.order(&request).map_err(|e| e.to_string())
+}
+
+/// Asks the clone over its card, which is connected to nothing: its host gives itself an address there.
+fn ask(cluster: &Cluster, tap: &str, op: Op) -> Response {
+    let namespace = cluster.network().namespace("b");
+    for args in [
+        &["addr", "replace", "10.77.0.77/32", "dev", tap][..],
+        &[
+            "route",
+            "replace",
+            "10.77.0.2/32",
+            "dev",
+            tap,
+            "src",
+            "10.77.0.77",
+        ],
+    ] {
+        let status = std::process::Command::new("ip")
+            .args(["-n", &namespace])
+            .args(args)
+            .status();
+        assert!(status.expect("ip").success(), "{args:?}");
+    }
+    cluster.network().within("b", || {
+        ProbeConn::connect((GUEST, PORT).into(), PATIENCE)
+            .and_then(|mut guest| guest.call(Ask::new(op, 0)))
+            .unwrap_or_else(|e| panic!("asking the clone for {op:?}: {e}"))
+    })
+}
+
+/// A moment in the VM's life: its newest checkpoint, and between which counters it is.
+fn moment(cluster: &Cluster, client: &ProbeClient) -> (u64, std::ops::RangeInclusive<u64>) {
+    more_answers(client, 20);
+    let least = told(client);
+    let epoch = newest(cluster).epoch;
+    let most = client.stats(PATIENCE).expect("the counter").counter;
+    (epoch, least..=most)
+}
+
+fn clones_of(durability: &'static str) {
+    let cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
+    let vm = VmFile {
+        retain: 4000,
+        durability,
+        ..VmFile::default()
+    };
+    cluster.protect(&vm, &["b"]);
+    let client = cluster.client();
+    let moments = [moment(&cluster, &client), moment(&cluster, &client)];
+    more_answers(&client, 20);
+    // The later one first: the clones do not get into each other's way.
+    for (n, (epoch, counters)) in moments.iter().rev().enumerate() {
+        let clone = format!("clone{n}");
+        rewind(&cluster, "b", *epoch, &clone).unwrap();
+        let tap = format!("usc{}n0", n + 1);
+        let memory = ask(&cluster, &tap, Op::Read).counter;
+        assert!(counters.contains(&memory), "{memory}, not {counters:?}");
+        // A write that was on its way at the checkpoint is done by now; whatever was acknowledged is there.
+        let disk = ask(&cluster, &tap, Op::ReadDisk);
+        assert_eq!(disk.status, Status::Ok as u16, "{disk:?}");
+        assert!(
+            (*counters.start()..=memory).contains(&disk.disk_counter),
+            "{disk:?}, not {counters:?}"
+        );
+        // It lives: its own life, of which the VM knows nothing.
+        let more = ask(&cluster, &tap, Op::Incr).counter;
+        assert_eq!(more, memory + 1);
+        let status = cluster.control("b").status().unwrap();
+        let there = status.iter().find(|s| s.name == clone).expect("its status");
+        assert!(there.state.contains("clone of vm"), "{there:?}");
+        more_answers(&client, 20);
+    }
+    let taken = rewind(&cluster, "b", moments[0].0, "clone0").unwrap_err();
+    assert!(taken.contains("clone0"), "{taken}");
+    let stop = |name: &str| {
+        cluster
+            .control("b")
+            .order(&Request::Stop { vm: name.into() })
+    };
+    for n in 0..2 {
+        stop(&format!("clone{n}")).unwrap();
+    }
+    wait("no clone to be left", || {
+        let status = cluster.control("b").status().ok()?;
+        (status.len() == 1).then_some(())
+    });
+    check_disk(&client);
+    check_survived(&cluster.stop_client(client));
+}
+
+#[test]
+fn clones_of_a_past_that_is_kept_in_memory() {
+    clones_of("memory");
+}
+
+#[test]
+fn clones_of_a_past_that_is_kept_on_the_disk() {
+    clones_of("disk");
+}
+
+#[test]
+fn what_cannot_be_rewound_to_is_said_and_leaves_nothing_behind() {
+    let cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
+    cluster.protect(&VmFile::default(), &["b"]);
+    let client = cluster.client();
+    let epoch = newest(&cluster).epoch;
+    let owner = rewind(&cluster, "a", epoch, "clone").unwrap_err();
+    assert!(owner.contains("give the order on b"), "{owner}");
+    let future = rewind(&cluster, "b", epoch + 1_000_000, "clone").unwrap_err();
+    assert!(
+        future.contains("not kept") && future.contains("points"),
+        "{future}"
+    );
+    let name = rewind(&cluster, "b", epoch, "../clone").unwrap_err();
+    assert!(name.contains("../clone"), "{name}");
+    let clones = cluster.path("b/clones");
+    let left = std::fs::read_dir(&clones).map_or(0, Iterator::count);
+    assert_eq!(left, 0, "{}", clones.display());
+    more_answers(&client, 20);
+    check_survived(&cluster.stop_client(client));
+}
