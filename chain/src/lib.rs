@@ -5,6 +5,7 @@
 //! protocol as a plain state machine, [`store`] what a replica keeps, [`server`] and [`client`] the transport,
 //! [`master`] the configuration service.
 
+pub(crate) mod blocks;
 pub mod client;
 pub mod image;
 pub(crate) mod kept;
@@ -28,8 +29,8 @@ pub use mark::Mark;
 pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{
-    DurableStore, Handover, LogError, MemoryStore, ReplicaStore, Retention, Rewound, Snapshot,
-    StoreError, StoreOptions, VmStore,
+    DurableStore, Filled, Handover, LogError, MemoryStore, ReplicaStore, Retention, Rewound,
+    Snapshot, StoreError, StoreOptions, VmStore,
 };
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Fork, History, Member, View, VmRecord, VmShape};

@@ -39,8 +39,8 @@ struct Failure {
     ticks: u32,
 }
 
-/// A replica that came back waits so many times longer before it suspects anybody: the owner may only not have noticed
-/// it yet, and if it has not come back itself, nothing is lost by waiting.
+/// A replica that came back, or whose configuration has changed, waits so many times longer before it suspects anybody: the
+/// owner may only not have come to it yet.
 const RETURNED: u32 = 20;
 
 /// Ticks after which a failed replica says again that it has failed.
@@ -80,7 +80,7 @@ struct Silence {
     ticks: u32,
     last_ms: u64,
     suspected: bool,
-    /// Of a replica that came back with its host: nobody has been heard since.
+    /// Nobody has been heard since the replica came back with its host, or since the configuration changed.
     returned: bool,
 }
 
@@ -314,6 +314,7 @@ impl Replica {
         self.lost = false;
         self.linked = false;
         self.joiner_target = None;
+        let last_ms = self.silence.last_ms;
         self.silence = Silence::default();
         let damaged = self.failure.take().is_some_and(|f| f.damaged);
         self.hist = self
@@ -333,6 +334,14 @@ impl Replica {
                 if self.successor().is_none() {
                     self.sent = Sent::after(mark);
                 }
+                // The owner may have died once the master had decided, and may never come to say anything in this
+                // configuration: that is silence too, though it is given more time.
+                self.silence = Silence {
+                    heard: true,
+                    returned: true,
+                    last_ms,
+                    ..Silence::default()
+                };
             }
         }
     }

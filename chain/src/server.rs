@@ -20,7 +20,7 @@ use checkpoint::{Epoch, Generation, HostId, VmId};
 
 use crate::mark::Mark;
 use crate::replica::State;
-use crate::store::{self, Handover, ReplicaStore, Rewound, StoreError, StoreOptions};
+use crate::store::{self, Filled, Handover, ReplicaStore, Rewound, StoreError, StoreOptions};
 use crate::view::{View, VmShape};
 use slot::Slot;
 pub(crate) use successor::{GreetError, greet};
@@ -103,6 +103,10 @@ pub struct ReplicaStatus {
     pub acked: Option<Epoch>,
     /// Why it failed, if it has.
     pub failed: Option<String>,
+    /// How far it has filled a joining replica, while it does.
+    pub filling: Option<Filled>,
+    /// How the last one went that it has filled.
+    pub filled: Option<Filled>,
 }
 
 struct Shared {

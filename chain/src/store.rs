@@ -150,6 +150,19 @@ pub enum Piece {
     Disk(Vec<u8>),
 }
 
+/// How far a copy for a joining replica is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Filled {
+    /// Pages of memory sent, those that changed meanwhile more than once.
+    pub pages_sent: u64,
+    /// Disk blocks (of 64 KiB) that it holds already.
+    pub blocks_equal: u64,
+    /// Disk blocks sent.
+    pub blocks_sent: u64,
+    /// Upper bound of what is left to be looked at, in bytes.
+    pub left: u64,
+}
+
 /// A replica's store. Calls come in the order of a checkpoint's frames: `begin`, any number of `pages`, `disk` and
 /// `machine`, then `prepare` and `commit`. A `begin` in between drops what was half received.
 ///
@@ -162,6 +175,29 @@ pub trait ReplicaStore: Send {
     /// [`StoreError`].
     fn begin(&mut self, generation: Generation, epoch: Epoch, full: bool)
     -> Result<(), StoreError>;
+
+    /// Begins to take another replica's whole content, at the end of which it becomes known which checkpoint that is. As a full
+    /// one, but disks keep what they hold: whoever fills them leaves out what is equal ([`ReplicaStore::disk_digests`]).
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn begin_install(&mut self, generation: Generation, epoch: Epoch) -> Result<(), StoreError> {
+        self.begin(generation, epoch, true)
+    }
+
+    /// Digests of what a disk holds, from block `first` on, at most `count`; none after its end.
+    ///
+    /// # Errors
+    /// [`StoreError::Disks`].
+    fn disk_digests(
+        &self,
+        disk: u16,
+        first: u64,
+        count: usize,
+    ) -> Result<Vec<[u8; 16]>, StoreError> {
+        let _ = (disk, first, count);
+        Ok(Vec::new())
+    }
 
     /// Takes page records.
     ///
@@ -210,6 +246,17 @@ pub trait ReplicaStore: Send {
     /// # Errors
     /// [`StoreError`].
     fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError>;
+
+    /// What the joining replica's disk holds from block `first` on, by its own account; false if that cannot be.
+    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[[u8; 16]]) -> bool {
+        let _ = (disk, first, digests);
+        true
+    }
+
+    /// How far the copy is, if there is one.
+    fn copy_filled(&self) -> Option<Filled> {
+        None
+    }
 
     /// Upper bound of what is left to copy, in bytes.
     fn copy_left(&self) -> u64;

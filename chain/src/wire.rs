@@ -19,7 +19,7 @@ pub const HEADER: usize = 64;
 /// Longest payload in bytes.
 pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
 const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
-const VERSION: u16 = 3;
+const VERSION: u16 = 4;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,9 @@ pub enum Kind {
     Query = 16,
     /// Answer: [`crate::Mark`]s, oldest first.
     Answer = 17,
+    /// From a joining replica to the tail that fills it: digests of what its mirrors hold, see [`crate::blocks`]. An empty one
+    /// ends them.
+    Digests = 18,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
@@ -89,6 +92,7 @@ impl Kind {
             15 => Self::Yield,
             16 => Self::Query,
             17 => Self::Answer,
+            18 => Self::Digests,
             _ => return None,
         })
     }

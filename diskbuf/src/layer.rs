@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
 /// A place with files.
 pub trait FileLayer: Send + Sync {
@@ -72,6 +72,14 @@ pub trait LayerFile: Send + Sync {
     /// # Errors
     /// The kernel's answer.
     fn sync(&self) -> io::Result<()>;
+    /// Lets later reads come from the disk: what the page cache shows may never have got there, if a sync failed before.
+    /// To be called after a sync; where there is no cache it does nothing.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    fn forget_cached(&self) -> io::Result<()> {
+        Ok(())
+    }
     /// Takes the exclusive lock, until the file is closed; false if another open file has it.
     ///
     /// # Errors
@@ -123,6 +131,11 @@ impl FileLayer for OsLayer {
 }
 
 impl LayerFile for OsFile {
+    fn forget_cached(&self) -> io::Result<()> {
+        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        Ok(posix_fadvise(&self.0, 0, 0, advice)?)
+    }
+
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read_exact_at(buf, offset)
     }

@@ -26,6 +26,8 @@ mod crash;
 mod failed_sync;
 #[cfg(any(test, feature = "faulty"))]
 pub mod faulty;
+#[cfg(test)]
+mod refill;
 
 pub use error::DiskbufError;
 pub use held::{HeldError, HeldWrites};

@@ -230,6 +230,14 @@ impl Mirror {
         self.file.set_len(self.size)
     }
 
+    /// Gives the file the disk's size; its content, as far as there is any, stays, and is read from the disk from here on.
+    pub(crate) fn resize(&self) -> io::Result<()> {
+        self.check(0, 0)?;
+        self.file.set_len(self.size)?;
+        self.flush()?;
+        self.file.forget_cached()
+    }
+
     /// Whether `offset` and `len` lie within the disk.
     #[must_use]
     pub fn contains(&self, offset: u64, len: u64) -> bool {

@@ -208,10 +208,19 @@ impl ReplicaDisks {
     /// # Errors
     /// [`DiskbufError::OldGeneration`]; [`crate::MirrorError::InUse`] if a VM runs on them; what the files say.
     pub fn begin_full(&mut self, generation: Generation) -> Result<(), DiskbufError> {
-        self.guard(|disks| disks.begin_full_inner(generation))
+        self.guard(|disks| disks.begin_filling(generation, false))
     }
 
-    fn begin_full_inner(&mut self, generation: Generation) -> Result<(), DiskbufError> {
+    /// As [`ReplicaDisks::begin_full`], but the mirrors' content stays, for whoever fills them to leave out what is there
+    /// already. Until then nobody may rely on any of it.
+    ///
+    /// # Errors
+    /// As [`ReplicaDisks::begin_full`].
+    pub fn begin_refill(&mut self, generation: Generation) -> Result<(), DiskbufError> {
+        self.guard(|disks| disks.begin_filling(generation, true))
+    }
+
+    fn begin_filling(&mut self, generation: Generation, keep: bool) -> Result<(), DiskbufError> {
         self.not_older(generation)?;
         if self.state == State::Owner {
             self.mirrors = Arc::new(self.open_mirrors(false)?);
@@ -228,9 +237,12 @@ impl ReplicaDisks {
         self.state = State::Filling;
         (self.current, self.end) = (0, 0);
         for mirror in self.mirrors.iter() {
-            mirror
-                .clear()
-                .map_err(|e| DiskbufError::mirror(mirror, e))?;
+            let made = if keep {
+                mirror.resize()
+            } else {
+                mirror.clear()
+            };
+            made.map_err(|e| DiskbufError::mirror(mirror, e))?;
         }
         Ok(())
     }

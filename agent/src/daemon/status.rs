@@ -113,7 +113,16 @@ fn progress(sync: &SyncFigures) -> String {
 fn replica_state(replica: Option<&ReplicaStatus>) -> String {
     match replica.map(|r| (r.state, r.failed.clone())) {
         Some((_, Some(why))) => format!("Replica failed: {why}"),
-        Some((State::Serving | State::LastSurvivor, _)) => "Standing by".into(),
+        Some((State::Serving | State::LastSurvivor, _)) => match replica.and_then(|r| r.filling) {
+            Some(filled) => format!(
+                "Standing by; fills a joining replica: {} pages and {} disk blocks sent, {} it had, {} MiB left",
+                filled.pages_sent,
+                filled.blocks_sent,
+                filled.blocks_equal,
+                filled.left >> 20
+            ),
+            None => "Standing by".into(),
+        },
         Some((State::Joining, _)) => "Joining".into(),
         Some((State::Frozen, _)) => "Frozen for a takeover".into(),
         Some((State::Offline, _)) | None => "No replica".into(),

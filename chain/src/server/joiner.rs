@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Tally, codec, disk_records, records};
 
@@ -72,9 +73,18 @@ impl Filling {
     }
 }
 
+/// A joining replica reads a GiB of its disks for each frame of digests.
+const DIGESTS_PATIENCE: Duration = Duration::from_secs(60);
+const DIGESTS_PAUSE: Duration = Duration::from_millis(2);
+
 /// Why a joining replica was not filled.
 #[derive(Debug, thiserror::Error)]
 enum FeedError {
+    #[error(
+        "it has not said for {} s what its disks hold",
+        DIGESTS_PATIENCE.as_secs()
+    )]
+    Digests,
     #[error("the configuration has changed")]
     Over,
     #[error(transparent)]
@@ -119,6 +129,7 @@ fn feed(slot: &Slot, shared: &Shared, link: &Arc<Link>) -> Result<(), FeedError>
     let (mut filling, whole) = {
         let mut state = follows(slot, link)?;
         let frame = state.own_frame(Kind::Begin, Epoch::ZERO);
+        state.compared = false;
         let store = state.store.as_mut().ok_or(StoreError::Empty)?;
         store.copy_begin()?;
         let filling = Filling {
@@ -130,6 +141,7 @@ fn feed(slot: &Slot, shared: &Shared, link: &Arc<Link>) -> Result<(), FeedError>
     };
     let (flags, payload) = begin_payload(Base::Install);
     filling.send(Kind::Begin, flags, &payload)?;
+    compared(slot, link)?;
     let mut sent: u64 = 0;
     loop {
         let piece = {
@@ -151,6 +163,26 @@ fn feed(slot: &Slot, shared: &Shared, link: &Arc<Link>) -> Result<(), FeedError>
     // Now, or when the checkpoint that is being received ends.
     send_the_rest(&mut state, shared);
     Ok(())
+}
+
+/// Waits until the joining replica has said what its disks hold.
+fn compared(slot: &Slot, link: &Arc<Link>) -> Result<(), FeedError> {
+    let (mut seen, mut since) = (0, Instant::now());
+    loop {
+        {
+            let state = follows(slot, link)?;
+            if state.compared {
+                return Ok(());
+            }
+            if state.digest_frames != seen {
+                (seen, since) = (state.digest_frames, Instant::now());
+            }
+        }
+        if since.elapsed() > DIGESTS_PATIENCE {
+            return Err(FeedError::Digests);
+        }
+        std::thread::sleep(DIGESTS_PAUSE);
+    }
 }
 
 /// Between two checkpoints: brings the joining replica to exactly what this one holds.
@@ -180,6 +212,15 @@ fn rest(state: &mut State, mut filling: Filling) -> Result<(), FeedError> {
     while let Some(piece) = store.copy_next(PIECE)? {
         filling.piece(&piece)?;
     }
+    let filled = store.copy_filled().unwrap_or_default();
+    tracing::info!(
+        "a joining replica has been filled: {} pages sent, {} disk blocks sent, {} it had",
+        filled.pages_sent,
+        filled.blocks_sent,
+        filled.blocks_equal
+    );
+    state.filled = Some(filled);
+    let store = state.store.as_mut().ok_or(StoreError::Empty)?;
     store.copy_end();
     let machine = store.machine_state().ok_or(StoreError::Empty)?;
     for piece in machine.chunks(MACHINE_PIECE) {

@@ -58,6 +58,8 @@ impl Slot {
             epoch: state.replica.hist().map(|mark| mark.epoch),
             acked: state.replica.acked(),
             failed: state.replica.failed().map(str::to_string),
+            filled: state.filled,
+            filling: state.store.as_ref().and_then(|store| store.copy_filled()),
         }
     }
 

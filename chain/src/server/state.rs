@@ -8,12 +8,13 @@ use checkpoint::{CheckpointEnd, Epoch, codec};
 
 use super::joiner::{self, Feeding};
 use super::{ServerEvent, Shared, lock};
+use crate::blocks::{self, DIGESTS_MAX};
 use crate::kept::{Buffers, KEPT_MAX, Kept, base_of, end_of};
 use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::replica::{Action, Event, Replica};
-use crate::store::{ReplicaStore, StoreError};
+use crate::store::{Filled, ReplicaStore, StoreError};
 use crate::view::View;
-use crate::wire::{Frame, Kind, Payload, WireError};
+use crate::wire::{FLAG_INSTALL, Frame, Kind, Payload, WireError};
 
 /// Where heartbeats go and what they say.
 pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
@@ -34,6 +35,12 @@ pub(super) struct State {
     keep: bool,
     /// Somebody fills a joining replica, and waits for the moment between two checkpoints.
     pub(super) feeding: Option<Feeding>,
+    /// The joining replica has said all that its disks hold.
+    pub(super) compared: bool,
+    /// How the last filling of a joining replica went.
+    pub(super) filled: Option<Filled>,
+    /// In so many frames so far.
+    pub(super) digest_frames: u64,
     /// Why there is no successor yet.
     pub(super) down_trouble: Option<Trouble>,
     /// Owners who want the tail's acks.
@@ -100,6 +107,9 @@ impl State {
             buffers,
             keep: false,
             feeding: None,
+            compared: false,
+            filled: None,
+            digest_frames: 0,
             down_trouble: None,
             owners: Vec::new(),
             beat: Beat::default(),
@@ -313,6 +323,10 @@ impl State {
             Action::JoinerReady => self.tell_up(Kind::JoinerReady, Epoch::ZERO, &[]),
             Action::Open { epoch, full } => {
                 let generation = self.replica.generation();
+                if hand.is_some_and(|hand| hand.frame.flags & FLAG_INSTALL != 0) {
+                    let failed = self.on_store(|store| store.begin_install(generation, epoch));
+                    return Ok(failed.or_else(|| self.say_digests(hand)));
+                }
                 return Ok(self.on_store(|store| store.begin(generation, epoch, full)));
             }
             Action::Stage => {
@@ -356,6 +370,54 @@ impl State {
             Action::StillFailed(why) => self.tell_trouble(&(shared.options.host.clone(), why)),
         }
         Ok(None)
+    }
+
+    /// Tells the one that fills this replica what its disks hold already.
+    fn say_digests(&mut self, hand: Option<InHand<'_>>) -> Option<Event> {
+        let hand = hand?;
+        let frame = self.own_frame(Kind::Digests, Epoch::ZERO);
+        let mut sent = Ok(());
+        let failed = self.on_store(|store| {
+            let (mut disk, mut first) = (0, 0);
+            while sent.is_ok() {
+                let digests = store.disk_digests(disk, first, DIGESTS_MAX)?;
+                match (digests.len() as u64, first) {
+                    // A disk is never empty: there is none of that number.
+                    (0, 0) => break,
+                    (0, _) => (disk, first) = (disk + 1, 0),
+                    (count, _) => {
+                        sent = hand
+                            .link
+                            .send(&frame, &blocks::payload(disk, first, &digests));
+                        first += count;
+                    }
+                }
+            }
+            Ok(())
+        });
+        if sent.and_then(|()| hand.link.send(&frame, &[])).is_err() {
+            // It fills again over its next connection.
+            hand.link.close();
+        }
+        failed
+    }
+
+    /// The joining replica says what its disks hold; an error if that makes no sense.
+    pub(super) fn digests(&mut self, payload: &[u8]) -> Result<(), WireError> {
+        self.digest_frames += 1;
+        if payload.is_empty() {
+            self.compared = true;
+            return Ok(());
+        }
+        let malformed = WireError::Payload(Kind::Digests);
+        let Some((disk, first, digests)) = blocks::parse(payload) else {
+            return Err(malformed);
+        };
+        let fits = match &mut self.store {
+            Some(store) => store.copy_compare(disk, first, digests),
+            None => true,
+        };
+        fits.then_some(()).ok_or(malformed)
     }
 
     /// Does something to the store; the event that follows if it fails.

@@ -123,6 +123,11 @@ fn listen(slot: &Arc<Slot>, shared: &Arc<Shared>, view: &View, peer: Greeted) ->
                     break e.to_string();
                 }
             }
+            Kind::Digests => {
+                if let Err(e) = state.digests(&payload) {
+                    break e.to_string();
+                }
+            }
             Kind::Broken | Kind::JoinerReady => state.tell_up(frame.kind, frame.epoch, &payload),
             Kind::Refused => {
                 let newer = Frame {

@@ -8,11 +8,9 @@ use checkpoint::{
 };
 use diskbuf::ReplicaDisks;
 
-use super::{Piece, StoreError};
+use super::{Filled, Piece, StoreError};
+use crate::blocks::{self, BLOCK, Digest};
 use crate::image::Image;
-
-/// Disks are copied in blocks of this size, aligned.
-const BLOCK: u64 = 256 << 10;
 
 /// How far it is.
 #[derive(Debug)]
@@ -26,6 +24,9 @@ pub(super) struct Copy {
     /// What has been committed since this round began.
     changed_pages: PageBitmap,
     changed_blocks: BTreeSet<(u16, u64)>,
+    /// What the joining replica holds, by its own account, of each block of each disk; `None`: unknown, or sent meanwhile.
+    theirs: Vec<Vec<Option<Digest>>>,
+    filled: Filled,
 }
 
 impl Copy {
@@ -41,13 +42,41 @@ impl Copy {
             .flat_map(|(disk, size)| (0..size.div_ceil(BLOCK)).map(move |block| (disk, block)))
             .collect();
         blocks.reverse();
+        let unknown = |size: &u64| vec![None; usize::try_from(size.div_ceil(BLOCK)).unwrap_or(0)];
         Self {
+            theirs: disks.iter().map(unknown).collect(),
+            filled: Filled::default(),
             encoder: PageEncoder::new(EncoderOptions { lz4: true }),
             first: true,
             pages,
             blocks,
             changed_pages: PageBitmap::new(ram),
             changed_blocks: BTreeSet::new(),
+        }
+    }
+
+    /// The joining replica says what it holds; false if that cannot be.
+    pub(super) fn compare(&mut self, disk: u16, first: u64, digests: &[Digest]) -> bool {
+        let blocks = self.theirs.get_mut(usize::from(disk));
+        let range = usize::try_from(first)
+            .ok()
+            .and_then(|first| Some(first..first.checked_add(digests.len())?));
+        let Some(known) = blocks
+            .zip(range)
+            .and_then(|(blocks, range)| blocks.get_mut(range))
+        else {
+            return false;
+        };
+        for (known, digest) in known.iter_mut().zip(digests) {
+            *known = Some(*digest);
+        }
+        true
+    }
+
+    pub(super) fn filled(&self) -> Filled {
+        Filled {
+            left: self.left(),
+            ..self.filled
         }
     }
 
@@ -113,6 +142,7 @@ impl Copy {
                 let page = image.page(gfn)?;
                 if !self.first || page.iter().any(|byte| *byte != 0) {
                     self.encoder.encode(gfn, page, None, &mut out);
+                    self.filled.pages_sent += 1;
                 }
             }
             if !out.is_empty() {
@@ -126,7 +156,7 @@ impl Copy {
     }
 
     fn block(
-        &self,
+        &mut self,
         disk: u16,
         block: u64,
         disks: &ReplicaDisks,
@@ -140,10 +170,20 @@ impl Copy {
         let len = BLOCK.min(mirror.size() - offset);
         let mut data = vec![0; len as usize];
         mirror.read_at(offset, &mut data).map_err(failed)?;
-        let zero = data.iter().all(|byte| *byte == 0);
-        if zero && self.first {
-            return Ok(());
+        let digest = blocks::digest(&data);
+        let theirs = usize::try_from(block)
+            .ok()
+            .and_then(|block| self.theirs.get_mut(usize::from(disk))?.get_mut(block));
+        if let Some(theirs) = theirs {
+            if *theirs == Some(digest) {
+                self.filled.blocks_equal += 1;
+                return Ok(());
+            }
+            // It is about to be sent: what the other one held before says nothing any more.
+            *theirs = None;
         }
+        self.filled.blocks_sent += 1;
+        let zero = digest == Digest::default();
         let (op, data) = match zero {
             true => (DiskOp::WriteZeroes, &[][..]),
             false => (DiskOp::Write, &data[..]),

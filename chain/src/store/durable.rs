@@ -12,7 +12,9 @@ use diskbuf::layer::{FileLayer, OsLayer};
 use diskbuf::{Durability, ReplicaDisks, Role};
 
 use super::log::{Log, LogError, Options, gfns};
-use super::{Handover, History, Piece, ReplicaStore, Retention, Snapshot, StoreError, VmStore};
+use super::{
+    Filled, Handover, History, Piece, ReplicaStore, Retention, Snapshot, StoreError, VmStore,
+};
 use crate::image::Image;
 use crate::mark::Mark;
 use crate::view::VmShape;
@@ -208,6 +210,31 @@ impl ReplicaStore for DurableStore {
             store.log.begin(full)?;
             store.inner.begin(generation, epoch, full)
         })
+    }
+
+    fn begin_install(&mut self, generation: Generation, epoch: Epoch) -> Result<(), StoreError> {
+        self.guard(|store| {
+            store.full = true;
+            store.log.begin(true)?;
+            store.inner.begin_install(generation, epoch)
+        })
+    }
+
+    fn disk_digests(
+        &self,
+        disk: u16,
+        first: u64,
+        count: usize,
+    ) -> Result<Vec<[u8; 16]>, StoreError> {
+        self.inner.disk_digests(disk, first, count)
+    }
+
+    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[[u8; 16]]) -> bool {
+        self.inner.copy_compare(disk, first, digests)
+    }
+
+    fn copy_filled(&self) -> Option<Filled> {
+        self.inner.copy_filled()
     }
 
     fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {

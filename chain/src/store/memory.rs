@@ -8,7 +8,9 @@ use std::path::Path;
 use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder, VmId};
 use diskbuf::Durability;
 
-use super::{Handover, History, Piece, ReplicaStore, Retention, Snapshot, StoreError, VmStore};
+use super::{
+    Filled, Handover, History, Piece, ReplicaStore, Retention, Snapshot, StoreError, VmStore,
+};
 use crate::image::Image;
 use crate::mark::Mark;
 use crate::view::VmShape;
@@ -104,6 +106,29 @@ impl ReplicaStore for MemoryStore {
             self.forget();
         }
         self.inner.begin(generation, epoch, full)
+    }
+
+    fn begin_install(&mut self, generation: Generation, epoch: Epoch) -> Result<(), StoreError> {
+        self.full = true;
+        self.forget();
+        self.inner.begin_install(generation, epoch)
+    }
+
+    fn disk_digests(
+        &self,
+        disk: u16,
+        first: u64,
+        count: usize,
+    ) -> Result<Vec<[u8; 16]>, StoreError> {
+        self.inner.disk_digests(disk, first, count)
+    }
+
+    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[[u8; 16]]) -> bool {
+        self.inner.copy_compare(disk, first, digests)
+    }
+
+    fn copy_filled(&self) -> Option<Filled> {
+        self.inner.copy_filled()
     }
 
     fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {

@@ -8,7 +8,8 @@ use checkpoint::{MachineState, disk_records};
 use diskbuf::{Durability, ReplicaDisks};
 
 use super::copy::Copy;
-use super::{Handover, Piece, ReplicaStore, StoreError};
+use super::{Filled, Handover, Piece, ReplicaStore, StoreError};
+use crate::blocks::{self, BLOCK, Digest};
 use crate::image::Image;
 use crate::kept::Kept;
 use crate::mark::Mark;
@@ -92,12 +93,13 @@ impl VmStore {
     }
 }
 
-impl ReplicaStore for VmStore {
-    fn begin(
+impl VmStore {
+    fn open(
         &mut self,
         generation: Generation,
         epoch: Epoch,
         full: bool,
+        keep_disks: bool,
     ) -> Result<(), StoreError> {
         self.image.discard();
         self.prepared = None;
@@ -105,9 +107,11 @@ impl ReplicaStore for VmStore {
             self.copy = None;
             self.machine = None;
             self.image.reset()?;
-            self.disks
-                .begin_full(generation)
-                .map_err(|e| StoreError::Disks(e.to_string()))?;
+            let begun = match keep_disks {
+                true => self.disks.begin_refill(generation),
+                false => self.disks.begin_full(generation),
+            };
+            begun.map_err(|e| StoreError::Disks(e.to_string()))?;
         }
         let ram: u64 = self.shape.ram.iter().map(|r| r.len).sum();
         let limits = StageLimits {
@@ -116,6 +120,47 @@ impl ReplicaStore for VmStore {
         };
         self.open = Some((Stage::new(epoch, limits), full));
         Ok(())
+    }
+}
+
+impl ReplicaStore for VmStore {
+    fn begin(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+        full: bool,
+    ) -> Result<(), StoreError> {
+        self.open(generation, epoch, full, false)
+    }
+
+    fn begin_install(&mut self, generation: Generation, epoch: Epoch) -> Result<(), StoreError> {
+        self.open(generation, epoch, true, true)
+    }
+
+    fn disk_digests(&self, disk: u16, first: u64, count: usize) -> Result<Vec<Digest>, StoreError> {
+        let Some(mirror) = self.disks.mirrors().get(usize::from(disk)) else {
+            return Ok(Vec::new());
+        };
+        let mut data = vec![0; BLOCK as usize];
+        let blocks = first..mirror.size().div_ceil(BLOCK);
+        let digests = blocks.take(count).map(|block| {
+            let at = block * BLOCK;
+            let data = &mut data[..BLOCK.min(mirror.size() - at) as usize];
+            mirror
+                .read_at(at, data)
+                .map_err(|e| StoreError::Disks(e.to_string()))?;
+            Ok(blocks::digest(data))
+        });
+        digests.collect()
+    }
+
+    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[Digest]) -> bool {
+        let copy = self.copy.as_mut();
+        copy.is_some_and(|copy| copy.compare(disk, first, digests))
+    }
+
+    fn copy_filled(&self) -> Option<Filled> {
+        self.copy.as_ref().map(Copy::filled)
     }
 
     fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {

@@ -75,6 +75,42 @@ fn i5_what_changes_while_it_is_copied_is_copied_again() {
 }
 
 #[test]
+fn i3_a_host_that_returns_is_sent_the_blocks_that_differ() {
+    const SIZE: u64 = 64 << 20;
+    for durability in [Durability::Memory, Durability::Disk] {
+        let mut cluster = Cluster::of_shape(2, 0, shape(SIZE), durability);
+        let mut flow = Flow::start(&cluster.view, Vm::with_old_disk(SIZE), None);
+        flow.progress(5);
+        // A guest that writes faster than hosts come and go would leave nothing equal.
+        cluster.hosts[0].wire.slow(Duration::from_millis(20));
+        // It goes, with all that its disk has, and what it has of its last moments nobody asks.
+        cluster.hosts[1].kill();
+        cluster.reconfigure(&[0], None);
+        flow.reconnect(&cluster.view);
+        flow.progress(20);
+        cluster.hosts[1].restart();
+        cluster.reconfigure(&[0], Some(1));
+        flow.reconnect(&cluster.view);
+        promote(&mut cluster, &mut flow, &[0], 1);
+        let filled = cluster.hosts[0]
+            .server()
+            .status(VM)
+            .unwrap()
+            .filled
+            .unwrap();
+        let blocks = SIZE >> 16;
+        assert!(filled.blocks_equal > blocks / 8, "{filled:?} of {blocks}");
+        assert!(
+            filled.blocks_sent > 0,
+            "it has written meanwhile: {filled:?}"
+        );
+        assert_eq!(cluster.hosts[1].wire.installs(), 1);
+        // Disk and memory are compared with the VM's, byte by byte.
+        all_but(&mut cluster, flow, 1);
+    }
+}
+
+#[test]
 fn i5_one_after_the_other_joins() {
     // From a chain of one to a chain of three that shares no host with it.
     let mut cluster = Cluster::with_spares(1, 3);

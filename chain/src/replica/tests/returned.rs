@@ -102,3 +102,19 @@ fn the_owner_may_hand_over_what_it_cannot_run() {
     assert_eq!(b.step(yields(6)), [], "not what it was asked about");
     assert_eq!(b.step(yields(7)), [Action::Suspect(0)]);
 }
+
+#[test]
+fn an_owner_that_dies_before_it_has_used_a_new_configuration_is_missed() {
+    let mut config = Config::begin(&["b", "c"]);
+    let mut c = returned(&config, "c", mark(G2, 7));
+    c.step(Event::Heard { now_ms: 1 });
+    // The head is lost, the owner asks for a chain without it, and dies as well.
+    c.0.adopt(config.place(&["c"]));
+    assert_eq!(c.0.state(), State::LastSurvivor);
+    let patient = patience(&mut c, 1000).unwrap();
+    assert!(
+        patient > 3 * 10,
+        "the owner is given time to come: {patient}"
+    );
+    assert_eq!(c.0.freeze(), Ok(mark(G2, 7)));
+}
