@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use agent::epoch::queue::ShipQueue;
+use agent::epoch::queue::{Blocks, ShipQueue};
 use agent::epoch::ship::{Link, Shipper};
 use agent::epoch::staging::{RamView, Shadow, Staging};
 use chain::image::Image;
@@ -24,6 +24,9 @@ struct Replica {
 impl Link for Replica {
     fn begin(&self, _: Epoch, full: bool) -> Result<(), String> {
         *self.full.lock().unwrap() = full;
+        Ok(())
+    }
+    fn compare(&self, _: Epoch, _: &Blocks) -> Result<(), String> {
         Ok(())
     }
     fn pages(&self, _: Epoch, records: &[u8]) -> Result<(), String> {

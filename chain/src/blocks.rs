@@ -1,7 +1,11 @@
-//! Digests of disk blocks: what a joining replica's mirrors hold already need not be sent to it.
+//! Digests of disk blocks: what a replica's mirrors hold already need not be sent to it.
+//!
+//! A joining replica says what it holds ([`Kind::Digests`](crate::wire::Kind::Digests)). A chain that begins is asked: a
+//! [`Kind::Compare`](crate::wire::Kind::Compare) frame bears the owner's digests from the head to the tail, each replica
+//! replaces those of the blocks in which it differs by [`DIFFERS`], and the tail answers the owner.
 //!
 //! ```text
-//! payload of a Digests frame, little endian
+//! payload of a Digests or Compare frame, little endian
 //! 0        4        8               16
 //! +--------+--------+---------------+---------------------+
 //! | disk   | 0      | first block   | 16 bytes per block  |
@@ -9,21 +13,50 @@
 //! +--------+--------+---------------+---------------------+
 //! ```
 //!
+//! payload of a Compared frame: the same header, then one byte per block: 1 if every replica holds it, else 0
+//!
 //! A digest is the first half of the block's BLAKE3 hash, 128 bits; of a block that is all zero it is zero. Two blocks with the
 //! same digest are taken for equal, so a checksum would not do: what a guest writes may be made to collide.
 
-/// Disks are compared and copied in blocks of this size, aligned; the last one may be shorter.
-pub(crate) const BLOCK: u64 = 64 << 10;
+use std::io;
+
+use diskbuf::Mirror;
+
+/// Disks are compared and copied in blocks of this size in bytes, aligned; the last one may be shorter.
+pub const BLOCK: u64 = 64 << 10;
 /// Most digests in a frame.
-pub(crate) const DIGESTS_MAX: usize = 16 << 10;
+pub const DIGESTS_MAX: usize = 16 << 10;
+/// Stands for a block in which some replica differs.
+pub(crate) const DIFFERS: Digest = [0xff; 16];
 
 const HEADER: usize = 16;
 
 /// Of one block.
-pub(crate) type Digest = [u8; 16];
+pub type Digest = [u8; 16];
+
+/// Digests of what a mirror holds, from block `first` on, at most `count`; none after its end.
+///
+/// # Errors
+/// The mirror's.
+pub fn digests(mirror: &Mirror, first: u64, count: usize) -> io::Result<Vec<Digest>> {
+    let mut data = vec![0; BLOCK as usize];
+    let blocks = first..mirror.size().div_ceil(BLOCK);
+    let digests = blocks.take(count).map(|block| {
+        let at = block * BLOCK;
+        let len = BLOCK.min(mirror.size() - at);
+        if mirror.is_hole(at, len) {
+            return Ok(Digest::default());
+        }
+        let data = &mut data[..len as usize];
+        mirror.read_at(at, data)?;
+        Ok(digest(data))
+    });
+    digests.collect()
+}
 
 /// The digest of a block.
-pub(crate) fn digest(block: &[u8]) -> Digest {
+#[must_use]
+pub fn digest(block: &[u8]) -> Digest {
     let mut out = [0; 16];
     if block.iter().any(|byte| *byte != 0) {
         out.copy_from_slice(&blake3::hash(block).as_bytes()[..16]);
@@ -43,13 +76,46 @@ pub(crate) fn payload(disk: u16, first: u64, digests: &[Digest]) -> Vec<u8> {
 
 /// Reads it back; `None` if it is malformed.
 pub(crate) fn parse(payload: &[u8]) -> Option<(u16, u64, &[Digest])> {
-    let (header, digests) = payload.split_at_checked(HEADER)?;
-    let (digests, rest) = digests.as_chunks::<16>();
+    let (disk, first) = parse_header(payload)?;
+    let (digests, rest) = payload[HEADER..].as_chunks::<16>();
+    let fits = rest.is_empty() && !digests.is_empty() && digests.len() <= DIGESTS_MAX;
+    fits.then_some((disk, first, digests))
+}
+
+fn parse_header(payload: &[u8]) -> Option<(u16, u64)> {
+    let header = payload.get(..HEADER)?;
     let word = |at: usize| header[at..at + 4].try_into().map(u32::from_le_bytes).ok();
     let disk = u16::try_from(word(0)?).ok()?;
     let first = u64::from_le_bytes(header[8..].try_into().ok()?);
-    let fits = rest.is_empty() && !digests.is_empty() && digests.len() <= DIGESTS_MAX;
-    (fits && word(4)? == 0).then_some((disk, first, digests))
+    (word(4)? == 0).then_some((disk, first))
+}
+
+/// `asked` with those replaced in which `held` differs.
+pub(crate) fn marked(asked: &[Digest], held: &[Digest]) -> Vec<Digest> {
+    let held = held.iter().map(Some).chain(std::iter::repeat(None));
+    let pairs = asked.iter().zip(held);
+    pairs
+        .map(|(asked, held)| {
+            held.filter(|held| *held == asked)
+                .copied()
+                .unwrap_or(DIFFERS)
+        })
+        .collect()
+}
+
+/// The payload that tells the owner of a chain which of these blocks every replica holds.
+pub(crate) fn answer(disk: u16, first: u64, marked: &[Digest]) -> Vec<u8> {
+    let mut out = payload(disk, first, &[]);
+    out.extend(marked.iter().map(|digest| u8::from(*digest != DIFFERS)));
+    out
+}
+
+/// Reads it back; `None` if it is malformed.
+pub(crate) fn parse_answer(payload: &[u8]) -> Option<(u16, u64, Vec<bool>)> {
+    let (disk, first) = parse_header(payload)?;
+    let equal = &payload[HEADER..];
+    let fits = !equal.is_empty() && equal.len() <= DIGESTS_MAX && equal.iter().all(|b| *b < 2);
+    fits.then(|| (disk, first, equal.iter().map(|b| *b == 1).collect()))
 }
 
 #[cfg(test)]
@@ -70,5 +136,36 @@ mod tests {
         assert_eq!(parse(&strange), None, "reserved");
         let many = vec![[1; 16]; DIGESTS_MAX + 1];
         assert_eq!(parse(&super::payload(0, 0, &many)), None);
+    }
+
+    #[test]
+    fn a_block_is_everywhere_only_if_no_replica_differs() {
+        let all = [digest(&[1; 512]), digest(&[0; 512]), digest(b"x")];
+        let mut one = all;
+        one[0] = digest(b"y");
+        let after_one = marked(&all, &one);
+        assert_eq!(after_one, [DIFFERS, all[1], all[2]]);
+        // One that has the first block cannot take back that another has not, and a shorter disk has no third block.
+        let after_two = marked(&after_one, &all[..2]);
+        assert_eq!(after_two, [DIFFERS, all[1], DIFFERS]);
+        let said = answer(1, 9, &after_two);
+        assert_eq!(parse_answer(&said), Some((1, 9, vec![false, true, false])));
+        assert_eq!(parse_answer(&said[..HEADER]), None, "nothing said");
+        let mut strange = said.clone();
+        strange[HEADER] = 2;
+        assert_eq!(parse_answer(&strange), None);
+    }
+
+    #[test]
+    fn a_mirror_s_digests_are_those_of_its_content_holes_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let mirror = Mirror::create(dir.path().join("d.img"), 3 * BLOCK + 512).unwrap();
+        mirror.write_at(BLOCK, &[7; 512]).unwrap();
+        let mut block = vec![0; BLOCK as usize];
+        block[..512].fill(7);
+        let whole = digests(&mirror, 0, 100).unwrap();
+        assert_eq!(whole, [[0; 16], digest(&block), [0; 16], [0; 16]]);
+        assert_eq!(digests(&mirror, 1, 1).unwrap(), whole[1..2]);
+        assert!(digests(&mirror, 4, 1).unwrap().is_empty(), "after its end");
     }
 }

@@ -11,13 +11,14 @@ use checkpoint::{
     CheckpointEnd, Epoch, Generation, HostId, Tally, VmId, codec, disk_records, records,
 };
 
+use crate::blocks::{self, Digest};
 use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
 use crate::link::{HELLO_LIMIT, Link, Role, Trouble};
 use crate::mark::Mark;
 use crate::replica::Base;
 use crate::server::{GreetError, greet};
 use crate::view::{Member, View};
-use crate::wire::{self, Frame, Kind, Payload};
+use crate::wire::{self, FLAG_KEEP, Frame, Kind, Payload, WireError};
 
 /// Machine state is sent in pieces of this size.
 const MACHINE_PIECE: usize = 512 << 10;
@@ -104,6 +105,19 @@ pub enum ClientEvent {
     Refused {
         /// That generation.
         generation: Generation,
+    },
+    /// Answer to [`ChainClient::compare`].
+    Compared {
+        /// The generation the tail follows.
+        generation: Generation,
+        /// The checkpoint under way.
+        epoch: Epoch,
+        /// The disk.
+        disk: u16,
+        /// The first block, of [`crate::blocks::BLOCK`] bytes.
+        first: u64,
+        /// For each block whether every replica holds what the owner said.
+        equal: Vec<bool>,
     },
     /// The joining replica has everything: it can become the tail.
     JoinerReady,
@@ -328,6 +342,10 @@ impl ChainClient {
     /// [`ClientError::Base`] if a checkpoint in between was never sent; [`ClientError::TooMuch`] if too much is
     /// unacknowledged. A full checkpoint fails with its connection.
     pub fn begin(&self, epoch: Epoch, full: bool) -> Result<(), ClientError> {
+        self.start(epoch, full, 0)
+    }
+
+    fn start(&self, epoch: Epoch, full: bool, extra: u32) -> Result<(), ClientError> {
         let mut sending = self.sending();
         sending.kept.trim(self.acked(), Some(&self.buffers));
         sending.tally = Tally::default();
@@ -343,7 +361,27 @@ impl ChainClient {
             full,
         });
         let (flags, payload) = begin_payload(base);
-        self.put(&mut sending, Kind::Begin, flags, &payload)
+        self.put(&mut sending, Kind::Begin, flags | extra, &payload)
+    }
+
+    /// As [`ChainClient::begin`] with `full`, but the replicas' disks keep what they hold: the caller has to send every block
+    /// that [`ChainClient::compare`] does not find to be equal, those that are zero too.
+    ///
+    /// # Errors
+    /// As [`ChainClient::begin`].
+    pub fn begin_over(&self, epoch: Epoch) -> Result<(), ClientError> {
+        self.start(epoch, true, FLAG_KEEP)
+    }
+
+    /// Asks which of these disk blocks every replica holds already, of the checkpoint begun by
+    /// [`ChainClient::begin_over`]. [`ClientEvent::Compared`] answers. The digests have to be of what the disk held at some
+    /// moment before this call, and every write after that moment has to be sent.
+    ///
+    /// # Errors
+    /// As [`ChainClient::begin`].
+    pub fn compare(&self, disk: u16, first: u64, digests: &[Digest]) -> Result<(), ClientError> {
+        let payload = blocks::payload(disk, first, digests);
+        self.put(&mut self.sending(), Kind::Compare, 0, &payload)
     }
 
     fn content(
@@ -564,7 +602,7 @@ fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<
             &read,
             Ok(frame) if matches!(
                 frame.kind,
-                Kind::Ack | Kind::Refused | Kind::JoinerReady | Kind::Broken
+                Kind::Ack | Kind::Refused | Kind::JoinerReady | Kind::Broken | Kind::Compared
             )
         );
         let event = match read {
@@ -587,6 +625,24 @@ fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<
                 kind: Kind::JoinerReady,
                 ..
             }) => ClientEvent::JoinerReady,
+            Ok(Frame {
+                kind: Kind::Compared,
+                epoch,
+                generation,
+                ..
+            }) if is_acks => match blocks::parse_answer(&payload) {
+                Some((disk, first, equal)) => ClientEvent::Compared {
+                    generation,
+                    epoch,
+                    disk,
+                    first,
+                    equal,
+                },
+                None => ClientEvent::Lost {
+                    host: Some(host.clone()),
+                    why: WireError::Payload(Kind::Compared).to_string(),
+                },
+            },
             Ok(Frame {
                 kind: Kind::Broken, ..
             }) => match codec::from_bytes::<Trouble>(&payload, HELLO_LIMIT) {

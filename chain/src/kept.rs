@@ -10,7 +10,7 @@ use checkpoint::{Epoch, Generation};
 use crate::link::Link;
 use crate::mark::{MARK_SIZE, Mark};
 use crate::replica::Base;
-use crate::wire::{FLAG_FULL, FLAG_INSTALL, Frame, Kind, Payload};
+use crate::wire::{FLAG_FULL, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload};
 
 /// Most bytes kept for one VM. An owner has few checkpoints under way, each bounded; beyond this the chain goes on, but a
 /// successor that is lost then cannot be replaced without filling it again.
@@ -154,11 +154,13 @@ fn first_base(frames: &Frames) -> Option<Mark> {
     }
 }
 
+const FULL_KEEP: u32 = FLAG_FULL | FLAG_KEEP;
+
 /// What a [`Kind::Begin`] frame's payload says; `None` if it is malformed.
 #[must_use]
 pub(crate) fn base_of(flags: u32, payload: &[u8]) -> Option<Base> {
     match (flags, payload.split_at_checked(MARK_SIZE)) {
-        (FLAG_FULL, None) if payload.is_empty() => Some(Base::Nothing),
+        (FLAG_FULL | FULL_KEEP, None) if payload.is_empty() => Some(Base::Nothing),
         (FLAG_INSTALL, None) if payload.is_empty() => Some(Base::Install),
         (0, Some((mark, origin))) => Some(Base::On {
             base: Mark::from_bytes(mark)?,

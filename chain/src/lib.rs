@@ -5,7 +5,7 @@
 //! protocol as a plain state machine, [`store`] what a replica keeps, [`server`] and [`client`] the transport,
 //! [`master`] the configuration service.
 
-pub(crate) mod blocks;
+pub mod blocks;
 pub mod client;
 pub mod image;
 pub(crate) mod kept;

@@ -402,6 +402,15 @@ impl Replica {
                     actions.push_back(Action::Stage);
                 }
             }
+            Event::Compare { generation, epoch } => {
+                let full = Open {
+                    epoch,
+                    what: What::Full,
+                };
+                if self.accepts(generation, actions) && self.open == Some(full) {
+                    actions.push_back(Action::Compare);
+                }
+            }
             Event::End {
                 generation,
                 epoch,

@@ -176,8 +176,9 @@ pub trait ReplicaStore: Send {
     fn begin(&mut self, generation: Generation, epoch: Epoch, full: bool)
     -> Result<(), StoreError>;
 
-    /// Begins to take another replica's whole content, at the end of which it becomes known which checkpoint that is. As a full
-    /// one, but disks keep what they hold: whoever fills them leaves out what is equal ([`ReplicaStore::disk_digests`]).
+    /// As a full checkpoint, but disks keep what they hold: whoever fills them leaves out what is equal
+    /// ([`ReplicaStore::disk_digests`]), and sends everything else, zeros too. Or begins to take another replica's whole
+    /// content, at the end of which it becomes known which checkpoint that is.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -19,7 +19,7 @@ pub const HEADER: usize = 64;
 /// Longest payload in bytes.
 pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
 const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
-const VERSION: u16 = 4;
+const VERSION: u16 = 5;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,10 +65,17 @@ pub enum Kind {
     /// From a joining replica to the tail that fills it: digests of what its mirrors hold, see [`crate::blocks`]. An empty one
     /// ends them.
     Digests = 18,
+    /// Down a chain that begins: the owner's digests of disk blocks, see [`crate::blocks`]. A replica replaces those in which
+    /// it differs before it passes them on.
+    Compare = 19,
+    /// Answer, from the tail to the owner: which of these blocks every replica holds already.
+    Compared = 20,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
 pub const FLAG_FULL: u32 = 1;
+/// [`Kind::Begin`], with [`FLAG_FULL`]: disks keep what they hold, and are sent only what differs.
+pub const FLAG_KEEP: u32 = 4;
 /// [`Kind::Begin`] and [`Kind::End`]: the content of a joining replica.
 pub const FLAG_INSTALL: u32 = 2;
 
@@ -93,6 +100,8 @@ impl Kind {
             16 => Self::Query,
             17 => Self::Answer,
             18 => Self::Digests,
+            19 => Self::Compare,
+            20 => Self::Compared,
             _ => return None,
         })
     }
@@ -288,7 +297,7 @@ fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
     }
     let flags = word(40);
     let known = match kind {
-        Kind::Begin => FLAG_FULL | FLAG_INSTALL,
+        Kind::Begin => FLAG_FULL | FLAG_KEEP | FLAG_INSTALL,
         Kind::End => FLAG_INSTALL,
         _ => 0,
     };

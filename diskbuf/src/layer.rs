@@ -8,7 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::unistd::{Whence, lseek};
 
 /// A place with files.
 pub trait FileLayer: Send + Sync {
@@ -80,6 +82,13 @@ pub trait LayerFile: Send + Sync {
     fn forget_cached(&self) -> io::Result<()> {
         Ok(())
     }
+    /// The next byte from `offset` on that is not known to be zero without reading it; the file's length if there is none.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        Ok(offset)
+    }
     /// Takes the exclusive lock, until the file is closed; false if another open file has it.
     ///
     /// # Errors
@@ -131,6 +140,16 @@ impl FileLayer for OsLayer {
 }
 
 impl LayerFile for OsFile {
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        let at = i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        match lseek(&self.0, at, Whence::SeekData) {
+            Ok(found) => Ok(u64::try_from(found).unwrap_or(offset)),
+            Err(Errno::ENXIO) => self.len(),
+            // Not every file system knows.
+            Err(_) => Ok(offset),
+        }
+    }
+
     fn forget_cached(&self) -> io::Result<()> {
         let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
         Ok(posix_fadvise(&self.0, 0, 0, advice)?)
@@ -153,7 +172,7 @@ impl LayerFile for OsFile {
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match fallocate(&self.0, hole, signed(offset)?, signed(len)?) {
             // Not every file system has holes; zeros by hand read the same.
-            Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
                 let zeros = vec![0; 1 << 20];
                 let (mut at, end) = (offset, offset + len);
                 while at < end {

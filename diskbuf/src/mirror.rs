@@ -238,6 +238,15 @@ impl Mirror {
         self.file.forget_cached()
     }
 
+    /// Whether the range is known to be zero without reading it: a hole. False where the file system cannot tell.
+    #[must_use]
+    pub fn is_hole(&self, offset: u64, len: u64) -> bool {
+        self.check(offset, len).is_ok()
+            && offset
+                .checked_add(len)
+                .is_some_and(|end| self.file.next_data(offset).is_ok_and(|data| data >= end))
+    }
+
     /// Whether `offset` and `len` lie within the disk.
     #[must_use]
     pub fn contains(&self, offset: u64, len: u64) -> bool {
@@ -382,6 +391,28 @@ mod tests {
         let failed = mirror.write_at(u64::MAX, &[0; 512]).unwrap_err();
         assert_eq!(failed.kind(), io::ErrorKind::InvalidInput);
         assert!(mirror.read_at((1 << 20) - 1, &mut [0; 2]).is_err());
+    }
+
+    #[test]
+    fn holes_are_seen_where_the_file_system_tells() {
+        let dir = tempfile::tempdir().unwrap();
+        let mirror = Mirror::create(dir.path().join("d.img"), 1 << 20).unwrap();
+        mirror.write_at(256 << 10, &[5; 512]).unwrap();
+        assert!(!mirror.is_hole(256 << 10, 64 << 10), "data");
+        assert!(!mirror.is_hole(0, 1 << 20), "data in the middle");
+        assert!(!mirror.is_hole((1 << 20) - 512, 1024), "beyond the end");
+        // What a hole is taken for must be one: without this the two above say little.
+        for at in (0..1 << 20)
+            .step_by(64 << 10)
+            .filter(|at| mirror.is_hole(*at, 64 << 10))
+        {
+            let mut got = vec![1; 64 << 10];
+            mirror.read_at(at, &mut got).unwrap();
+            assert!(got.iter().all(|byte| *byte == 0), "at {at}");
+        }
+        mirror.write_zeroes(256 << 10, 64 << 10).unwrap();
+        let tells = mirror.is_hole(512 << 10, 64 << 10);
+        assert_eq!(mirror.is_hole(256 << 10, 64 << 10), tells);
     }
 
     #[test]

@@ -12,7 +12,8 @@ use vmm::Vm;
 
 use super::protected::Reporter;
 use super::proto::FromChild;
-use crate::epoch::owner::{Begin, Owner};
+use crate::epoch::owner::{Answer, Begin, Owner};
+use crate::epoch::queue::Blocks;
 use crate::epoch::ship::{Link, Shipper};
 use crate::epoch::staging::{RamView, Shadow, StagingError};
 
@@ -373,6 +374,13 @@ fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Re
                 owner.fence();
             }
         }
+        ClientEvent::Compared {
+            generation,
+            epoch,
+            disk,
+            first,
+            equal,
+        } => owner.compared(generation, epoch, Answer { disk, first, equal }),
         ClientEvent::Refused { generation } => reporter.send(&FromChild::Refused { generation }),
         ClientEvent::JoinerReady => reporter.send(&FromChild::JoinerReady { generation }),
         ClientEvent::Lost { host, why } => {
@@ -395,7 +403,21 @@ struct ClientLink {
 
 impl Link for ClientLink {
     fn begin(&self, epoch: Epoch, full: bool) -> Result<(), String> {
-        self.client.begin(epoch, full).map_err(|e| e.to_string())
+        let begun = match full {
+            true => self.client.begin_over(epoch),
+            false => self.client.begin(epoch, false),
+        };
+        begun.map_err(|e| e.to_string())
+    }
+    fn compare(&self, _: Epoch, blocks: &Blocks) -> Result<(), String> {
+        let Blocks {
+            disk,
+            first,
+            digests,
+        } = blocks;
+        self.client
+            .compare(*disk, *first, digests)
+            .map_err(|e| e.to_string())
     }
     fn pages(&self, _: Epoch, records: &[u8]) -> Result<(), String> {
         self.client.pages(records).map_err(|e| e.to_string())

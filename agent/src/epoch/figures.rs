@@ -24,8 +24,11 @@ pub struct Figures {
 /// How far a first synchronisation is, in bytes. Memory that changes meanwhile is sent again, and not counted again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyncFigures {
-    /// Of the disks, read and, where it is not zero, sent.
+    /// Of the disks, compared and, where a replica differs, sent.
     pub disk_done: u64,
+    /// Of that, what every replica held already.
+    #[serde(default)]
+    pub disk_equal: u64,
     /// Sizes of the disks.
     pub disk_total: u64,
     /// Of the memory.
@@ -47,6 +50,7 @@ impl SyncFigures {
 #[derive(Debug, Default)]
 pub struct Progress {
     disk_done: AtomicU64,
+    disk_equal: AtomicU64,
     disk_total: AtomicU64,
     memory_done: AtomicU64,
     memory_total: AtomicU64,
@@ -56,14 +60,18 @@ impl Progress {
     /// One begins.
     pub fn begin(&self, disk: u64, memory: u64) {
         self.disk_done.store(0, Ordering::Relaxed);
+        self.disk_equal.store(0, Ordering::Relaxed);
         self.memory_done.store(0, Ordering::Relaxed);
         self.disk_total.store(disk, Ordering::Relaxed);
         self.memory_total.store(memory, Ordering::Relaxed);
     }
 
-    /// So many bytes more of the disks are done.
-    pub fn disk(&self, bytes: u64) {
+    /// So many bytes more of the disks are done; `equal`: nothing had to be sent.
+    pub fn disk(&self, bytes: u64, equal: bool) {
         self.disk_done.fetch_add(bytes, Ordering::Relaxed);
+        if equal {
+            self.disk_equal.fetch_add(bytes, Ordering::Relaxed);
+        }
     }
 
     /// So many bytes more of the memory are done.
@@ -75,6 +83,7 @@ impl Progress {
     pub fn read(&self) -> SyncFigures {
         SyncFigures {
             disk_done: self.disk_done.load(Ordering::Relaxed),
+            disk_equal: self.disk_equal.load(Ordering::Relaxed),
             disk_total: self.disk_total.load(Ordering::Relaxed),
             memory_done: self.memory_done.load(Ordering::Relaxed),
             memory_total: self.memory_total.load(Ordering::Relaxed),
@@ -91,8 +100,10 @@ mod tests {
         let progress = Progress::default();
         assert_eq!(progress.read().percent(), 0, "of nothing");
         progress.begin(300, 100);
-        progress.disk(150);
+        progress.disk(100, false);
+        progress.disk(50, true);
         progress.memory(50);
+        assert_eq!(progress.read().disk_equal, 50);
         assert_eq!(progress.read().percent(), 50);
         progress.begin(10, 10);
         assert_eq!(progress.read().percent(), 0, "another one begins");

@@ -1,6 +1,7 @@
 //! The owner's epoch loop: one thread that pauses, captures and resumes the guest, and what it shares with the
 //! threads that ship, receive acks and do the devices' I/O.
 
+mod disks;
 mod sync;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +19,8 @@ use super::queue::ShipQueue;
 use super::staging::{RamView, StagingError};
 use super::stats::{EpochStats, Recorder};
 use crate::fault::{self, Fault};
+pub use disks::Answer;
+use disks::Answers;
 
 /// `status` looks at the output held in so many epochs.
 const HOLDS_EPOCHS: u64 = 400;
@@ -95,6 +98,7 @@ pub struct Owner {
     captured_at: Mutex<std::collections::VecDeque<(Epoch, Instant)>>,
     sync_started: Mutex<Option<(Epoch, Instant)>>,
     progress: Progress,
+    answers: Answers,
     last_commit: Mutex<Option<Instant>>,
     on_protected: OnProtected,
 }
@@ -132,6 +136,7 @@ impl Owner {
             captured_at: Mutex::default(),
             sync_started: Mutex::default(),
             progress: Progress::default(),
+            answers: Answers::default(),
             last_commit: Mutex::default(),
             on_protected,
         })
@@ -653,6 +658,11 @@ impl Owner {
 }
 
 impl Signals {
+    /// Whether a synchronisation under way has become pointless. Anything else waits until it is done.
+    fn ends_sync(&self) -> bool {
+        self.begin.is_some() || self.unprotect.is_some() || self.freeze || self.stop
+    }
+
     fn any(&self) -> bool {
         self.begin.is_some()
             || self.begin_held

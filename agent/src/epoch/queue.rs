@@ -25,6 +25,13 @@ pub enum Item {
         /// The pages.
         staging: Staging,
     },
+    /// A question about the disks' content, during the first synchronisation.
+    Compare {
+        /// The epoch that is streamed.
+        epoch: Epoch,
+        /// What the owner's disk held a moment ago.
+        blocks: Blocks,
+    },
     /// The rest of an epoch: it is complete with this.
     Checkpoint {
         /// The epoch.
@@ -34,6 +41,17 @@ pub enum Item {
         /// vCPU and device state.
         machine: Box<MachineState>,
     },
+}
+
+/// Digests of successive blocks of a disk, as [`chain::blocks`] has them.
+#[derive(Debug)]
+pub struct Blocks {
+    /// The disk.
+    pub disk: u16,
+    /// The first block.
+    pub first: u64,
+    /// Of each.
+    pub digests: Vec<chain::blocks::Digest>,
 }
 
 #[derive(Debug, Default)]
@@ -159,6 +177,15 @@ impl ShipQueue {
         }
         if state.active {
             state.items.push_back(Item::Pages { epoch, staging });
+            self.more.notify_one();
+        }
+    }
+
+    /// Queues a question about blocks of the streamed epoch.
+    pub fn push_compare(&self, epoch: Epoch, blocks: Blocks) {
+        let mut state = self.lock();
+        if state.active {
+            state.items.push_back(Item::Compare { epoch, blocks });
             self.more.notify_one();
         }
     }
@@ -318,7 +345,7 @@ mod tests {
             .map(|_| match queue.next(0).unwrap() {
                 Item::Disk { epoch, .. } => (epoch, false),
                 Item::Checkpoint { epoch, .. } => (epoch, true),
-                Item::Pages { .. } => panic!("no pages were queued"),
+                other => panic!("{other:?} was not queued"),
             })
             .collect();
         assert_eq!(

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use checkpoint::{Encoded, EncoderOptions, Epoch, PAGE_SIZE, PageEncoder};
 
-use super::queue::{Item, ShipQueue};
+use super::queue::{Blocks, Item, ShipQueue};
 use super::staging::{Shadow, Staging, StagingError};
 use super::stats::Recorder;
 
@@ -18,8 +18,10 @@ const DISK_FRAME: usize = 256 << 10;
 
 /// Where encoded checkpoints go. The chain's client is one; tests have another.
 pub trait Link: Send + Sync {
-    /// Announces `epoch`; `full` if it replaces the whole image.
+    /// Announces `epoch`; `full` if it replaces the whole image, except for what [`Link::compare`] finds to be there.
     fn begin(&self, epoch: Epoch, full: bool) -> Result<(), String>;
+    /// Asks which disk blocks need not be sent.
+    fn compare(&self, epoch: Epoch, blocks: &Blocks) -> Result<(), String>;
     /// Encoded page records.
     fn pages(&self, epoch: Epoch, records: &[u8]) -> Result<(), String>;
     /// Encoded disk records.
@@ -102,6 +104,10 @@ impl Shipper {
                 debug_assert!(bytes.len() <= (1 << 20) + DISK_FRAME);
                 self.sent += bytes.len() as u64;
                 self.link.disk(epoch, &bytes).map_err(ShipError::Link)
+            }
+            Item::Compare { epoch, blocks } => {
+                self.begin(epoch)?;
+                self.link.compare(epoch, &blocks).map_err(ShipError::Link)
             }
             Item::Pages { epoch, staging } => {
                 self.begin(epoch)?;

@@ -39,6 +39,13 @@ pub enum Event {
         /// The checkpoint.
         epoch: Epoch,
     },
+    /// Which disk blocks need not be sent, because every replica holds them?
+    Compare {
+        /// The sender's generation.
+        generation: Generation,
+        /// The checkpoint, the first of a history.
+        epoch: Epoch,
+    },
     /// The checkpoint is complete, says the sender.
     End {
         /// The sender's generation.
@@ -118,6 +125,9 @@ pub enum Event {
 pub enum Action {
     /// Send the frame in hand to the next replica.
     Forward,
+    /// Compare the disk blocks that the frame in hand names with the store's, and pass it on with what differs marked; the
+    /// tail answers the owner instead.
+    Compare,
     /// Keep the frame in hand, at the end of what is kept, to send it again should the next replica change. The beginning
     /// of a checkpoint replaces one that was kept without its end.
     Keep,

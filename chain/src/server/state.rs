@@ -14,7 +14,7 @@ use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::replica::{Action, Event, Replica};
 use crate::store::{Filled, ReplicaStore, StoreError};
 use crate::view::View;
-use crate::wire::{FLAG_INSTALL, Frame, Kind, Payload, WireError};
+use crate::wire::{FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
 
 /// Where heartbeats go and what they say.
 pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
@@ -73,6 +73,7 @@ fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
         Kind::Complete => Event::Complete { generation, epoch },
         Kind::Yield => Event::Yield { generation, epoch },
         Kind::Pages | Kind::Disk | Kind::Machine => Event::Data { generation, epoch },
+        Kind::Compare => Event::Compare { generation, epoch },
         Kind::End => Event::End {
             generation,
             epoch,
@@ -323,9 +324,13 @@ impl State {
             Action::JoinerReady => self.tell_up(Kind::JoinerReady, Epoch::ZERO, &[]),
             Action::Open { epoch, full } => {
                 let generation = self.replica.generation();
-                if hand.is_some_and(|hand| hand.frame.flags & FLAG_INSTALL != 0) {
+                let flags = hand.map_or(0, |hand| hand.frame.flags);
+                if flags & (FLAG_INSTALL | FLAG_KEEP) != 0 {
                     let failed = self.on_store(|store| store.begin_install(generation, epoch));
-                    return Ok(failed.or_else(|| self.say_digests(hand)));
+                    return Ok(match flags & FLAG_INSTALL != 0 {
+                        true => failed.or_else(|| self.say_digests(hand)),
+                        false => failed,
+                    });
                 }
                 return Ok(self.on_store(|store| store.begin(generation, epoch, full)));
             }
@@ -336,6 +341,11 @@ impl State {
                         Kind::Disk => store.disk(hand.payload),
                         _ => store.machine(hand.payload),
                     }));
+                }
+            }
+            Action::Compare => {
+                if let Some(hand) = hand {
+                    return self.compare(hand);
                 }
             }
             Action::Prepare { .. } => {
@@ -368,6 +378,33 @@ impl State {
             }
             Action::Failed(why) => self.failed(shared, why),
             Action::StillFailed(why) => self.tell_trouble(&(shared.options.host.clone(), why)),
+        }
+        Ok(None)
+    }
+
+    /// Marks the blocks in which this replica differs from the owner, and passes the rest of the question on; the tail
+    /// answers it.
+    fn compare(&mut self, hand: InHand<'_>) -> Result<Option<Event>, WireError> {
+        let asked = blocks::parse(hand.payload);
+        let (disk, first, asked) = asked.ok_or(WireError::Payload(Kind::Compare))?;
+        let mut held = Vec::new();
+        let failed = self.on_store(|store| {
+            held = store.disk_digests(disk, first, asked.len())?;
+            Ok(())
+        });
+        if failed.is_some() {
+            return Ok(failed);
+        }
+        let marked = blocks::marked(asked, &held);
+        if let Some(down) = &self.down {
+            if let Err(e) = down.send(hand.frame, &blocks::payload(disk, first, &marked)) {
+                self.lost_next(&e.to_string());
+            }
+        } else if self.replica.is_tail() {
+            let frame = self.own_frame(Kind::Compared, hand.frame.epoch);
+            let answer = blocks::answer(disk, first, &marked);
+            self.owners
+                .retain(|owner| owner.send(&frame, &answer).is_ok());
         }
         Ok(None)
     }

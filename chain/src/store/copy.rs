@@ -169,7 +169,9 @@ impl Copy {
         let offset = block * BLOCK;
         let len = BLOCK.min(mirror.size() - offset);
         let mut data = vec![0; len as usize];
-        mirror.read_at(offset, &mut data).map_err(failed)?;
+        if !mirror.is_hole(offset, len) {
+            mirror.read_at(offset, &mut data).map_err(failed)?;
+        }
         let digest = blocks::digest(&data);
         let theirs = usize::try_from(block)
             .ok()

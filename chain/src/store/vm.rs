@@ -9,7 +9,7 @@ use diskbuf::{Durability, ReplicaDisks};
 
 use super::copy::Copy;
 use super::{Filled, Handover, Piece, ReplicaStore, StoreError};
-use crate::blocks::{self, BLOCK, Digest};
+use crate::blocks::{self, Digest};
 use crate::image::Image;
 use crate::kept::Kept;
 use crate::mark::Mark;
@@ -141,17 +141,7 @@ impl ReplicaStore for VmStore {
         let Some(mirror) = self.disks.mirrors().get(usize::from(disk)) else {
             return Ok(Vec::new());
         };
-        let mut data = vec![0; BLOCK as usize];
-        let blocks = first..mirror.size().div_ceil(BLOCK);
-        let digests = blocks.take(count).map(|block| {
-            let at = block * BLOCK;
-            let data = &mut data[..BLOCK.min(mirror.size() - at) as usize];
-            mirror
-                .read_at(at, data)
-                .map_err(|e| StoreError::Disks(e.to_string()))?;
-            Ok(blocks::digest(data))
-        });
-        digests.collect()
+        blocks::digests(mirror, first, count).map_err(|e| StoreError::Disks(e.to_string()))
     }
 
     fn copy_compare(&mut self, disk: u16, first: u64, digests: &[Digest]) -> bool {

@@ -274,6 +274,8 @@ impl World {
                     self.send_down(down, [message.clone()]);
                 }
             }
+            // No owner here asks: chains begin with empty disks.
+            Action::Compare => {}
             Action::Keep => standby.keep = true,
             Action::Resend { after } => {
                 let frames = match mutant {

@@ -92,6 +92,10 @@ impl Host {
         (self.server, self.events) = (Some(server), events);
     }
 
+    pub fn data_dir(&self) -> &std::path::Path {
+        &self.options.data_dir
+    }
+
     pub fn epoch(&self) -> Option<Epoch> {
         self.server().status(VM).unwrap().epoch
     }

@@ -3,6 +3,7 @@
 mod bridge;
 mod cluster;
 mod faults;
+mod first;
 mod flow;
 mod hostile;
 mod joining;

@@ -138,7 +138,7 @@ impl Vm {
     }
 
     /// Page and disk records of the next checkpoint.
-    fn records(&mut self, full: bool) -> (Vec<u8>, Vec<u8>) {
+    pub fn records(&mut self, full: bool) -> (Vec<u8>, Vec<u8>) {
         let mut encoder = PageEncoder::new(EncoderOptions { lz4: true });
         let mut pages = Vec::new();
         if full {
@@ -170,6 +170,21 @@ impl Vm {
         }
         self.written.clear();
         (pages, disk)
+    }
+
+    /// What a part of the disk holds, as a record.
+    pub fn disk_record(&self, offset: u64, len: u64) -> Vec<u8> {
+        let data = &self.disk[offset as usize..][..len as usize];
+        let mut out = Vec::new();
+        DiskRecord {
+            disk: 0,
+            op: DiskOp::Write,
+            offset,
+            len: len as u32,
+            data,
+        }
+        .encode(&mut out);
+        out
     }
 
     /// Sends everything of the next checkpoint but its end.

@@ -14,8 +14,6 @@ const SYNC_CHUNK: u64 = 1024;
 const SYNC_SMALL: u64 = 2048;
 /// Or after this many rounds: a guest that dirties faster than the link carries is caught by the pause all the same.
 const SYNC_ROUNDS: u32 = 8;
-/// Block size of the disks' initial copy.
-const COPY_BLOCK: usize = 256 << 10;
 
 impl Owner {
     /// The first checkpoint of a configuration: everything, streamed while the guest runs; only the last round pauses. A
@@ -46,7 +44,7 @@ impl Owner {
         lock(&self.captured_at).clear();
         self.queue.activate(epoch);
         self.vm.dirty().start().map_err(Self::vm_error)?;
-        self.copy_disks()?;
+        self.copy_disks(epoch)?;
         for range in view.ranges() {
             let (mut gfn, end) = (range.start >> 12, (range.start + range.len) >> 12);
             while gfn < end && self.still_syncing() {
@@ -76,36 +74,7 @@ impl Owner {
         self.checkpoint(view, dirty, true)
     }
 
-    fn still_syncing(&self) -> bool {
-        lock(&self.pipeline).mode() == Mode::Syncing && !lock(&self.signals).any()
-    }
-
-    fn copy_disks(&self) -> Result<(), OwnerError> {
-        let mut block = vec![0u8; COPY_BLOCK];
-        for (index, mirror) in self.disks.iter().enumerate() {
-            let mut offset = 0;
-            while offset < mirror.size() && self.still_syncing() {
-                let length = (mirror.size() - offset).min(COPY_BLOCK as u64) as usize;
-                let data = &mut block[..length];
-                // The barrier keeps a guest's write from being queued between this read and its queueing: the older
-                // content would then overwrite the newer one.
-                let barrier = self.queue.barrier().wait_below(16);
-                mirror
-                    .read_at(offset, data)
-                    .map_err(|source| OwnerError::Disk { index, source })?;
-                if data.iter().any(|b| *b != 0) {
-                    barrier.copy_block(&checkpoint::DiskRecord {
-                        disk: index as u16,
-                        op: checkpoint::DiskOp::Write,
-                        offset,
-                        len: length as u32,
-                        data,
-                    });
-                }
-                offset += length as u64;
-                self.progress.disk(length as u64);
-            }
-        }
-        Ok(())
+    pub(super) fn still_syncing(&self) -> bool {
+        lock(&self.pipeline).mode() == Mode::Syncing && !lock(&self.signals).ends_sync()
     }
 }
