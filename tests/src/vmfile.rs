@@ -30,6 +30,8 @@ pub struct VmFile {
     pub retain: u64,
     /// What an ack promises: memory or disk.
     pub durability: &'static str,
+    /// Size of its disk.
+    pub disk_bytes: u64,
 }
 
 impl Default for VmFile {
@@ -44,6 +46,7 @@ impl Default for VmFile {
             alone: "run",
             retain: 1,
             durability: "memory",
+            disk_bytes: 8 << 20,
         }
     }
 }
@@ -57,7 +60,7 @@ impl VmFile {
     pub fn write(&self, dir: &Path) -> String {
         let disk = dir.join("vm.img");
         File::create(&disk)
-            .and_then(|f| f.set_len(8 << 20))
+            .and_then(|f| f.set_len(self.disk_bytes))
             .unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
         let Self {
             memory_mib,
@@ -69,6 +72,7 @@ impl VmFile {
             alone,
             retain,
             durability,
+            disk_bytes: _,
         } = self;
         let mac: Vec<String> = GUEST_MAC.iter().map(|b| format!("{b:02x}")).collect();
         format!(

@@ -242,11 +242,12 @@ impl Child {
             generation,
             open,
             self.config.protect.max_in_flight as usize,
-            Box::new(move |generation, epoch, took| {
+            Box::new(move |generation, epoch, took, sync| {
                 reporter.send(&FromChild::Protected {
                     generation,
                     epoch,
                     sync_ms: took.as_millis() as u64,
+                    sync: Some(sync),
                 });
             }),
         );

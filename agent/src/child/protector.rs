@@ -312,6 +312,7 @@ impl Attempt {
                 generation: self.view.generation,
                 epoch: self.owner.committed(),
                 sync_ms: begun.elapsed().as_millis() as u64,
+                sync: None,
             }),
         }
         Ok(())

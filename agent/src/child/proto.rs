@@ -4,7 +4,7 @@ use checkpoint::{Epoch, Generation, HostId};
 use serde::{Deserialize, Serialize};
 
 use crate::epoch::EpochStats;
-use crate::epoch::figures::Figures;
+use crate::epoch::figures::{Figures, SyncFigures};
 
 /// First message to a new VM process.
 #[derive(Debug, Serialize, Deserialize)]
@@ -120,6 +120,8 @@ pub enum FromChild {
         epoch: Epoch,
         /// Milliseconds since protection began.
         sync_ms: u64,
+        /// What that took, if the chain began anew.
+        sync: Option<SyncFigures>,
     },
     /// A replica follows a newer generation: this owner's next, or another owner's. Nothing is let out in this one any more.
     Refused {

@@ -388,11 +388,17 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
             generation,
             epoch,
             sync_ms,
+            sync,
         }) => {
             entry.protected = Some(generation);
             entry.trouble = None;
+            let had = sync.filter(|sync| sync.disk_equal > 0).map(|sync| {
+                let (had, total) = (sync.disk_equal >> 20, sync.disk_total >> 20);
+                format!("; of the disks' {total} MiB, {had} MiB were there already")
+            });
             let text = format!(
-                "protected from checkpoint {epoch} on (generation {generation}, synchronised in {sync_ms} ms)"
+                "protected from checkpoint {epoch} on (generation {generation}, synchronised in {sync_ms} ms{})",
+                had.unwrap_or_default()
             );
             daemon.events.add(EventKind::Protected, &name, text);
         }

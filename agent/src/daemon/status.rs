@@ -101,10 +101,11 @@ fn owner_state(entry: &Entry, protected: bool, figures: &Figures) -> String {
 fn progress(sync: &SyncFigures) -> String {
     let mib = |bytes: u64| bytes >> 20;
     format!(
-        "synchronising, {} % (disks {} of {} MiB, memory {} of {} MiB)",
+        "synchronising, {} % (disks {} of {} MiB, {} MiB of it there already; memory {} of {} MiB)",
         sync.percent(),
         mib(sync.disk_done),
         mib(sync.disk_total),
+        mib(sync.disk_equal),
         mib(sync.memory_done),
         mib(sync.memory_total)
     )

@@ -13,7 +13,7 @@ use checkpoint::{Epoch, Generation, PageBitmap};
 use netbuf::Gate;
 use vmm::Vm;
 
-use super::figures::{Figures, Progress};
+use super::figures::{Figures, Progress, SyncFigures};
 use super::pipeline::{Action, Mode, Pipeline};
 use super::queue::ShipQueue;
 use super::staging::{RamView, StagingError};
@@ -81,7 +81,7 @@ pub struct Begin {
 }
 
 /// Called when the first checkpoint of a configuration is committed.
-pub type OnProtected = Box<dyn Fn(Generation, Epoch, Duration) + Send + Sync>;
+pub type OnProtected = Box<dyn Fn(Generation, Epoch, Duration, SyncFigures) + Send + Sync>;
 
 /// Shared between the epoch loop and its feeders.
 pub struct Owner {
@@ -256,7 +256,7 @@ impl Owner {
                 && epoch >= first
             {
                 *sync = None;
-                (self.on_protected)(generation, first, started.elapsed());
+                (self.on_protected)(generation, first, started.elapsed(), self.progress.read());
             }
         }
         Ok(())

@@ -5,6 +5,7 @@
 mod bad_input;
 mod demo;
 mod disk;
+mod first;
 mod inspect;
 mod kill;
 mod members;
