@@ -1,7 +1,7 @@
 //! Hosts: an agent each, in a network namespace of its own, and what can happen to them.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -273,8 +273,14 @@ impl Cluster {
     /// What `name` knows of the VM.
     #[must_use]
     pub fn status(&self, name: &str) -> Option<VmStatus> {
+        self.status_of(VM, name)
+    }
+
+    /// What `name` knows of that VM.
+    #[must_use]
+    pub fn status_of(&self, vm: &str, name: &str) -> Option<VmStatus> {
         let list = self.control(name).status().ok()?;
-        list.into_iter().find(|s| s.name == VM)
+        list.into_iter().find(|s| s.name == vm)
     }
 
     /// What has happened on `name`.
@@ -306,7 +312,15 @@ impl Cluster {
     /// # Panics
     /// With the agent's refusal.
     pub fn start_vm(&self, toml: String) {
-        self.control(&self.hosts[0].name)
+        self.start_vm_on(&self.hosts[0].name, toml);
+    }
+
+    /// Boots the VM of `toml` on `host`.
+    ///
+    /// # Panics
+    /// With the agent's refusal.
+    pub fn start_vm_on(&self, host: &str, toml: String) {
+        self.control(host)
             .order(&Request::Start {
                 toml,
                 name: "vm.toml".into(),
@@ -319,22 +333,34 @@ impl Cluster {
     /// # Panics
     /// With the agent's refusal.
     pub fn protect_vm(&self, backups: &[&str]) {
-        let owner = &self.hosts[0].name;
+        self.protect_vm_of(VM, &self.hosts[0].name, backups);
+    }
+
+    /// Protects `owner`'s VM of that name by `backups`, in this order; waits until it is.
+    ///
+    /// # Panics
+    /// With the agent's refusal.
+    pub fn protect_vm_of(&self, vm: &str, owner: &str, backups: &[&str]) {
         self.control(owner)
             .order(&Request::Protect {
-                vm: VM.into(),
+                vm: vm.into(),
                 backups: backups.iter().map(|b| (*b).into()).collect(),
             })
-            .unwrap_or_else(|e| panic!("protecting the VM: {e}"));
-        self.wait_protected(owner, backups);
+            .unwrap_or_else(|e| panic!("protecting {vm}: {e}"));
+        self.wait_protected_of(vm, owner, backups);
     }
 
     /// Waits until `owner` says that the chain is exactly `backups` and the VM protected by it.
     pub fn wait_protected(&self, owner: &str, backups: &[&str]) {
+        self.wait_protected_of(VM, owner, backups);
+    }
+
+    /// The same for that VM.
+    pub fn wait_protected_of(&self, vm: &str, owner: &str, backups: &[&str]) {
         wait(
-            &format!("the VM on {owner} to be protected by {backups:?}"),
+            &format!("{vm} on {owner} to be protected by {backups:?}"),
             || {
-                let status = self.status(owner)?;
+                let status = self.status_of(vm, owner)?;
                 let chain: Vec<&str> = status.chain.iter().map(|m| m.host.as_str()).collect();
                 (status.role == "owner" && status.protected && chain == backups).then_some(())
             },
@@ -383,7 +409,16 @@ impl Cluster {
     /// If the guest does not answer.
     #[must_use]
     pub fn client(&self) -> ProbeClient {
-        let mut config = ProbeConfig::new(SocketAddr::from((GUEST, PORT)));
+        self.client_of(GUEST)
+    }
+
+    /// The same for the VM at that address.
+    ///
+    /// # Panics
+    /// If the guest does not answer.
+    #[must_use]
+    pub fn client_of(&self, guest: Ipv4Addr) -> ProbeClient {
+        let mut config = ProbeConfig::new(SocketAddr::from((guest, PORT)));
         config.interval = Duration::from_millis(5);
         let client = self
             .network

@@ -9,9 +9,11 @@ pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 /// The guest's MAC address.
 pub const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x75, 0x73, 0x01];
 
-/// A VM named `vm` with the probe guest, a network card on `lan` and a disk.
+/// A VM with the probe guest, a network card on `lan` and a disk.
 #[derive(Clone, Copy, Debug)]
 pub struct VmFile {
+    /// The first is named `vm` and has [`GUEST`]'s address; another one n `vm<n>`, with the n-th address from there on.
+    pub number: u8,
     /// Guest memory.
     pub memory_mib: u64,
     /// Virtual CPUs.
@@ -37,6 +39,7 @@ pub struct VmFile {
 impl Default for VmFile {
     fn default() -> Self {
         Self {
+            number: 1,
             memory_mib: 64,
             vcpus: 1,
             pages: 128,
@@ -52,17 +55,34 @@ impl Default for VmFile {
 }
 
 impl VmFile {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self.number {
+            1 => crate::VM.into(),
+            n => format!("{}{n}", crate::VM),
+        }
+    }
+
+    /// Its address.
+    #[must_use]
+    pub fn ip(&self) -> Ipv4Addr {
+        Ipv4Addr::from_bits(GUEST.to_bits() + u32::from(self.number) - 1)
+    }
+
     /// Makes the disk in `dir`; returns the text of `vm.toml`.
     ///
     /// # Panics
     /// If the disk cannot be made.
     #[must_use]
     pub fn write(&self, dir: &Path) -> String {
-        let disk = dir.join("vm.img");
+        let name = self.name();
+        let disk = dir.join(format!("{name}.img"));
         File::create(&disk)
             .and_then(|f| f.set_len(self.disk_bytes))
             .unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
         let Self {
+            number,
             memory_mib,
             vcpus,
             pages,
@@ -74,19 +94,26 @@ impl VmFile {
             durability,
             disk_bytes: _,
         } = self;
-        let mac: Vec<String> = GUEST_MAC.iter().map(|b| format!("{b:02x}")).collect();
+        let mut mac = GUEST_MAC;
+        mac[5] = *number;
+        let ip = self.ip();
+        let console = match number {
+            1 => "console.log".into(),
+            _ => format!("{name}.console.log"),
+        };
+        let mac: Vec<String> = mac.iter().map(|b| format!("{b:02x}")).collect();
         format!(
-            r#"name = "vm"
+            r#"name = "{name}"
 vcpus = {vcpus}
 memory_mib = {memory_mib}
 kernel = "builtin:probe"
-cmdline = "ip={GUEST}/24 pages={pages} work={work}"
+cmdline = "ip={ip}/24 pages={pages} work={work}"
 console = "{console}"
 
 [[net]]
 mac = "{mac}"
 network = "lan"
-ip = "{GUEST}"
+ip = "{ip}"
 
 [[disk]]
 path = "{disk}"
@@ -98,7 +125,7 @@ alone = "{alone}"
 retain = {retain}
 durability = "{durability}"
 "#,
-            console = dir.join("console.log").display(),
+            console = dir.join(console).display(),
             mac = mac.join(":"),
             disk = disk.display(),
         )

@@ -14,6 +14,7 @@ mod partition;
 mod points;
 mod rejoin;
 mod rewind;
+mod several;
 mod superseded;
 mod switch;
 mod total;

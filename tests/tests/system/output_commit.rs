@@ -23,6 +23,7 @@ const WATCHED: Duration = Duration::from_secs(2);
 
 /// Epochs go on being sealed while none is acknowledged: this many times 100 ms are longer than the watch.
 const SEALING: VmFile = VmFile {
+    number: 1,
     disk_bytes: 8 << 20,
     memory_mib: 64,
     vcpus: 1,
