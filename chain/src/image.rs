@@ -267,20 +267,6 @@ impl Image {
         Ok(())
     }
 
-    /// Becomes a copy of `from`, an image of the same layout. Pages of zeros take no memory.
-    pub(crate) fn copy_from(&mut self, from: &Self) -> Result<(), ImageError> {
-        self.reset()?;
-        for region in &from.regions {
-            for gfn in region.first..region.first + region.pages {
-                let page = from.page(gfn)?;
-                if page.iter().any(|b| *b != 0) {
-                    self.put(gfn, page)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Forgets what is staged.
     pub fn discard(&mut self) {
         self.staged_gfns.clear();

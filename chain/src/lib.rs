@@ -30,7 +30,7 @@ pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{
     DurableStore, Filled, Handover, LogError, MemoryStore, ReplicaStore, Retention, Rewound,
-    Snapshot, StoreError, StoreOptions, VmStore,
+    StoreError, StoreOptions, VmStore,
 };
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{Fork, History, Member, View, VmRecord, VmShape};

@@ -305,8 +305,7 @@ impl ReplicaServer {
         lock(&self.shared.gone).insert(vm, generation);
     }
 
-    /// Copies a checkpoint of the past out, its disks into `dir`. The replica takes nothing meanwhile: the VM goes on, its
-    /// output waits.
+    /// Copies a checkpoint of the past out, its disks into `dir`. The replica goes on meanwhile.
     ///
     /// # Errors
     /// [`ServerError::Unknown`]; [`StoreError`] if that checkpoint is not kept, or cannot be copied.

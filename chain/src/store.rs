@@ -5,6 +5,7 @@ mod copy;
 mod durable;
 mod log;
 mod memory;
+mod out;
 mod query;
 #[cfg(test)]
 mod tests;
@@ -22,8 +23,9 @@ pub use choose::{StoreOptions, create, reopen};
 pub use durable::DurableStore;
 pub use log::LogError;
 pub use memory::MemoryStore;
-pub(crate) use query::copy_out;
-pub use query::{History, Retention, Rewound, Snapshot};
+pub use out::{CopiedOut, Found};
+pub use query::{Files, History, Past, Retention, Rewound};
+pub(crate) use query::{files, find};
 pub use vm::VmStore;
 
 /// Why a replica cannot go on with a VM.
@@ -89,6 +91,15 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
+    /// Another checkpoint is being copied out.
+    #[error("another checkpoint is being copied out of this replica: wait until that is done")]
+    CopyBusy,
+    /// What was being copied out is gone.
+    #[error(
+        "the copy was interrupted: this replica has been filled anew, has left the chain or has taken the VM over; try again, \
+         on a host that is a backup now"
+    )]
+    CopyInterrupted,
     /// The log.
     #[error(transparent)]
     Log(#[from] LogError),
@@ -119,7 +130,9 @@ impl StoreError {
             | Self::NotOpen
             | Self::NotRetained(_)
             | Self::NoPast { .. }
-            | Self::CopyOut { .. } => false,
+            | Self::CopyOut { .. }
+            | Self::CopyBusy
+            | Self::CopyInterrupted => false,
         }
     }
 }
@@ -273,6 +286,30 @@ pub trait ReplicaStore: Send {
 
     /// Queries of the checkpoints kept; `None` if this store answers none.
     fn history(&mut self) -> Option<&mut dyn History> {
+        None
+    }
+
+    /// Begins to copy a retained checkpoint out, its disks into `files`, which are empty and of the disks' sizes. Checkpoints
+    /// go on being committed meanwhile.
+    ///
+    /// # Errors
+    /// [`StoreError::NotRetained`], [`StoreError::CopyBusy`]; [`StoreError::Empty`] if this store keeps no past.
+    fn out_begin(&mut self, mark: Mark, files: Files) -> Result<(), StoreError> {
+        let _ = (mark, files);
+        Err(StoreError::Empty)
+    }
+
+    /// Copies about `limit` bytes more; true when nothing is left.
+    ///
+    /// # Errors
+    /// [`StoreError::CopyInterrupted`] if none is under way any more; what reading and writing say. The copy is over then.
+    fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
+        let _ = limit;
+        Err(StoreError::CopyInterrupted)
+    }
+
+    /// Ends the copy under way: complete, or to be dropped.
+    fn out_end(&mut self) -> Option<CopiedOut> {
         None
     }
 

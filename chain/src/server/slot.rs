@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use checkpoint::{Epoch, Generation, VmId, codec};
 
@@ -16,6 +17,11 @@ use crate::replica::{Event, FreezeError, Replica};
 use crate::store::{self, Handover, ReplicaStore, Rewound, StoreError};
 use crate::view::{View, VmShape};
 use crate::wire::{Frame, Kind, Payload, WireError};
+
+/// A checkpoint is copied out in pieces of so many bytes, about ...
+const OUT_PIECE: usize = 1 << 20;
+/// ... and in between somebody else may have the lock.
+const OUT_PAUSE: Duration = Duration::from_micros(200);
 
 pub(super) struct Slot {
     vm: VmId,
@@ -143,12 +149,42 @@ impl Slot {
         epoch: Epoch,
         dir: &Path,
     ) -> Result<Rewound, ServerError> {
-        let mut state = lock(&self.state);
-        if !state.replica.state().could_resume() {
-            return Err(StoreError::Empty.into());
+        let mark = {
+            let mut state = lock(&self.state);
+            if !state.replica.state().could_resume() {
+                return Err(StoreError::Empty.into());
+            }
+            store::find(state.store.as_deref_mut().ok_or(StoreError::Empty)?, epoch)?
+        };
+        let files = store::files(&shape.disks, dir)?;
+        let disks = files.iter().map(|(path, _)| path.clone()).collect();
+        self.of_store(|store| store.out_begin(mark, files))?;
+        // Piece by piece, each under the lock for a moment: checkpoints are taken in between.
+        while !self.of_store(|store| store.out_next(OUT_PIECE))? {
+            std::thread::sleep(OUT_PAUSE);
         }
-        let store = state.store.as_mut().ok_or(StoreError::Empty)?;
-        Ok(store::copy_out(store.as_mut(), shape, epoch, dir)?)
+        let copied = self.of_store(|store| store.out_end().ok_or(StoreError::CopyInterrupted))?;
+        let found = copied.finish()?;
+        let ram = found.image.fds().into_iter();
+        let ram = ram
+            .map(|fd| fd.try_clone_to_owned())
+            .collect::<Result<_, _>>();
+        Ok(Rewound {
+            mark: found.mark,
+            machine: found.machine,
+            ram: ram.map_err(StoreError::from)?,
+            disks,
+        })
+    }
+
+    /// Something with the store of a checkpoint that is being copied out.
+    fn of_store<T>(
+        &self,
+        act: impl FnOnce(&mut dyn ReplicaStore) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut state = lock(&self.state);
+        let store = state.store.as_deref_mut();
+        act(store.ok_or(StoreError::CopyInterrupted)?)
     }
 
     /// Answers a greeting; true if the connection stands. Answered under the lock, so that nothing else goes first.

@@ -12,10 +12,10 @@ use diskbuf::layer::{FileLayer, OsLayer};
 use diskbuf::{Durability, ReplicaDisks, Role};
 
 use super::log::{Log, LogError, Options, gfns};
+use super::query::{Files, Memory, Past};
 use super::{
-    Filled, Handover, History, Piece, ReplicaStore, Retention, Snapshot, StoreError, VmStore,
+    CopiedOut, Filled, Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore,
 };
-use crate::image::Image;
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -118,7 +118,7 @@ impl DurableStore {
                 "the mirrors are at checkpoint {at}, but the log ends with {newest}: its end is lost; this host has to be filled anew"
             )));
         }
-        let machine = self.log.load(None, &mut self.inner.image)?;
+        let machine = self.log.load(&mut self.inner.image)?;
         for writes in self.log.disk_writes(at) {
             let (mark, writes) = writes?;
             let done =
@@ -178,7 +178,7 @@ impl DurableStore {
     }
 
     #[cfg(test)]
-    pub(super) fn image(&self) -> &Image {
+    pub(super) fn image(&self) -> &crate::image::Image {
         &self.inner.image
     }
 
@@ -309,6 +309,21 @@ impl ReplicaStore for DurableStore {
         Some(self)
     }
 
+    fn out_begin(&mut self, mark: Mark, files: Files) -> Result<(), StoreError> {
+        self.guard(|store| {
+            let past = store.past(mark)?;
+            store.inner.copy_past(past, files)
+        })
+    }
+
+    fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
+        self.inner.out_next(limit)
+    }
+
+    fn out_end(&mut self) -> Option<CopiedOut> {
+        self.inner.out_end()
+    }
+
     fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
         let handover = Box::new(self.inner).hand_over(generation);
         // What is being folded is of no use any more. It stops at its next step, and the VM does not wait for that.
@@ -322,15 +337,14 @@ impl History for DurableStore {
         self.log.range()
     }
 
-    fn materialise(&mut self, mark: Mark, into: &mut Image) -> Result<Snapshot, StoreError> {
-        let found = self.log.materialise(mark, into).map_err(|e| match e {
+    fn past(&mut self, mark: Mark) -> Result<Past, StoreError> {
+        let reader = self.log.reader(mark).map_err(|e| match e {
             LogError::NotRetained(mark) => StoreError::NotRetained(mark),
             e => e.into(),
         })?;
-        Ok(Snapshot {
+        Ok(Past {
             mark,
-            machine: found.machine,
-            undo: found.undo,
+            memory: Memory::Log(reader),
         })
     }
 

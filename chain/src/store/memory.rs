@@ -8,10 +8,10 @@ use std::path::Path;
 use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder, VmId};
 use diskbuf::Durability;
 
+use super::query::{Back, Files, Memory, Past};
 use super::{
-    Filled, Handover, History, Piece, ReplicaStore, Retention, Snapshot, StoreError, VmStore,
+    CopiedOut, Filled, Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore,
 };
-use crate::image::Image;
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -209,6 +209,19 @@ impl ReplicaStore for MemoryStore {
         Some(self)
     }
 
+    fn out_begin(&mut self, mark: Mark, files: Files) -> Result<(), StoreError> {
+        let past = self.past(mark)?;
+        self.inner.copy_past(past, files)
+    }
+
+    fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
+        self.inner.out_next(limit)
+    }
+
+    fn out_end(&mut self) -> Option<CopiedOut> {
+        self.inner.out_end()
+    }
+
     fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
         Box::new(self.inner).hand_over(generation)
     }
@@ -220,24 +233,22 @@ impl History for MemoryStore {
         self.past.iter().map(|s| s.mark).chain(newest).collect()
     }
 
-    fn materialise(&mut self, mark: Mark, into: &mut Image) -> Result<Snapshot, StoreError> {
+    fn past(&mut self, mark: Mark) -> Result<Past, StoreError> {
         let (newest, machine) = self.inner.machine.as_ref().ok_or(StoreError::Empty)?;
         let from = match self.past.iter().position(|s| s.mark == mark) {
             Some(from) => from,
             None if *newest == mark => self.past.len(),
             None => return Err(StoreError::NotRetained(mark)),
         };
-        into.copy_from(&self.inner.image)?;
-        let mut undo = Vec::new();
-        for step in self.past.range(from..).rev() {
-            into.write(&step.pages)?;
-            undo.push(step.disk.clone());
-        }
-        let machine = self.past.get(from).map_or(machine, |s| &s.machine).clone();
-        Ok(Snapshot {
+        let steps = || self.past.range(from..).rev();
+        let back = Back {
+            machine: self.past.get(from).map_or(machine, |s| &s.machine).clone(),
+            pages: steps().map(|step| step.pages.clone()).collect(),
+            disk: steps().map(|step| step.disk.clone()).collect(),
+        };
+        Ok(Past {
             mark,
-            machine,
-            undo,
+            memory: Memory::Newest(back),
         })
     }
 

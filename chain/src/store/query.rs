@@ -3,15 +3,13 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use checkpoint::{DiskOp, Epoch, disk_records};
+use checkpoint::Epoch;
 
+use super::log::Reader;
 use super::{ReplicaStore, StoreError};
-use crate::image::Image;
 use crate::mark::Mark;
-use crate::view::VmShape;
 
 /// How much of a VM's past is kept. At least the newest checkpoint always is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,17 +35,35 @@ impl Retention {
     }
 }
 
-/// A retained checkpoint, apart from its memory.
-#[derive(Clone, Debug)]
-pub struct Snapshot {
+/// How a retained checkpoint is made.
+#[derive(Debug)]
+pub struct Past {
     /// Which one.
-    pub mark: Mark,
+    pub(super) mark: Mark,
+    pub(super) memory: Memory,
+}
+
+#[derive(Debug)]
+pub(super) enum Memory {
+    /// From a copy of the newest checkpoint, as it was when this was asked for.
+    Newest(Back),
+    /// Its memory is read from a log; its disks come from a copy of the newest ones.
+    Log(Reader),
+}
+
+/// What leads back from the newest checkpoint.
+#[derive(Debug)]
+pub(super) struct Back {
     /// Encoded machine state.
     pub machine: Vec<u8>,
-    /// Buffers of encoded disk records: done in this order to the disks as they are at [`History::latest`], they make
-    /// the disks of this checkpoint.
-    pub undo: Vec<Vec<u8>>,
+    /// Page records, one buffer for each newer checkpoint, newest first.
+    pub pages: Vec<Vec<u8>>,
+    /// Disk records, likewise.
+    pub disk: Vec<Vec<u8>>,
 }
+
+/// Where the disks of a copy go: empty files of the disks' sizes, and their paths for messages.
+pub type Files = Vec<(PathBuf, File)>;
 
 /// Queries, answered by a store that keeps a past.
 pub trait History {
@@ -64,11 +80,11 @@ pub trait History {
         self.range().into_iter().rev().find(|m| m.epoch == epoch)
     }
 
-    /// Makes a retained checkpoint: its memory in `into` (an image of the VM's layout), the rest is returned.
+    /// How a retained checkpoint is made. It stays so until the answer is dropped.
     ///
     /// # Errors
     /// [`StoreError::NotRetained`]; what the files say, which then is final for the replica as well.
-    fn materialise(&mut self, mark: Mark, into: &mut Image) -> Result<Snapshot, StoreError>;
+    fn past(&mut self, mark: Mark) -> Result<Past, StoreError>;
 
     /// Fills `buf` with what disk `disk` has at byte `offset` at the newest checkpoint.
     ///
@@ -90,92 +106,35 @@ pub struct Rewound {
     pub disks: Vec<PathBuf>,
 }
 
-/// Copies the checkpoint of `epoch` out of a store: memory into files of its own, disks into `dir`. The store takes no
-/// other checkpoint meanwhile.
+/// The checkpoint of that epoch.
 ///
 /// # Errors
-/// [`StoreError::NoPast`] saying which checkpoints there are; reading the mirrors or the log, writing the files.
-pub(crate) fn copy_out(
-    store: &mut dyn ReplicaStore,
-    shape: &VmShape,
-    epoch: Epoch,
-    dir: &Path,
-) -> Result<Rewound, StoreError> {
+/// [`StoreError::NoPast`] saying which checkpoints there are.
+pub(crate) fn find(store: &mut dyn ReplicaStore, epoch: Epoch) -> Result<Mark, StoreError> {
     let history = store.history().ok_or(StoreError::Empty)?;
-    let Some(mark) = history.by_epoch(epoch) else {
+    history.by_epoch(epoch).ok_or_else(|| {
         let range = history.range();
         let ends = range.first().zip(range.last());
-        return Err(StoreError::NoPast {
+        StoreError::NoPast {
             epoch,
             kept: ends.map(|(first, last)| (first.epoch, last.epoch)),
-        });
-    };
-    let mut image = Image::new(&shape.ram)?;
-    let snapshot = history.materialise(mark, &mut image)?;
-    let mut disks = Vec::new();
-    for (n, size) in shape.disks.iter().enumerate() {
-        let path = dir.join(format!("disk{n}.img"));
-        let failed = |source| StoreError::CopyOut {
-            path: path.clone(),
-            source,
-        };
-        let mut options = File::options();
-        let file = options.write(true).create_new(true).open(&path);
-        let disk = u16::try_from(n).map_err(|_| StoreError::NotOpen)?;
-        let copied = snapshot.copy_disk(history, disk, *size, &file.map_err(failed)?);
-        copied.map_err(|e| match e {
-            StoreError::Descriptor(source) => failed(source),
-            other => other,
-        })?;
-        disks.push(path);
-    }
-    let ram = image.fds().into_iter().map(|fd| fd.try_clone_to_owned());
-    Ok(Rewound {
-        mark,
-        machine: snapshot.machine,
-        ram: ram.collect::<Result<_, _>>()?,
-        disks,
+        }
     })
 }
 
-impl Snapshot {
-    /// Writes disk `disk` of `size` bytes, as it was at this checkpoint, to `out` (an empty file; stays sparse). To be
-    /// called before the store takes another checkpoint.
-    ///
-    /// # Errors
-    /// [`StoreError`]: reading the mirror, or writing the file.
-    pub fn copy_disk(
-        &self,
-        from: &dyn History,
-        disk: u16,
-        size: u64,
-        out: &File,
-    ) -> Result<(), StoreError> {
-        const PIECE: u64 = 1 << 20;
-        out.set_len(size)?;
-        let mut buf = vec![0; PIECE as usize];
-        let mut at = 0;
-        while at < size {
-            let piece = &mut buf[..PIECE.min(size - at) as usize];
-            from.read_disk(disk, at, piece)?;
-            if piece.iter().any(|b| *b != 0) {
-                out.write_all_at(piece, at)?;
-            }
-            at += piece.len() as u64;
+/// Empty files for disks of these sizes in `dir`.
+///
+/// # Errors
+/// [`StoreError::CopyOut`].
+pub(crate) fn files(sizes: &[u64], dir: &Path) -> Result<Files, StoreError> {
+    let file = |(n, size): (usize, &u64)| {
+        let path = dir.join(format!("disk{n}.img"));
+        let mut options = File::options();
+        let made = options.write(true).create_new(true).open(&path);
+        match made.and_then(|file| file.set_len(*size).map(|()| file)) {
+            Ok(file) => Ok((path, file)),
+            Err(source) => Err(StoreError::CopyOut { path, source }),
         }
-        for records in &self.undo {
-            for record in disk_records(records) {
-                let record = record.map_err(checkpoint::StageError::from)?;
-                if record.disk != disk {
-                    continue;
-                }
-                if record.op == DiskOp::Write {
-                    out.write_all_at(record.data, record.offset)?;
-                } else {
-                    out.write_all_at(&vec![0; record.len as usize], record.offset)?;
-                }
-            }
-        }
-        Ok(())
-    }
+    };
+    sizes.iter().enumerate().map(file).collect()
 }

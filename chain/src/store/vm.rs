@@ -2,12 +2,16 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use checkpoint::{CheckpointEnd, Epoch, Generation, Stage, StageError, StageLimits, VmId, Whole};
 use checkpoint::{MachineState, disk_records};
 use diskbuf::{Durability, ReplicaDisks};
 
 use super::copy::Copy;
+use super::out::{CopiedOut, CopyOut};
+use super::query::{Files, Past};
 use super::{Filled, Handover, Piece, ReplicaStore, StoreError};
 use crate::blocks::{self, Digest};
 use crate::image::Image;
@@ -28,6 +32,9 @@ pub struct VmStore {
     open: Option<(Stage, bool)>,
     prepared: Option<Vec<u8>>,
     copy: Option<Copy>,
+    out: Option<CopyOut>,
+    /// For the copy that was begun last: whether this is still what it was begun of.
+    out_alive: Arc<AtomicBool>,
 }
 
 impl VmStore {
@@ -56,6 +63,8 @@ impl VmStore {
             open: None,
             prepared: None,
             copy: None,
+            out: None,
+            out_alive: Arc::default(),
         })
     }
 
@@ -82,6 +91,9 @@ impl VmStore {
         epoch: Epoch,
         whole: Whole,
     ) -> Result<(), StoreError> {
+        if let Some(out) = &mut self.out {
+            out.before_disk(&whole.disk, &self.disks);
+        }
         self.disks
             .process(epoch, generation, &whole.disk)
             .map_err(|e| StoreError::Disks(e.to_string()))?;
@@ -94,6 +106,18 @@ impl VmStore {
 }
 
 impl VmStore {
+    /// Begins to copy out what `past` is made from.
+    pub(super) fn copy_past(&mut self, past: Past, files: Files) -> Result<(), StoreError> {
+        if self.out.is_some() {
+            return Err(StoreError::CopyBusy);
+        }
+        let alive = Arc::new(AtomicBool::new(true));
+        let shape = &self.shape;
+        let out = CopyOut::new(past, &shape.ram, &shape.disks, files, alive.clone())?;
+        (self.out, self.out_alive) = (Some(out), alive);
+        Ok(())
+    }
+
     fn open(
         &mut self,
         generation: Generation,
@@ -105,6 +129,8 @@ impl VmStore {
         self.prepared = None;
         if full {
             self.copy = None;
+            self.out = None;
+            self.out_alive.store(false, Ordering::Release);
             self.machine = None;
             self.image.reset()?;
             let begun = match keep_disks {
@@ -211,6 +237,9 @@ impl ReplicaStore for VmStore {
             if let Some(copy) = &mut self.copy {
                 self.image.staged().for_each(|gfn| copy.page_changed(gfn));
             }
+            if let Some(out) = &mut self.out {
+                out.before_pages(self.image.staged(), &self.image);
+            }
             self.image.apply();
             self.machine = Some((mark, machine));
         }
@@ -238,6 +267,19 @@ impl ReplicaStore for VmStore {
 
     fn copy_end(&mut self) {
         self.copy = None;
+    }
+
+    fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
+        let out = self.out.as_mut().ok_or(StoreError::CopyInterrupted)?;
+        let copied = out.next(limit, &self.image, &self.disks);
+        if copied.is_err() {
+            self.out = None;
+        }
+        copied
+    }
+
+    fn out_end(&mut self) -> Option<CopiedOut> {
+        self.out.take().map(CopyOut::end)
     }
 
     fn holds(&self) -> Option<Mark> {

@@ -13,10 +13,10 @@ use crate::kill::{check_disk, check_survived, more_answers};
 
 const MIB: u64 = 1 << 20;
 /// The disk, and the part of it that holds something. What the guest writes lies before that.
-const DISK: u64 = 2048 * MIB;
+pub const DISK: u64 = 2048 * MIB;
 const DATA: std::ops::Range<u64> = 512 * MIB..1024 * MIB;
 
-fn fill(path: &Path) {
+pub fn fill(path: &Path) {
     let file = File::options().write(true).open(path).unwrap();
     let mut random = 0x5eed_u64;
     let mut piece = vec![0; MIB as usize];
@@ -46,11 +46,11 @@ fn mirror(cluster: &Cluster, host: &str) -> PathBuf {
     panic!("{host} has no mirror")
 }
 
-fn allocated(path: &Path) -> u64 {
+pub fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).unwrap().blocks() * 512
 }
 
-fn check_same_data(one: &Path, other: &Path) {
+pub fn check_same_data(one: &Path, other: &Path) {
     let open = |path| File::open(path).unwrap();
     let (one, other) = (open(one), open(other));
     let (mut a, mut b) = (vec![0; MIB as usize], vec![0; MIB as usize]);

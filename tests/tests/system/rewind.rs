@@ -6,6 +6,7 @@ use guest::proto::{Op, PORT, Request as Ask, Response, Status};
 use understudy_tests::{Cluster, GUEST, Options, PATIENCE, VM, VmFile, wait};
 
 use crate::PROGRAM;
+use crate::first;
 use crate::kill::{check_disk, check_survived, more_answers, told};
 
 fn newest(cluster: &Cluster) -> Point {
@@ -125,6 +126,52 @@ fn clones_of_a_past_that_is_kept_in_memory() {
 #[test]
 fn clones_of_a_past_that_is_kept_on_the_disk() {
     clones_of("disk");
+}
+
+/// While it is copied, checkpoints are taken and output is let out as ever, and nobody takes the busy replica for dead.
+#[test]
+fn the_vm_goes_on_while_a_large_disk_is_copied_for_a_clone() {
+    let cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
+    let vm = VmFile {
+        retain: 4000,
+        disk_bytes: first::DISK,
+        ..VmFile::default()
+    };
+    let toml = vm.write(cluster.dir());
+    first::fill(&cluster.path("vm.img"));
+    cluster.start_vm(toml);
+    cluster.protect_vm(&["b"]);
+    let client = cluster.client();
+    more_answers(&client, 20);
+    let (epoch, generation) = (
+        newest(&cluster).epoch,
+        cluster.status("a").unwrap().generation,
+    );
+    let (acked, answered) = std::thread::scope(|scope| {
+        let copying = scope.spawn(|| rewind(&cluster, "b", epoch, "clone"));
+        let before = client.progress().acked;
+        // Whatever is answered from here on, but for the first few, was held by a checkpoint taken after the copy began.
+        while !copying.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let during = client.progress().acked - before;
+        (during, copying.join().unwrap())
+    });
+    answered.unwrap();
+    assert!(acked > 20, "{acked} answers while the clone was made");
+    let status = cluster.status("a").unwrap();
+    assert!(status.protected, "{status:?}");
+    assert_eq!(
+        status.generation, generation,
+        "nobody was left out: {status:?}"
+    );
+    let disk = ask(&cluster, "usc1n0", Op::ReadDisk);
+    assert_eq!(disk.status, Status::Ok as u16, "{disk:?}");
+    let clone = cluster.path("b/clones/clone/disk0.img");
+    first::check_same_data(&cluster.path("vm.img"), &clone);
+    assert!(first::allocated(&clone) < first::allocated(&cluster.path("vm.img")) + (64 << 20));
+    check_disk(&client);
+    check_survived(&cluster.stop_client(client));
 }
 
 #[test]

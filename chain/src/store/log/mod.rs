@@ -32,6 +32,7 @@ pub use error::LogError;
 use fold::Folder;
 use frame::Kind;
 use manifest::ManifestFile;
+pub(crate) use query::Reader;
 use segment::Frames;
 use writer::Open;
 pub(crate) use writer::gfns;
@@ -103,6 +104,8 @@ pub(crate) struct Log {
     /// Checkpoint that the base image is being brought to, or was.
     folding: u64,
     poisoned: Option<String>,
+    /// Shared with those who read the base image and old segments.
+    readers: Arc<()>,
 }
 
 impl Log {

@@ -1,7 +1,10 @@
 //! Reading retained checkpoints back.
 
+use std::sync::Arc;
+
 use checkpoint::MACHINE_LIMIT;
 
+use super::base::Base;
 use super::entry::Entry;
 use super::error::LogError;
 use super::frame::Kind;
@@ -33,37 +36,27 @@ impl Log {
         self.entries.range(oldest..)
     }
 
-    /// Reads a retained checkpoint: its memory goes to `into`.
-    pub(crate) fn materialise(&mut self, mark: Mark, into: &mut Image) -> Result<Found, LogError> {
+    /// Reads a retained checkpoint, apart from the log: which goes on, and folds nothing as long as there is a reader.
+    pub(crate) fn reader(&mut self, mark: Mark) -> Result<Reader, LogError> {
         self.guard(|log| {
             // The base image must stand still meanwhile.
             log.settle()?;
             if !log.retained().any(|e| e.commit.mark == mark) {
                 return Err(LogError::NotRetained(mark));
             }
-            let machine = log.load(Some(mark), into)?;
-            let mut undo = Vec::new();
-            let newer = log.entries.iter().rev();
-            for entry in newer.take_while(|e| e.commit.mark != mark) {
-                undo.push(entry.payloads(&log.frames, Kind::Undo)?.concat());
-            }
-            Ok(Found { machine, undo })
+            Ok(Reader {
+                base: log.base.clone(),
+                frames: log.frames.clone(),
+                entries: log.entries.iter().copied().collect(),
+                mark,
+                _readers: log.readers.clone(),
+            })
         })
     }
 
-    /// Brings `into` to the checkpoint `mark`, the newest if `None`; its machine state.
-    pub(crate) fn load(&self, mark: Option<Mark>, into: &mut Image) -> Result<Vec<u8>, LogError> {
-        self.base.load(into)?;
-        let mut machine = Vec::new();
-        for (n, entry) in self.entries.iter().enumerate() {
-            machine.clear();
-            // The first one's memory is the base image.
-            apply(&self.frames, entry, n > 0, into, &mut machine)?;
-            if mark == Some(entry.commit.mark) {
-                break;
-            }
-        }
-        Ok(machine)
+    /// Brings `into` to the newest checkpoint; its machine state.
+    pub(crate) fn load(&self, into: &mut Image) -> Result<Vec<u8>, LogError> {
+        load(&self.base, &self.frames, self.entries.iter(), into)
     }
 
     /// The newest checkpoints' disk writes, of those after the disks' epoch, oldest first.
@@ -77,6 +70,58 @@ impl Log {
             .filter(move |e| e.commit.mark.epoch > after);
         missing.map(|e| Ok((e.commit.mark, e.payloads(&self.frames, Kind::Disk)?)))
     }
+}
+
+/// Reads one checkpoint back.
+pub(crate) struct Reader {
+    base: Base,
+    frames: Frames,
+    entries: Vec<Entry>,
+    mark: Mark,
+    _readers: Arc<()>,
+}
+
+impl std::fmt::Debug for Reader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reader")
+            .field("mark", &self.mark)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Reader {
+    /// Its memory goes to `into`.
+    pub(crate) fn read(&self, into: &mut Image) -> Result<Found, LogError> {
+        let wanted = |e: &&Entry| e.commit.mark == self.mark;
+        let count = self.entries.iter().take_while(|e| !wanted(e)).count();
+        let (upto, newer) = self.entries.split_at((count + 1).min(self.entries.len()));
+        let machine = load(&self.base, &self.frames, upto.iter(), into)?;
+        let undo = newer.iter().rev().map(|entry| {
+            let payloads = entry.payloads(&self.frames, Kind::Undo)?;
+            Ok(payloads.concat())
+        });
+        Ok(Found {
+            machine,
+            undo: undo.collect::<Result<_, LogError>>()?,
+        })
+    }
+}
+
+/// Brings `into` to the last of these checkpoints, which begin with the base image's; its machine state.
+fn load<'a>(
+    base: &Base,
+    frames: &Frames,
+    entries: impl Iterator<Item = &'a Entry>,
+    into: &mut Image,
+) -> Result<Vec<u8>, LogError> {
+    base.load(into)?;
+    let mut machine = Vec::new();
+    for (n, entry) in entries.enumerate() {
+        machine.clear();
+        // The first one's memory is the base image.
+        apply(frames, entry, n > 0, into, &mut machine)?;
+    }
+    Ok(machine)
 }
 
 /// Brings `into` from the checkpoint before to that of `entry`.

@@ -54,6 +54,7 @@ impl Log {
             folder: folder.map_err(LogError::io("starting a thread for", dir))?,
             folding: 0,
             poisoned: None,
+            readers: Arc::default(),
             layer,
         };
         let found = log.manifest.latest().filter(|_| !fresh);

@@ -1,6 +1,7 @@
 //! Which checkpoints stay in the log, and when older ones are folded into the base image.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::Log;
 use super::error::LogError;
@@ -19,7 +20,7 @@ impl Log {
                 // The disk has fallen behind: space is bounded, so the checkpoint waits.
                 log.settle()?;
             }
-            if log.folder.busy() {
+            if log.folder.busy() || Arc::strong_count(&log.readers) > 1 {
                 return Ok(());
             }
             let target = log.target();

@@ -292,33 +292,57 @@ impl Told {
 
     /// Whether everything that `store` says it retains is right.
     pub(super) fn past(&self, store: &mut dyn ReplicaStore) -> Result<(), String> {
-        let history = store.history().expect("it answers queries");
-        let range = history.range();
-        let mut image = Image::new(&shape().ram).unwrap();
+        let range = store.history().expect("it answers queries").range();
         for mark in range {
             let vm = self.history.iter().find(|vm| vm.mark == mark);
             let vm = vm.ok_or_else(|| format!("retained checkpoint {mark} never was"))?;
-            let snapshot = history
-                .materialise(mark, &mut image)
-                .map_err(|e| format!("materialising {mark}: {e}"))?;
-            vm.equals(&image, &snapshot.machine, "retained")?;
-            for (n, want) in vm.disks.iter().enumerate() {
-                let mut found = vec![0; want.len()];
-                history.read_disk(n as u16, 0, &mut found).unwrap();
-                for record in snapshot.undo.iter().flat_map(|r| disk_records(r)) {
-                    let record = record.unwrap();
-                    let (at, len) = (record.offset as usize, record.len as usize);
-                    if usize::from(record.disk) != n {
-                        continue;
-                    }
-                    match record.op {
-                        DiskOp::Write => found[at..at + len].copy_from_slice(record.data),
-                        _ => found[at..at + len].fill(0),
-                    }
-                }
-                if found != *want {
-                    return Err(format!("disk {n} of retained checkpoint {mark} is wrong"));
-                }
+            let mut out = Out::begin(store, mark).map_err(|e| format!("copying {mark}: {e}"))?;
+            while !store.out_next(50_000).map_err(|e| e.to_string())? {}
+            out.end(store, vm)?;
+        }
+        Ok(())
+    }
+}
+
+/// A retained checkpoint that is being copied out.
+pub(super) struct Out {
+    disks: Vec<std::fs::File>,
+}
+
+impl Out {
+    pub(super) fn begin(store: &mut dyn ReplicaStore, mark: Mark) -> Result<Self, StoreError> {
+        let file = |size: &u64| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(*size).unwrap();
+            file
+        };
+        let disks: Vec<_> = shape().disks.iter().map(file).collect();
+        let files = disks
+            .iter()
+            .map(|f| ("a disk".into(), f.try_clone().unwrap()));
+        store.out_begin(mark, files.collect())?;
+        Ok(Self { disks })
+    }
+
+    /// The copy is complete: it is `vm`, is it not?
+    pub(super) fn end(&mut self, store: &mut dyn ReplicaStore, vm: &Vm) -> Result<(), String> {
+        use std::os::unix::fs::FileExt;
+        let copied = store.out_end().ok_or("the copy is gone")?;
+        let found = copied
+            .finish()
+            .map_err(|e| format!("finishing {}: {e}", vm.mark))?;
+        if found.mark != vm.mark {
+            return Err(format!("{} was wanted, {} copied", vm.mark, found.mark));
+        }
+        vm.equals(&found.image, &found.machine, "retained")?;
+        for (n, want) in vm.disks.iter().enumerate() {
+            let mut disk = vec![0; want.len()];
+            self.disks[n].read_exact_at(&mut disk, 0).unwrap();
+            if disk != *want {
+                return Err(format!(
+                    "disk {n} of retained checkpoint {} is wrong",
+                    vm.mark
+                ));
             }
         }
         Ok(())

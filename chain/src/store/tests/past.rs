@@ -2,10 +2,11 @@
 
 use diskbuf::faulty::{MemDisk, Rng};
 
-use super::model::{Told, VM, Vm, open, options, shape};
-use crate::image::Image;
+use super::model::{Out, Told, VM, Vm, open, options, shape};
 use crate::store::log::{Mutants, Options};
-use crate::store::{DurableStore, MemoryStore, ReplicaStore, Retention, StoreError};
+use crate::store::{
+    DurableStore, MemoryStore, ReplicaStore, Retention, StoreError, StoreOptions, create,
+};
 
 fn marks(told: &Told, newest: usize) -> Vec<crate::Mark> {
     let all = told.history.iter().map(|vm| vm.mark);
@@ -57,12 +58,11 @@ fn what_is_not_retained_is_said_to_be_and_harms_nothing() {
     for n in 0..9 {
         told.checkpoint(&mut store, &mut rng, n == 0).unwrap();
     }
-    let mut image = Image::new(&shape().ram).unwrap();
-    let history = store.history().unwrap();
     let old = told.history[1].mark;
-    let error = history.materialise(old, &mut image).unwrap_err();
+    let error = Out::begin(&mut store, old).err().unwrap();
     assert!(matches!(error, StoreError::NotRetained(mark) if mark == old));
     assert!(!error.damages());
+    let history = store.history().unwrap();
     assert_eq!(history.by_epoch(old.epoch), None);
     let newest = told.history[8].mark;
     assert_eq!(history.by_epoch(newest.epoch), Some(newest));
@@ -111,18 +111,6 @@ fn real_files_closed_and_opened_again() {
         told.check(&mut store).unwrap();
         assert!(store.bytes() < 6 << 20, "{}", store.bytes());
     }
-    // A clone's disk, as a file.
-    let history = store.history().unwrap();
-    let mark = history.range()[1];
-    let mut image = Image::new(&shape().ram).unwrap();
-    let snapshot = history.materialise(mark, &mut image).unwrap();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let size = shape().disks[1];
-    snapshot
-        .copy_disk(history, 1, size, file.as_file())
-        .unwrap();
-    let vm = told.history.iter().find(|vm| vm.mark == mark).unwrap();
-    assert!(std::fs::read(file.path()).unwrap() == vm.disk(1));
     // Run from: the VM's disks are its own from here on, and there is no checkpoint to come back to.
     let generation = told.history.last().unwrap().mark.generation.next();
     let handover = Box::new(store).hand_over(generation).unwrap();
@@ -170,9 +158,118 @@ fn the_past_in_memory_is_exact_and_bounded() {
             told.past(&mut store).unwrap();
         }
         assert!(longest == checkpoints || checkpoints > 100 && longest > 3);
-        let mut image = Image::new(&shape().ram).unwrap();
-        let never = Vm::new().mark;
-        let asked = store.history().unwrap().materialise(never, &mut image);
+        let asked = Out::begin(&mut store, Vm::new().mark);
         assert!(matches!(asked, Err(StoreError::NotRetained(_))));
+    }
+}
+
+/// One store of each kind, with the folder that it is in.
+fn stores(retention: Retention) -> Vec<(tempfile::TempDir, Box<dyn ReplicaStore>)> {
+    [diskbuf::Durability::Memory, diskbuf::Durability::Disk]
+        .into_iter()
+        .map(|durability| {
+            let dir = tempfile::tempdir().unwrap();
+            let options = StoreOptions {
+                durability,
+                retention,
+            };
+            let (store, _) = create(dir.path(), VM, shape(), options).unwrap();
+            (dir, store)
+        })
+        .collect()
+}
+
+/// However much of it has been copied when checkpoints replace it: the copy is of the moment when it began.
+#[test]
+fn a_checkpoint_is_copied_out_while_others_are_committed() {
+    let retention = Retention {
+        checkpoints: 6,
+        bytes: 1 << 20,
+    };
+    for (_dir, mut store) in stores(retention) {
+        let store = &mut *store;
+        let (mut told, mut rng) = (Told::new(), Rng(6));
+        for n in 0..20 {
+            told.checkpoint(store, &mut rng, n == 0).unwrap();
+        }
+        for piece in [1, 4096, 70_000, 300_000] {
+            for back in [0, 1, 5] {
+                let vm = told.history[told.history.len() - 1 - back].clone();
+                let mut out = Out::begin(store, vm.mark).unwrap();
+                let busy = Out::begin(store, vm.mark).err().unwrap();
+                assert!(matches!(busy, StoreError::CopyBusy) && !busy.damages());
+                // The past that it is made from may be gone for others before it is done.
+                while !store.out_next(piece).unwrap() {
+                    told.checkpoint(store, &mut rng, false).unwrap();
+                }
+                out.end(store, &vm).unwrap();
+            }
+        }
+        told.past(store).unwrap();
+    }
+}
+
+#[test]
+fn a_copy_of_a_replica_that_is_filled_anew_says_so() {
+    let retention = Retention {
+        checkpoints: 3,
+        bytes: 1 << 20,
+    };
+    for (_dir, mut store) in stores(retention) {
+        let store = &mut *store;
+        let (mut told, mut rng) = (Told::new(), Rng(7));
+        for n in 0..6 {
+            told.checkpoint(store, &mut rng, n == 0).unwrap();
+        }
+        let mark = told.history[5].mark;
+        // In the middle of it ...
+        Out::begin(store, mark).unwrap();
+        assert!(!store.out_next(1).unwrap());
+        told.checkpoint(store, &mut rng, true).unwrap();
+        assert!(matches!(
+            store.out_next(1),
+            Err(StoreError::CopyInterrupted)
+        ));
+        assert!(store.out_end().is_none());
+        // ... and while what leads back is read: from the log there is nothing to be read any more.
+        let mark = told.history.last().unwrap().mark;
+        Out::begin(store, mark).unwrap();
+        while !store.out_next(1 << 20).unwrap() {}
+        let copied = store.out_end().unwrap();
+        told.checkpoint(store, &mut rng, true).unwrap();
+        match copied.finish() {
+            Ok(found) => assert_eq!(found.mark, mark, "it was all there already"),
+            Err(e) => assert!(matches!(e, StoreError::CopyInterrupted), "{e}"),
+        }
+        told.past(store).unwrap();
+    }
+}
+
+/// What the copy cannot write is the copy's misfortune, not the replica's.
+#[test]
+fn a_copy_that_cannot_be_written_harms_nothing() {
+    let retention = Retention {
+        checkpoints: 3,
+        bytes: 1 << 20,
+    };
+    for (dir, mut store) in stores(retention) {
+        let store = &mut *store;
+        let (mut told, mut rng) = (Told::new(), Rng(9));
+        for n in 0..6 {
+            told.checkpoint(store, &mut rng, n == 0).unwrap();
+        }
+        let path = dir.path().join("read-only");
+        std::fs::write(&path, []).unwrap();
+        let file = || (path.clone(), std::fs::File::open(&path).unwrap());
+        let files = shape().disks.iter().map(|_| file()).collect();
+        store.out_begin(told.history[5].mark, files).unwrap();
+        for _ in 0..20 {
+            told.checkpoint(store, &mut rng, false).unwrap();
+        }
+        let failed = store.out_next(1 << 20).unwrap_err();
+        assert!(failed.to_string().contains("read-only"), "{failed}");
+        assert!(!failed.damages());
+        told.checkpoint(store, &mut rng, false).unwrap();
+        told.past(store).unwrap();
     }
 }
