@@ -82,8 +82,9 @@ fn last_one(cluster: &mut Cluster, length: usize) -> Handover {
 
 #[test]
 fn i3_an_interrupted_first_copy_goes_on_where_it_was() {
-    for length in 1..=3 {
-        let mut cluster = Cluster::of_shape(length, 0, shape(SIZE), Durability::Memory);
+    let degrees = [Durability::Memory, Durability::Disk];
+    for (length, durability) in [1, 2, 3, 2].into_iter().zip(degrees.into_iter().cycle()) {
+        let mut cluster = Cluster::of_shape(length, 0, shape(SIZE), durability);
         let mut owner = cluster.connect();
         let mut vm = Vm::with_old_disk(SIZE);
         vm.disk[5 * BLOCK as usize..][..2 * BLOCK as usize].fill(0);
