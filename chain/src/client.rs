@@ -1,11 +1,12 @@
 //! The owner's side of a chain: updates to the head, acks from the tail.
 
+mod bridge;
+mod connection;
+
 use std::io;
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use checkpoint::{
     CheckpointEnd, Epoch, Generation, HostId, Tally, VmId, codec, disk_records, records,
@@ -13,17 +14,18 @@ use checkpoint::{
 
 use crate::blocks::{self, Digest};
 use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
-use crate::link::{HELLO_LIMIT, Link, Role, Trouble};
+use crate::link::{HELLO_LIMIT, Role};
 use crate::mark::Mark;
 use crate::replica::Base;
 use crate::server::{GreetError, greet};
 use crate::view::{Member, View};
-use crate::wire::{self, FLAG_KEEP, Frame, Kind, Payload, WireError};
+use crate::wire::{FLAG_KEEP, Frame, Kind, Payload};
+pub use bridge::bridge;
+pub use connection::Connection;
+use connection::listen;
 
 /// Machine state is sent in pieces of this size.
 const MACHINE_PIECE: usize = 512 << 10;
-/// A head that does not acknowledge what it lacked for this long is lost.
-const BRIDGE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why the chain does not take something.
 #[derive(Debug, thiserror::Error)]
@@ -163,18 +165,6 @@ pub struct ChainClient {
     /// Newest checkpoint that needs not be kept any more. Apart, so that a slow link delays no acknowledgement.
     acked: Arc<AtomicU64>,
     buffers: Buffers,
-}
-
-/// A connection to a chain, in one generation.
-#[derive(Debug)]
-pub struct Connection {
-    vm: VmId,
-    generation: Generation,
-    head: Member,
-    up: Link,
-    acks: Link,
-    events: Mutex<Receiver<ClientEvent>>,
-    acked: Arc<AtomicU64>,
 }
 
 impl ChainClient {
@@ -462,210 +452,5 @@ impl ChainClient {
         let mut sending = self.sending();
         sending.kept.trim(self.acked(), Some(&self.buffers));
         sending.kept.len()
-    }
-}
-
-impl Connection {
-    /// The generation it was made in.
-    #[must_use]
-    pub fn generation(&self) -> Generation {
-        self.generation
-    }
-
-    fn forward(
-        &self,
-        kind: Kind,
-        epoch: Epoch,
-        flags: u32,
-        payload: &Payload,
-    ) -> Result<(), ClientError> {
-        let frame = Frame {
-            kind,
-            vm: self.vm,
-            generation: self.generation,
-            epoch,
-            flags,
-        };
-        self.up
-            .forward(&frame, payload)
-            .map_err(|e| ClientError::Send(self.head.host.clone(), e))
-    }
-
-    /// The owner lives. Sent only if nothing else is on its way.
-    ///
-    /// # Errors
-    /// [`ClientError::Send`] once the connection is gone.
-    pub fn heartbeat(&self) -> Result<(), ClientError> {
-        let frame = Frame {
-            kind: Kind::Heartbeat,
-            vm: self.vm,
-            generation: self.generation,
-            epoch: Epoch::ZERO,
-            flags: 0,
-        };
-        self.up
-            .send_if_idle(&frame)
-            .map_err(|e| ClientError::Send(self.head.host.clone(), e))
-    }
-
-    /// The next thing the chain says; waits for it. `None` once both connections are over.
-    pub fn next_event(&self) -> Option<ClientEvent> {
-        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        let event = events.recv().ok()?;
-        if let ClientEvent::Ack { epoch, generation } = &event
-            && *generation == self.generation
-        {
-            self.acked.fetch_max(epoch.0, Ordering::AcqRel);
-        }
-        Some(event)
-    }
-
-    /// Ends it.
-    pub fn close(&self) {
-        self.up.close();
-        self.acks.close();
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.close();
-    }
-}
-
-/// Brings the chain of a VM that has been taken over up to what the new owner resumed from: its replicas may lack the
-/// last checkpoints that the new owner had as a replica and nobody acknowledged. Before the owner's own client connects.
-/// Returns once the head holds `mark`.
-///
-/// # Errors
-/// [`ClientError::Unfit`] if `kept` does not reach back to what the head holds; others may pass: try again.
-pub fn bridge(from: &HostId, view: &View, mark: Mark, kept: &Kept) -> Result<(), ClientError> {
-    let head = view.chain.first().ok_or(ClientError::NoChain)?;
-    let lost = |e| ClientError::Send(head.host.clone(), e);
-    let mut sent = false;
-    loop {
-        let peer = greet(head.addr, view, Role::Update, from).map_err(|e| match e {
-            GreetError::Refused(generation) => ClientError::Refused {
-                host: head.host.clone(),
-                generation,
-            },
-            other => {
-                let (host, why) = other.blame(&head.host);
-                let at = view.position(&host).map(|i| view.chain[i].addr);
-                ClientError::Peer {
-                    host,
-                    addr: at.unwrap_or(head.addr),
-                    why,
-                }
-            }
-        })?;
-        if peer.holds == Some(mark) {
-            return Ok(());
-        }
-        let Some(after) = peer.holds.filter(|held| !sent && kept.reaches(*held, None)) else {
-            return Err(ClientError::Unfit {
-                host: head.host.clone(),
-                holds: peer.holds,
-                newest: Some(mark),
-            });
-        };
-        kept.resend(&peer.link, after, view.generation)
-            .map_err(lost)?;
-        sent = true;
-        wait_for(&peer.stream, &peer.link, mark.epoch).map_err(lost)?;
-    }
-}
-
-/// Waits until the chain has acknowledged `epoch` over this connection.
-fn wait_for(mut stream: &TcpStream, link: &Link, epoch: Epoch) -> io::Result<()> {
-    stream.set_read_timeout(Some(BRIDGE_PATIENCE))?;
-    let mut payload = Payload::default();
-    loop {
-        match wire::read(&mut stream, &mut payload) {
-            Ok(frame) if frame.kind == Kind::Ack && frame.epoch >= epoch => {
-                link.close();
-                return Ok(());
-            }
-            Ok(frame) if frame.kind == Kind::Ack => {}
-            Ok(frame) => return Err(io::Error::other(format!("it answered {:?}", frame.kind))),
-            Err(e) => return Err(io::Error::other(e.to_string())),
-        }
-    }
-}
-
-fn listen(mut stream: &TcpStream, host: &HostId, is_acks: bool, events: &Sender<ClientEvent>) {
-    let mut payload = Payload::default();
-    loop {
-        let read = wire::read(&mut stream, &mut payload);
-        // Another replica that is lost is not the end of this connection: a joining one may come back.
-        let over = !matches!(
-            &read,
-            Ok(frame) if matches!(
-                frame.kind,
-                Kind::Ack | Kind::Refused | Kind::JoinerReady | Kind::Broken | Kind::Compared
-            )
-        );
-        let event = match read {
-            Ok(Frame {
-                kind: Kind::Ack,
-                epoch,
-                generation,
-                ..
-            }) if is_acks => ClientEvent::Ack { epoch, generation },
-            // The head's own acks only trim what it has sent; the tail's reach the owner directly.
-            Ok(Frame {
-                kind: Kind::Ack, ..
-            }) => continue,
-            Ok(Frame {
-                kind: Kind::Refused,
-                generation,
-                ..
-            }) => ClientEvent::Refused { generation },
-            Ok(Frame {
-                kind: Kind::JoinerReady,
-                ..
-            }) => ClientEvent::JoinerReady,
-            Ok(Frame {
-                kind: Kind::Compared,
-                epoch,
-                generation,
-                ..
-            }) if is_acks => match blocks::parse_answer(&payload) {
-                Some((disk, first, equal)) => ClientEvent::Compared {
-                    generation,
-                    epoch,
-                    disk,
-                    first,
-                    equal,
-                },
-                None => ClientEvent::Lost {
-                    host: Some(host.clone()),
-                    why: WireError::Payload(Kind::Compared).to_string(),
-                },
-            },
-            Ok(Frame {
-                kind: Kind::Broken, ..
-            }) => match codec::from_bytes::<Trouble>(&payload, HELLO_LIMIT) {
-                Ok((host, why)) => ClientEvent::Lost {
-                    host: Some(host),
-                    why,
-                },
-                Err(e) => ClientEvent::Lost {
-                    host: None,
-                    why: e.to_string(),
-                },
-            },
-            Ok(frame) => ClientEvent::Lost {
-                host: Some(host.clone()),
-                why: format!("it sent an unexpected frame ({:?})", frame.kind),
-            },
-            Err(e) => ClientEvent::Lost {
-                host: Some(host.clone()),
-                why: e.to_string(),
-            },
-        };
-        if events.send(event).is_err() || over {
-            return;
-        }
     }
 }

@@ -1,6 +1,8 @@
 //! The owner's epoch loop: one thread that pauses, captures and resumes the guest, and what it shares with the
 //! threads that ship, receive acks and do the devices' I/O.
 
+mod capture;
+mod commit;
 mod disks;
 mod sync;
 
@@ -22,8 +24,6 @@ use crate::fault::{self, Fault};
 pub use disks::Answer;
 use disks::Answers;
 
-/// `status` looks at the output held in so many epochs.
-const HOLDS_EPOCHS: u64 = 400;
 /// Nothing happens by itself.
 const FOREVER: Duration = Duration::from_secs(3600);
 /// Lengths of epochs and bounds.
@@ -237,66 +237,6 @@ impl Owner {
         }
     }
 
-    /// The tail has processed `epoch` in `generation`.
-    ///
-    /// # Errors
-    /// When netbuf refuses to release: nothing is let out then.
-    pub fn ack(&self, generation: Generation, epoch: Epoch) -> Result<(), OwnerError> {
-        let mut pipeline = lock(&self.pipeline);
-        let action = pipeline.ack(generation, epoch);
-        self.carry_out(action)?;
-        drop(pipeline);
-        self.changed.notify_all();
-        if let Action::Release(epoch) = action {
-            self.queue.committed(epoch);
-            self.record_commit(epoch);
-            *lock(&self.last_commit) = Some(Instant::now());
-            let mut sync = lock(&self.sync_started);
-            if let Some((first, started)) = *sync
-                && epoch >= first
-            {
-                *sync = None;
-                (self.on_protected)(generation, first, started.elapsed(), self.progress.read());
-            }
-        }
-        Ok(())
-    }
-
-    /// How long the oldest captured checkpoint has been waiting for its commit; not during the first synchronisation,
-    /// which takes as long as it takes.
-    #[must_use]
-    pub fn waiting_for_commit(&self) -> Option<Duration> {
-        if lock(&self.sync_started).is_some() || lock(&self.pipeline).in_flight() == 0 {
-            return None;
-        }
-        lock(&self.captured_at).front().map(|(_, at)| at.elapsed())
-    }
-
-    /// How it is doing, for `status`.
-    #[must_use]
-    pub fn figures(&self) -> Figures {
-        let (open, committed) = {
-            let pipeline = lock(&self.pipeline);
-            (pipeline.open(), pipeline.committed())
-        };
-        let syncing = lock(&self.sync_started).is_some();
-        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-        let holds = self.gates.iter().flat_map(|gate| gate.recent_holds());
-        let newest = open.0.saturating_sub(HOLDS_EPOCHS);
-        Figures {
-            open_epoch: open.0,
-            committed_epoch: committed.0,
-            lag_ms: self.waiting_for_commit().map_or(0, ms),
-            since_commit_ms: lock(&self.last_commit).map(|at| ms(at.elapsed())),
-            held_p99_us: holds
-                .filter(|hold| hold.epoch.0 >= newest)
-                .map(|hold| hold.p99_us)
-                .max()
-                .unwrap_or_default(),
-            sync: syncing.then(|| self.progress.read()),
-        }
-    }
-
     /// Stops for good: what is held is dropped, the guest stands still.
     pub fn fence(&self) {
         let mut pipeline = lock(&self.pipeline);
@@ -304,69 +244,6 @@ impl Owner {
         let _ = self.carry_out(action);
         drop(pipeline);
         self.changed.notify_all();
-    }
-
-    fn carry_out(&self, action: Action) -> Result<(), OwnerError> {
-        match action {
-            Action::None => {}
-            Action::Release(epoch) => {
-                for gate in &self.gates {
-                    gate.release(epoch)
-                        .map_err(|e| OwnerError::Output(e.to_string()))?;
-                }
-            }
-            Action::Fence => {
-                for gate in &self.gates {
-                    gate.fence();
-                }
-                self.queue.deactivate();
-            }
-        }
-        Ok(())
-    }
-
-    fn record_commit(&self, epoch: Epoch) {
-        let mut captured = lock(&self.captured_at);
-        let mut recorder = lock(&self.recorder);
-        while let Some(&(e, at)) = captured.front() {
-            if e > epoch {
-                break;
-            }
-            captured.pop_front();
-            recorder.commit.push(at.elapsed().as_micros() as u64);
-        }
-    }
-
-    /// Figures since the last call.
-    #[must_use]
-    pub fn take_stats(&self) -> EpochStats {
-        let (mode, generation, open, committed) = {
-            let p = lock(&self.pipeline);
-            (p.mode(), p.generation(), p.open(), p.committed())
-        };
-        let recorder = std::mem::take(&mut *lock(&self.recorder));
-        let elapsed = std::mem::replace(&mut *lock(&self.measured_since), Instant::now()).elapsed();
-        let mut stats = recorder.stats();
-        stats.mode = match mode {
-            Mode::Unprotected => "unprotected",
-            Mode::Syncing => "syncing",
-            Mode::Protected if lock(&self.sync_started).is_some() => "syncing",
-            Mode::Protected => "protected",
-            Mode::Fenced => "fenced",
-        }
-        .into();
-        stats.generation = generation.0;
-        stats.open_epoch = open.0;
-        stats.committed_epoch = committed.0;
-        stats.elapsed_us = elapsed.as_micros() as u64;
-        if let Some(gate) = self.gates.first() {
-            let held = gate.hold_stats();
-            stats.held_us.count = held.frames;
-            stats.held_us.p50 = held.p50_us;
-            stats.held_us.p99 = held.p99_us;
-            stats.held_us.max = held.max_us;
-        }
-        stats
     }
 
     /// The epoch loop. Returns when told to stop or fenced.
@@ -508,107 +385,6 @@ impl Owner {
         OwnerError::Vm(error.to_string())
     }
 
-    /// Waits for something to change; false if this state of affairs is over.
-    fn quiet(&self, until: impl Fn(&Pipeline) -> bool) -> bool {
-        let mut pipeline = lock(&self.pipeline);
-        loop {
-            if pipeline.mode() != Mode::Protected || lock(&self.signals).any() {
-                return false;
-            }
-            if until(&pipeline) {
-                return true;
-            }
-            pipeline = self
-                .changed
-                .wait_timeout(pipeline, Duration::from_millis(100))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    /// The guest's last epoch here: it stands still from its end on, until it is told to run on.
-    fn stop_at_commit(
-        &self,
-        view: &RamView,
-        dirty: &mut PageBitmap,
-        stopped: &Sender<Epoch>,
-    ) -> Result<(), OwnerError> {
-        if !self.quiet(Pipeline::may_capture) {
-            return Ok(());
-        }
-        let last = lock(&self.pipeline).open();
-        self.checkpoint(view, dirty, false)?;
-        if self.quiet(|pipeline| pipeline.committed() >= last) {
-            let _ = stopped.send(last);
-            // Until something else is wanted of it.
-            self.quiet(|_| false);
-        }
-        let mode = lock(&self.pipeline).mode();
-        let go_on = {
-            let signals = lock(&self.signals);
-            signals.go_on || signals.unprotect.is_some()
-        };
-        if mode != Mode::Fenced && go_on {
-            self.vm.resume();
-        }
-        Ok(())
-    }
-
-    /// One checkpoint: the only part of an epoch during which the guest does not run. Afterwards it does, unless `resume`
-    /// says otherwise.
-    fn checkpoint(
-        &self,
-        view: &RamView,
-        dirty: &mut PageBitmap,
-        resume: bool,
-    ) -> Result<(), OwnerError> {
-        let mut staging = self.queue.take_staging();
-        dirty.clear();
-        self.output_waiting.store(false, Ordering::Release);
-        let _urgent = chain::urgent_section();
-        let begun = Instant::now();
-        self.vm.pause().map_err(Self::vm_error)?;
-        let stopped = Instant::now();
-        let machine = self.vm.capture().map_err(Self::vm_error)?;
-        let state = Instant::now();
-        self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
-        let harvested = Instant::now();
-        view.copy_dirty(dirty, &mut staging)?;
-        let copied = Instant::now();
-        {
-            // The pipeline's lock is always taken before the queue's (an ack that fences does so too).
-            let mut pipeline = lock(&self.pipeline);
-            if pipeline.mode() == Mode::Fenced {
-                return Ok(());
-            }
-            let (epoch, begin_hold) = pipeline.captured();
-            for gate in &self.gates {
-                gate.seal(epoch)
-                    .map_err(|e| OwnerError::Output(e.to_string()))?;
-                if begin_hold && !fault::is(Fault::Hold) {
-                    gate.set_hold(true);
-                }
-            }
-            lock(&self.captured_at).push_back((epoch, copied));
-            self.queue
-                .barrier()
-                .checkpoint(epoch, staging, Box::new(machine));
-        }
-        if resume {
-            self.vm.resume();
-        }
-        let resumed = Instant::now();
-        let mut r = lock(&self.recorder);
-        let us = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
-        r.epochs += 1;
-        r.pause.push(us(begun, resumed));
-        r.stop.push(us(begun, stopped));
-        r.state.push(us(stopped, state));
-        r.harvest.push(us(state, harvested));
-        r.copy.push(us(harvested, copied));
-        Ok(())
-    }
-
     /// Ends holding: what is held goes out in order, and later frames at once.
     fn flow(&self) {
         for gate in &self.gates {
@@ -627,32 +403,6 @@ impl Owner {
         *lock(&self.sync_started) = None;
         self.vm.dirty().stop().map_err(Self::vm_error)?;
         self.flow();
-        Ok(())
-    }
-
-    fn switch_harvest(
-        &self,
-        dirty: &mut PageBitmap,
-        old: Duration,
-        new: Duration,
-    ) -> Result<(), OwnerError> {
-        if old.is_zero() && !new.is_zero() {
-            self.vm.dirty().start().map_err(Self::vm_error)?;
-        } else if !old.is_zero() && new.is_zero() {
-            self.vm.dirty().stop().map_err(Self::vm_error)?;
-        }
-        dirty.clear();
-        Ok(())
-    }
-
-    fn harvest(&self, dirty: &mut PageBitmap) -> Result<(), OwnerError> {
-        let begun = Instant::now();
-        dirty.clear();
-        self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
-        let mut r = lock(&self.recorder);
-        r.epochs += 1;
-        r.harvest.push(begun.elapsed().as_micros() as u64);
-        r.dirty.push(dirty.count());
         Ok(())
     }
 }

@@ -1,0 +1,78 @@
+//! Brings a chain up to date that a new owner takes over with its VM.
+
+use std::io;
+use std::net::TcpStream;
+use std::time::Duration;
+
+use checkpoint::{Epoch, HostId};
+
+use super::ClientError;
+use crate::kept::Kept;
+use crate::link::{Link, Role};
+use crate::mark::Mark;
+use crate::server::{GreetError, greet};
+use crate::view::View;
+use crate::wire::{self, Kind, Payload};
+
+/// A head that does not acknowledge what it lacked for this long is lost.
+const BRIDGE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Brings the chain of a VM that has been taken over up to what the new owner resumed from: its replicas may lack the
+/// last checkpoints that the new owner had as a replica and nobody acknowledged. Before the owner's own client connects.
+/// Returns once the head holds `mark`.
+///
+/// # Errors
+/// [`ClientError::Unfit`] if `kept` does not reach back to what the head holds; others may pass: try again.
+pub fn bridge(from: &HostId, view: &View, mark: Mark, kept: &Kept) -> Result<(), ClientError> {
+    let head = view.chain.first().ok_or(ClientError::NoChain)?;
+    let lost = |e| ClientError::Send(head.host.clone(), e);
+    let mut sent = false;
+    loop {
+        let peer = greet(head.addr, view, Role::Update, from).map_err(|e| match e {
+            GreetError::Refused(generation) => ClientError::Refused {
+                host: head.host.clone(),
+                generation,
+            },
+            other => {
+                let (host, why) = other.blame(&head.host);
+                let at = view.position(&host).map(|i| view.chain[i].addr);
+                ClientError::Peer {
+                    host,
+                    addr: at.unwrap_or(head.addr),
+                    why,
+                }
+            }
+        })?;
+        if peer.holds == Some(mark) {
+            return Ok(());
+        }
+        let Some(after) = peer.holds.filter(|held| !sent && kept.reaches(*held, None)) else {
+            return Err(ClientError::Unfit {
+                host: head.host.clone(),
+                holds: peer.holds,
+                newest: Some(mark),
+            });
+        };
+        kept.resend(&peer.link, after, view.generation)
+            .map_err(lost)?;
+        sent = true;
+        wait_for(&peer.stream, &peer.link, mark.epoch).map_err(lost)?;
+    }
+}
+
+/// Waits until the chain has acknowledged `epoch` over this connection.
+fn wait_for(mut stream: &TcpStream, link: &Link, epoch: Epoch) -> io::Result<()> {
+    stream.set_read_timeout(Some(BRIDGE_PATIENCE))?;
+    let mut payload = Payload::default();
+    loop {
+        match wire::read(&mut stream, &mut payload) {
+            Ok(frame) if frame.kind == Kind::Ack && frame.epoch >= epoch => {
+                link.close();
+                return Ok(());
+            }
+            Ok(frame) if frame.kind == Kind::Ack => {}
+            Ok(frame) => return Err(io::Error::other(format!("it answered {:?}", frame.kind))),
+            Err(e) => return Err(io::Error::other(e.to_string())),
+        }
+    }
+}
