@@ -93,6 +93,13 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// Hand over every VM that runs on this host to its first backup, before the host is stopped or its agent exchanged.
+    /// Fails if one stays: it says which and why.
+    Evacuate {
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
     /// After the loss of all its hosts: boot a VM from this host's copy of its disks, without waiting for other hosts. What
     /// was only in its memory is lost; so may be the last moment before, if another copy is newer.
     Recover {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 
@@ -70,6 +70,7 @@ fn run(command: Command) -> Outcome {
         Command::Failover { vm, control, .. } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Failover { vm })?)
         }
+        Command::Evacuate { control } => evacuate(&control.control),
         Command::Recover { vm, control } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Recover { vm })?)
         }
@@ -137,6 +138,7 @@ fn protect(control: &Path, vm: &str, backups: Vec<String>) -> Outcome {
         vm.to_string()
     };
     let mut client = ControlClient::connect(control)?;
+    let mut said = Instant::now();
     client.order(&Request::Protect {
         vm: name.clone(),
         backups,
@@ -157,11 +159,37 @@ fn protect(control: &Path, vm: &str, backups: Vec<String>) -> Outcome {
             return Ok(());
         }
         if let Some(trouble) = status.state.strip_prefix("Not protected: ")
+            && status.sync.is_none()
             && !trouble.contains("on its way")
         {
             return Err(format!("{name} runs on, but is not protected: {trouble}").into());
         }
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        if let Some(sync) = status.sync
+            && said.elapsed() >= PERIOD
+        {
+            said = Instant::now();
+            println!("{name}: {}", sync.text());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Hands over what runs here, one after the other.
+fn evacuate(control: &Path) -> Outcome {
+    let mut client = ControlClient::connect(control)?;
+    let mut stay = Vec::new();
+    for vm in client.status()?.into_iter().filter(|s| s.role == "owner") {
+        let request = Request::HandOver {
+            vm: vm.name.clone(),
+        };
+        if let Err(e) = switch(control, &vm.name, request) {
+            eprintln!("understudy: {e}");
+            stay.push(vm.name);
+        }
+    }
+    match stay.is_empty() {
+        true => Ok(()),
+        false => Err(format!("still here: {}", stay.join(", ")).into()),
     }
 }
 

@@ -8,7 +8,7 @@ use chain::replica::State;
 use super::vms::{Entry, Part};
 use super::{Daemon, lock};
 use crate::control::{MemberStatus, VmStatus};
-use crate::epoch::figures::{Figures, SyncFigures};
+use crate::epoch::figures::Figures;
 
 /// Figures older than this say nothing about now.
 const FRESH: Duration = Duration::from_secs(5);
@@ -92,23 +92,10 @@ fn owner_state(entry: &Entry, protected: bool, figures: &Figures) -> String {
             "Output held: the backups are being brought up to date".into()
         }
         (None, false) => match &figures.sync {
-            Some(sync) => format!("Not protected: {}", progress(sync)),
+            Some(sync) => format!("Not protected: {}", sync.text()),
             None => "Not protected: the first checkpoint is on its way".into(),
         },
     }
-}
-
-fn progress(sync: &SyncFigures) -> String {
-    let mib = |bytes: u64| bytes >> 20;
-    format!(
-        "synchronising, {} % (disks {} of {} MiB, {} MiB of it there already; memory {} of {} MiB)",
-        sync.percent(),
-        mib(sync.disk_done),
-        mib(sync.disk_total),
-        mib(sync.disk_equal),
-        mib(sync.memory_done),
-        mib(sync.memory_total)
-    )
 }
 
 fn replica_state(replica: Option<&ReplicaStatus>) -> String {

@@ -44,6 +44,21 @@ impl SyncFigures {
         let total = self.disk_total + self.memory_total;
         (self.disk_done + self.memory_done) * 100 / total.max(1)
     }
+
+    /// In words.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mib = |bytes: u64| bytes >> 20;
+        format!(
+            "synchronising, {} % (disks {} of {} MiB, {} MiB of it there already; memory {} of {} MiB)",
+            self.percent(),
+            mib(self.disk_done),
+            mib(self.disk_total),
+            mib(self.disk_equal),
+            mib(self.memory_done),
+            mib(self.memory_total)
+        )
+    }
 }
 
 /// What the epoch loop notes of a first synchronisation.

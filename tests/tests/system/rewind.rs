@@ -140,7 +140,17 @@ fn the_vm_goes_on_while_a_large_disk_is_copied_for_a_clone() {
     let toml = vm.write(cluster.dir());
     first::fill(&cluster.path("vm.img"));
     cluster.start_vm(toml);
-    cluster.protect_vm(&["b"]);
+    // By the command line: it waits, however long that takes.
+    let mut protect = cluster.command_on("a");
+    protect.args(["protect", VM, "--backups", "b", "--control"]);
+    let said = protect.arg(cluster.path("a.sock")).output().expect("ip");
+    let out = String::from_utf8_lossy(&said.stdout);
+    assert!(
+        said.status.success(),
+        "{out}{}",
+        String::from_utf8_lossy(&said.stderr)
+    );
+    assert!(out.contains("vm is protected by b"), "{out}");
     let client = cluster.client();
     more_answers(&client, 20);
     let (epoch, generation) = (

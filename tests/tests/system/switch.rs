@@ -49,6 +49,55 @@ fn a_drill_is_a_real_failover() {
 }
 
 #[test]
+fn a_host_is_evacuated_by_one_command() {
+    let cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
+    let vm = |number| VmFile {
+        number,
+        memory_mib: 32,
+        ..VmFile::default()
+    };
+    for number in 1..=3 {
+        cluster.start_vm_on("a", vm(number).write(cluster.dir()));
+    }
+    for number in 1..=2 {
+        cluster.protect_vm_of(&vm(number).name(), "a", &["b"]);
+    }
+    let clients = [1, 2, 3].map(|number| cluster.client_of(vm(number).ip()));
+    let evacuate = || {
+        let mut command = cluster.command_on("a");
+        command.args(["evacuate", "--control"]);
+        command.arg(cluster.path("a.sock")).output().expect("ip")
+    };
+    let said = evacuate();
+    let (out, err) = [&said.stdout, &said.stderr]
+        .map(|s| String::from_utf8_lossy(s))
+        .into();
+    assert_eq!(said.status.code(), Some(1), "{out}{err}");
+    assert!(
+        err.contains("vm3 is not protected") && err.contains("still here: vm3"),
+        "{err}"
+    );
+    for number in 1..=2 {
+        let name = vm(number).name();
+        assert!(out.contains(&format!("b owns {name}")), "{out}");
+        cluster.wait_protected_of(&name, "b", &["a"]);
+    }
+    let order = Request::Stop { vm: vm(3).name() };
+    cluster.control("a").order(&order).unwrap();
+    assert!(
+        evacuate().status.success(),
+        "there is nothing left to be handed over"
+    );
+    let [one, two, three] = clients;
+    drop(three);
+    for client in [one, two] {
+        more_answers(&client, 50);
+        check_disk(&client);
+        check_survived(&cluster.stop_client(client));
+    }
+}
+
+#[test]
 fn what_nobody_could_take_over_is_not_given_away() {
     let cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
     cluster
