@@ -15,6 +15,8 @@ pub enum Fault {
     Hold = 2,
     /// I6: the owner's disk writes are not streamed to the replicas.
     DiskStream = 3,
+    /// The host has an older processor than the others: none of the features of CPUID leaf 7.
+    Processor = 4,
 }
 
 static BROKEN: AtomicU8 = AtomicU8::new(0);
@@ -28,6 +30,7 @@ pub fn set(name: &str) -> Result<(), String> {
         "output-commit" => Fault::OutputCommit,
         "hold" => Fault::Hold,
         "disk-stream" => Fault::DiskStream,
+        "processor" => Fault::Processor,
         other => return Err(format!("there is no mechanism {other:?} to switch off")),
     };
     BROKEN.store(fault as u8, Ordering::Relaxed);

@@ -114,6 +114,8 @@ struct Shared {
     slots: Mutex<HashMap<VmId, Arc<Slot>>>,
     /// VMs once held here: their old owners are refused, not put off.
     gone: Mutex<HashMap<VmId, Generation>>,
+    /// Why this host cannot hold a replica that it should.
+    declined: Mutex<HashMap<VmId, String>>,
     events: Sender<ServerEvent>,
     started: Instant,
     connections: AtomicUsize,
@@ -159,6 +161,7 @@ impl ReplicaServer {
             options,
             slots: Mutex::default(),
             gone: Mutex::default(),
+            declined: Mutex::default(),
             events,
             started: Instant::now(),
             connections: AtomicUsize::new(0),
@@ -271,6 +274,7 @@ impl ReplicaServer {
     pub fn create_with(&self, view: View, store: Box<dyn ReplicaStore>) {
         let vm = view.vm;
         let slot = Slot::new(&self.shared.options, view, store);
+        lock(&self.shared.declined).remove(&vm);
         let old = lock(&self.shared.slots).insert(vm, slot.clone());
         if let Some(old) = old {
             old.close();
@@ -303,6 +307,12 @@ impl ReplicaServer {
             slot.retire(generation);
         }
         lock(&self.shared.gone).insert(vm, generation);
+    }
+
+    /// As [`ReplicaServer::remove`], but this host should have a replica: whoever asks for it is told why there is none.
+    pub fn decline(&self, vm: VmId, generation: Generation, why: String) {
+        self.remove(vm, generation);
+        lock(&self.shared.declined).insert(vm, why);
     }
 
     /// Copies a checkpoint of the past out, its disks into `dir`. The replica goes on meanwhile.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use checkpoint::{Epoch, Generation, HostId, RamRange, VmId};
+use checkpoint::{CpuFeatures, Epoch, Generation, HostId, RamRange, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::mark::Mark;
@@ -137,6 +137,9 @@ pub struct VmShape {
     pub ram: Vec<RamRange>,
     /// Virtual CPUs.
     pub vcpus: u8,
+    /// What it may use of a processor: hosts that lack any of it cannot resume it.
+    #[serde(default)]
+    pub cpu: CpuFeatures,
     /// Disk sizes in bytes, in order.
     pub disks: Vec<u64>,
     /// Text of the VM's configuration.

@@ -27,6 +27,7 @@ fn register(name: &str) -> Command {
         shape: VmShape {
             ram: vec![],
             vcpus: 1,
+            cpu: Default::default(),
             disks: vec![],
             config_toml: "x".into(),
         },

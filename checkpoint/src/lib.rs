@@ -5,6 +5,7 @@
 
 pub mod bitmap;
 pub mod codec;
+pub mod cpu;
 pub mod disk;
 pub mod ids;
 pub mod machine;
@@ -13,6 +14,7 @@ pub mod stage;
 
 pub use bitmap::PageBitmap;
 pub use codec::CodecError;
+pub use cpu::{CpuFeatures, FeatureWord};
 pub use disk::{DISK_HEADER, DISK_RECORD_MAX, DiskOp, DiskRecord, DiskRecordError, disk_records};
 pub use ids::{Epoch, Generation, HostId, NameError, VmId};
 pub use machine::{DeviceState, MACHINE_LIMIT, MachineError, MachineState, RamRange};

@@ -68,6 +68,7 @@ fn machine(disk: &Path, ram: RamFiles, console: &Console) -> Vm {
 fn machine_on(backend: Box<dyn NetBackend>, disk: &Path, ram: RamFiles, console: &Console) -> Vm {
     let layout = RamLayout::new(RAM, Some(LOW_END)).expect("layout");
     let spec = VmSpec {
+        cpu: Default::default(),
         vcpus: 1,
         ram: layout,
         net: vec![NetSpec { mac: MAC, backend }],

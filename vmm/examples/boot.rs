@@ -68,6 +68,7 @@ impl Console {
 fn machine(vcpus: u8, layout: &RamLayout, ram: RamFiles) -> Result<(Vm, Console), String> {
     let console = Console::default();
     let spec = VmSpec {
+        cpu: Default::default(),
         vcpus,
         ram: layout.clone(),
         net: Vec::new(),

@@ -1,18 +1,27 @@
 //! What the guest's CPUs say they are: the host's features as KVM offers them, with a flat topology of our own.
 
+use checkpoint::cpu::{CpuFeatures, FEATURE_WORDS, FeatureWord, Register};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
+
+use crate::kvm_caps;
+use crate::vm_error::{VmError, create};
 
 /// `kvm_cpuid_entry2.flags`: the entry is one of several told apart by ECX.
 const SIGNIFICANT_INDEX: u32 = kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 
 /// The CPUID of vCPU `id` of `vcpus`, made from what KVM supports here: one package of single-threaded cores, APIC id
 /// = vCPU id, a hypervisor present (KVM's own leaves are kept), neither nested virtualisation nor Intel's PMU (their
-/// state is not part of a checkpoint).
+/// state is not part of a checkpoint). No more features than those of `most`.
 ///
 /// # Errors
 /// KVM's refusal.
-pub(crate) fn for_vcpu(kvm: &Kvm, id: u8, vcpus: u8) -> Result<CpuId, kvm_ioctls::Error> {
+pub(crate) fn for_vcpu(
+    kvm: &Kvm,
+    id: u8,
+    vcpus: u8,
+    most: &CpuFeatures,
+) -> Result<CpuId, kvm_ioctls::Error> {
     let supported = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     let mut entries: Vec<kvm_cpuid_entry2> = Vec::new();
@@ -28,6 +37,7 @@ pub(crate) fn for_vcpu(kvm: &Kvm, id: u8, vcpus: u8) -> Result<CpuId, kvm_ioctls
         .map_or(0, |e| e.eax);
     for entry in &mut entries {
         adjust(entry, id, vcpus, deadline);
+        limit(entry, most);
     }
     for leaf in [0xB, 0x1F] {
         if max_leaf >= leaf {
@@ -35,6 +45,61 @@ pub(crate) fn for_vcpu(kvm: &Kvm, id: u8, vcpus: u8) -> Result<CpuId, kvm_ioctls
         }
     }
     CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
+}
+
+fn register(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
+    match register {
+        Register::Eax => &mut entry.eax,
+        Register::Ebx => &mut entry.ebx,
+        Register::Ecx => &mut entry.ecx,
+        Register::Edx => &mut entry.edx,
+    }
+}
+
+fn limit(entry: &mut kvm_cpuid_entry2, most: &CpuFeatures) {
+    if most.vendor.is_empty() {
+        return;
+    }
+    for (function, index, name, mask) in FEATURE_WORDS {
+        if (entry.function, entry.index) == (function, index) {
+            *register(entry, name) &= !mask | most.bits(function, index, name);
+        }
+    }
+}
+
+/// What a VM that boots on this host may use of its processor.
+///
+/// # Errors
+/// [`VmError`] if there is no usable KVM.
+pub fn host_cpu() -> Result<CpuFeatures, VmError> {
+    let kvm = kvm_caps::open()?;
+    let cpuid = for_vcpu(&kvm, 0, 1, &CpuFeatures::default())
+        .map_err(create("reading the host's CPUID"))?;
+    Ok(features(cpuid.as_slice()))
+}
+
+fn features(entries: &[kvm_cpuid_entry2]) -> CpuFeatures {
+    let vendor = entries.iter().find(|e| e.function == 0).map(|e| {
+        let bytes = [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes);
+        String::from_utf8_lossy(bytes.as_flattened()).into_owned()
+    });
+    let words = FEATURE_WORDS
+        .iter()
+        .filter_map(|(function, index, name, mask)| {
+            let is = |e: &&kvm_cpuid_entry2| (e.function, e.index) == (*function, *index);
+            let mut entry = *entries.iter().find(is)?;
+            let bits = *register(&mut entry, *name) & mask;
+            (bits != 0).then_some(FeatureWord {
+                function: *function,
+                index: *index,
+                register: *name,
+                bits,
+            })
+        });
+    CpuFeatures {
+        vendor: vendor.unwrap_or_default(),
+        words: words.collect(),
+    }
 }
 
 fn adjust(entry: &mut kvm_cpuid_entry2, id: u8, vcpus: u8, deadline: bool) {

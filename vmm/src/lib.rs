@@ -28,6 +28,7 @@ mod vm_error;
 mod vm_state;
 
 pub use boot::{BootError, BootSpec, KernelSource};
+pub use cpuid::host_cpu;
 pub use dirty::{DirtyError, DirtyTracker};
 pub use events::{Events, VmEvent};
 pub use inspect::VcpuReport;

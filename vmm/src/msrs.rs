@@ -144,8 +144,10 @@ mod tests {
         let vm = kvm.create_vm().unwrap();
         vm.create_irq_chip().unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
-        vcpu.set_cpuid2(&crate::cpuid::for_vcpu(&kvm, 0, 1).unwrap())
-            .unwrap();
+        vcpu.set_cpuid2(
+            &crate::cpuid::for_vcpu(&kvm, 0, 1, &checkpoint::CpuFeatures::default()).unwrap(),
+        )
+        .unwrap();
         let all = discover(&kvm, &vcpu).unwrap();
         for wanted in [TSC, 0x277, 0x2FF, 0xC000_0081, 0xC000_0082] {
             assert!(

@@ -1,5 +1,6 @@
 //! Making KVM's objects: interrupt controllers, timer, vCPUs.
 
+use checkpoint::CpuFeatures;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -29,17 +30,23 @@ pub(crate) fn create_platform(kvm: &Kvm, vm: &VmFd) -> Result<(), VmError> {
     vm.create_pit2(pit).map_err(create("creating the timer"))
 }
 
-/// Makes `count` vCPUs with their CPUID.
+/// Makes `count` vCPUs with their CPUID, no more features than those of `cpu`.
 ///
 /// # Errors
 /// [`VmError::Create`].
-pub(crate) fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, VmError> {
+pub(crate) fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    cpu: &CpuFeatures,
+) -> Result<Vec<VcpuFd>, VmError> {
     let mut fds = Vec::new();
     for id in 0..count {
         let fd = vm
             .create_vcpu(u64::from(id))
             .map_err(create("creating a vCPU"))?;
-        let cpuid = cpuid::for_vcpu(kvm, id, count).map_err(create("reading the host's CPUID"))?;
+        let cpuid =
+            cpuid::for_vcpu(kvm, id, count, cpu).map_err(create("reading the host's CPUID"))?;
         fd.set_cpuid2(&cpuid)
             .map_err(create("setting a vCPU's CPUID"))?;
         fds.push(fd);

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use checkpoint::CpuFeatures;
 use checkpoint::machine::MachineState;
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
@@ -32,6 +33,8 @@ use crate::{msrs, paging};
 pub struct VmSpec {
     /// vCPUs, 1 to 8.
     pub vcpus: u8,
+    /// At most these features of the host's processor; by default all. A machine that is restored has those that it had.
+    pub cpu: CpuFeatures,
     /// Where RAM lies.
     pub ram: RamLayout,
     /// Network devices, in bus order.
@@ -118,7 +121,7 @@ impl Vm {
             serial_in: spec.serial_in,
             on_reset,
         };
-        let fds = create_vcpus(&kvm, &vm, spec.vcpus)?;
+        let fds = create_vcpus(&kvm, &vm, spec.vcpus, &spec.cpu)?;
         let traits = VcpuTraits {
             msrs: msrs::discover(&kvm, &fds[0])?,
             xsave_bytes: usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0),

@@ -238,6 +238,7 @@ fn shapes_have_limits() {
     let layout = two_slots();
     for vcpus in [0, 9, 255] {
         let spec = VmSpec {
+            cpu: Default::default(),
             vcpus,
             ram: layout.clone(),
             net: Vec::new(),
@@ -256,6 +257,7 @@ fn shapes_have_limits() {
     assert_eq!(vm.capture().unwrap().vcpus.len(), 8);
     let small = RamLayout::new(4 << 20, None).unwrap();
     let spec = VmSpec {
+        cpu: Default::default(),
         vcpus: 1,
         ram: layout,
         net: Vec::new(),

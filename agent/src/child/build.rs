@@ -8,6 +8,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use checkpoint::CpuFeatures;
 use diskbuf::{DiskSink, Mirror, OwnerDisk};
 use netbuf::{Gate, Tap};
 use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
@@ -168,6 +169,7 @@ impl Machine {
         ram: Option<Vec<OwnedFd>>,
         disk_sizes: &[u64],
         serial_in: Option<OwnedFd>,
+        cpu: CpuFeatures,
     ) -> Result<Self, BuildError> {
         if taps.len() != config.net.len() || disk_sizes.len() != config.disk.len() {
             return Err(BuildError::Mismatch(format!(
@@ -220,6 +222,7 @@ impl Machine {
             .collect();
         let spec = VmSpec {
             vcpus: config.vcpus,
+            cpu,
             ram: layout,
             net,
             disks: disks
@@ -361,7 +364,7 @@ fn layout_of(config: &VmConfig) -> Result<RamLayout, BuildError> {
 /// What a replica needs to hold this VM.
 ///
 /// # Errors
-/// [`BuildError::Memory`] if the memory layout is impossible.
+/// [`BuildError::Memory`] if the memory layout is impossible, [`BuildError::Vm`] if there is no usable KVM.
 pub fn shape_of(
     config: &VmConfig,
     toml: &str,
@@ -370,6 +373,7 @@ pub fn shape_of(
     Ok(chain::VmShape {
         ram: layout_of(config)?.ranges().to_vec(),
         vcpus: config.vcpus,
+        cpu: vmm::host_cpu()?,
         disks: disks.iter().map(|d| d.size()).collect(),
         config_toml: toml.to_string(),
     })

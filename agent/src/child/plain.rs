@@ -97,7 +97,7 @@ pub fn run_plain(path: &Path) -> Result<(), PlainError> {
     } else {
         None
     };
-    let mut machine = Machine::build(&config, &taps, None, &sizes, serial_in)?;
+    let mut machine = Machine::build(&config, &taps, None, &sizes, serial_in, Default::default())?;
     machine.attach(mirrors)?;
     machine.boot(&config)?;
     machine.go_live(true)?;

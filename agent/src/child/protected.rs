@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use checkpoint::{Epoch, Generation, MachineState};
+use checkpoint::{CpuFeatures, Epoch, Generation, MachineState};
 use vmm::VmEvent;
 
-use super::build::{BuildError, Machine, open_disks, open_images, shape_of};
+use super::build::{BuildError, Machine, open_disks, open_images};
 use super::monotonic_us;
 use super::protector::Protector;
 use super::proto::{Activate, FromChild, Role, Start, ToChild};
@@ -103,28 +103,31 @@ fn serve(socket: &UnixStream, reporter: &Reporter) -> Result<(), ChildError> {
         reporter: reporter.clone(),
     };
     match &child.start.role {
-        Role::Boot { disks } => child.boot(socket, disks.as_deref()),
+        Role::Boot { disks, cpu } => child.boot(socket, disks.as_deref(), cpu.clone()),
         Role::Standby { disk_sizes } => child.standby(socket, fds, &disk_sizes.clone()),
     }
 }
 
 impl Child {
-    fn boot(&self, socket: &UnixStream, disks: Option<&[PathBuf]>) -> Result<(), ChildError> {
+    fn boot(
+        &self,
+        socket: &UnixStream,
+        disks: Option<&[PathBuf]>,
+        cpu: CpuFeatures,
+    ) -> Result<(), ChildError> {
         let mirrors = match disks {
             Some(paths) => open_images(paths.iter().map(PathBuf::as_path))?,
             None => open_disks(&self.config)?,
         };
         let sizes: Vec<u64> = mirrors.iter().map(|m| m.size()).collect();
-        let shape = shape_of(&self.config, &self.start.config_toml, &mirrors)?;
-        let mut machine = Machine::build(&self.config, &self.start.taps, None, &sizes, None)?;
+        let taps = &self.start.taps;
+        let mut machine = Machine::build(&self.config, taps, None, &sizes, None, cpu)?;
         machine.attach(mirrors)?;
         machine.boot(&self.config)?;
         machine.go_live(true)?;
         let owner = self.start_owner(&machine, Generation::ZERO, Epoch(1))?;
         machine.vm.resume();
-        self.reporter.send(&FromChild::Ready {
-            shape: Box::new(shape),
-        });
+        self.reporter.send(&FromChild::Ready);
         let protector = self.protector(&machine, &owner);
         self.own(socket, &machine, &owner, protector)
     }
@@ -135,16 +138,10 @@ impl Child {
         ram: Vec<OwnedFd>,
         sizes: &[u64],
     ) -> Result<(), ChildError> {
-        let mut machine = Machine::build(&self.config, &self.start.taps, Some(ram), sizes, None)?;
-        let shape = chain::VmShape {
-            ram: machine.vm.layout().ranges().to_vec(),
-            vcpus: self.config.vcpus,
-            disks: sizes.to_vec(),
-            config_toml: self.start.config_toml.clone(),
-        };
-        self.reporter.send(&FromChild::Ready {
-            shape: Box::new(shape),
-        });
+        // The machine state that it is resumed from has its features.
+        let (taps, cpu) = (&self.start.taps, CpuFeatures::default());
+        let mut machine = Machine::build(&self.config, taps, Some(ram), sizes, None, cpu)?;
+        self.reporter.send(&FromChild::Ready);
         loop {
             match ipc::recv::<ToChild>(socket)?.0 {
                 ToChild::Activate(activate) => {

@@ -1,6 +1,6 @@
 //! What an agent and its VM processes say to each other (over [`crate::ipc`]).
 
-use checkpoint::{Epoch, Generation, HostId};
+use checkpoint::{CpuFeatures, Epoch, Generation, HostId};
 use serde::{Deserialize, Serialize};
 
 use crate::epoch::EpochStats;
@@ -39,6 +39,8 @@ pub enum Role {
     Boot {
         /// The disks' images, in order; none: those that the configuration names.
         disks: Option<Vec<std::path::PathBuf>>,
+        /// The features that the VM had when it was booted for the first time: no more than these.
+        cpu: CpuFeatures,
     },
     /// Build the VM around the RAM files that come with this message and wait for [`ToChild::Activate`].
     Standby {
@@ -98,11 +100,8 @@ pub struct Activate {
 /// VM process to agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromChild {
-    /// Boot: the guest runs. Standby: instantiated and waiting. `shape` says what a replica needs.
-    Ready {
-        /// What a replica needs to hold this VM.
-        shape: Box<chain::VmShape>,
-    },
+    /// Boot: the guest runs. Standby: instantiated and waiting.
+    Ready,
     /// An activated standby's guest runs. Times are CLOCK_MONOTONIC microseconds.
     Activated {
         /// When the message to activate had arrived.

@@ -16,6 +16,7 @@ use crate::child::proto::{FromChild, Role, Start, TapSpec, ToChild};
 use crate::child::{open_disks, shape_of};
 use crate::config::{Durability, VmConfig};
 use crate::control::EventKind;
+use crate::fault::{self, Fault};
 
 /// Follows the master's decisions until the process ends.
 pub(super) fn run(daemon: &Arc<Daemon>) {
@@ -257,11 +258,12 @@ pub(super) fn boot(
 ) -> Result<(), String> {
     let vm = record.view.vm;
     let toml = &record.shape.config_toml;
-    let start = start_message(daemon, config, toml, vm, Role::Boot { disks })?;
+    let cpu = record.shape.cpu.clone();
+    let start = start_message(daemon, config, toml, vm, Role::Boot { disks, cpu })?;
     let (sender, ready) = std::sync::mpsc::channel();
     let reporting = daemon.clone();
     let child = ChildHandle::start(&start, &[], move |message| match message {
-        Some(FromChild::Ready { .. }) => drop(sender.send(Ok(()))),
+        Some(FromChild::Ready) => drop(sender.send(Ok(()))),
         Some(FromChild::Fatal(why)) => {
             let _ = sender.send(Err(why.clone()));
             report(&reporting, vm, Some(FromChild::Fatal(why)));
@@ -295,7 +297,22 @@ fn become_standby(daemon: &Arc<Daemon>, record: &VmRecord) {
         );
         daemon
             .replicas
-            .remove(record.view.vm, record.view.generation);
+            .decline(record.view.vm, record.view.generation, why);
+    }
+}
+
+/// A VM goes on with the processor that it booted with, wherever that is.
+fn can_run(shape: &VmShape) -> Result<(), String> {
+    let mut here = vmm::host_cpu().map_err(|e| e.to_string())?;
+    if fault::is(Fault::Processor) {
+        here.words.retain(|word| word.function != 7);
+    }
+    match shape.cpu.lacking(&here) {
+        None => Ok(()),
+        Some(what) => Err(format!(
+            "{what}; the VM may use it, so this host cannot resume it. Name other backups, or start the VM on the host with the \
+             lesser processor: hosts with a better one of the same make can back it up"
+        )),
     }
 }
 
@@ -303,6 +320,7 @@ fn try_standby(daemon: &Arc<Daemon>, record: &VmRecord) -> Result<(), String> {
     let (view, shape) = (&record.view, &record.shape);
     let config = VmConfig::from_text(Path::new(&view.name), &shape.config_toml)
         .map_err(|e| e.to_string())?;
+    can_run(shape)?;
     let ram = open_replica(daemon, record, store_options(&config))?;
     let role = Role::Standby {
         disk_sizes: shape.disks.clone(),
@@ -372,7 +390,7 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
         return;
     };
     match message {
-        Some(FromChild::Ready { .. }) => {
+        Some(FromChild::Ready) => {
             daemon.events.add(
                 EventKind::StandbyReady,
                 &name,

@@ -1,7 +1,7 @@
 //! The single-node engine: the state in one file, replaced atomically.
 //!
 //! ```text
-//! | magic "UMASTER1" | length u32 | CRC32C u32 | bincode MasterState |      all little endian
+//! | magic "UMASTER2" | length u32 | CRC32C u32 | bincode MasterState |      all little endian
 //! ```
 //!
 //! A change is decided once the new file is synced and renamed over the old one and the directory is synced. A failed
@@ -20,7 +20,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::{Command, Master, MasterError, MasterState, Snapshot};
 use crate::view::VmRecord;
 
-const MAGIC: &[u8; 8] = b"UMASTER1";
+const MAGIC: &[u8; 8] = b"UMASTER2";
 const HEADER: usize = 16;
 const LIMIT: usize = 64 << 20;
 
@@ -125,6 +125,9 @@ pub(super) fn lock_dir(dir: &Path, path: &Path) -> Result<Flock<File>, MasterErr
 
 fn parse(bytes: &[u8]) -> Result<MasterState, String> {
     let (header, body) = bytes.split_at_checked(HEADER).ok_or("it is cut off")?;
+    if header.starts_with(&MAGIC[..7]) && header[7] != MAGIC[7] {
+        return Err("it was written by another version of this program".into());
+    }
     if &header[..8] != MAGIC {
         return Err("it is not a master's record".into());
     }
@@ -189,6 +192,7 @@ mod tests {
         let shape = VmShape {
             ram: vec![],
             vcpus: 1,
+            cpu: Default::default(),
             disks: vec![],
             config_toml: "x".repeat(100),
         };

@@ -423,6 +423,7 @@ mod tests {
         let shape = VmShape {
             ram: vec![],
             vcpus: 1,
+            cpu: Default::default(),
             disks: vec![],
             config_toml: String::new(),
         };

@@ -37,6 +37,7 @@ impl Config {
         let shape = VmShape {
             ram: vec![],
             vcpus: 1,
+            cpu: Default::default(),
             disks: vec![],
             config_toml: String::new(),
         };

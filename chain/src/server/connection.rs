@@ -64,7 +64,11 @@ fn absent(shared: &Shared, frame: &Frame, link: &Link) -> Result<(), WireError> 
         return Ok(link.send(&answer(Kind::Refused, newer), &[])?);
     }
     let host = shared.options.host.clone();
-    let trouble = (host, format!("holds no replica of VM {} yet", frame.vm));
+    let why = match lock(&shared.declined).get(&frame.vm) {
+        Some(why) => format!("cannot stand by: {why}"),
+        None => format!("holds no replica of VM {} yet", frame.vm),
+    };
+    let trouble = (host, why);
     let payload = codec::to_bytes(&trouble, HELLO_LIMIT).unwrap_or_default();
     Ok(link.send(&answer(Kind::NotReady, frame.generation), &payload)?)
 }

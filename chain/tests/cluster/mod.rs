@@ -371,6 +371,7 @@ impl World {
         let shape = VmShape {
             ram: vec![],
             vcpus: 1,
+            cpu: Default::default(),
             disks: vec![],
             config_toml: String::new(),
         };

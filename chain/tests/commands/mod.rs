@@ -15,6 +15,7 @@ pub fn register(name: &str, owner: &str) -> Command {
         shape: VmShape {
             ram: vec![],
             vcpus: 1,
+            cpu: Default::default(),
             disks: vec![],
             config_toml: "x".repeat(40),
         },

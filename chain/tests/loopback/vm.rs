@@ -16,6 +16,7 @@ pub fn shape(disk: u64) -> VmShape {
     VmShape {
         ram: ram.into(),
         vcpus: 1,
+        cpu: Default::default(),
         disks: vec![disk],
         config_toml: String::new(),
     }

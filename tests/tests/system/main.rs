@@ -12,6 +12,7 @@ mod members;
 mod output_commit;
 mod partition;
 mod points;
+mod processor;
 mod rejoin;
 mod rewind;
 mod several;

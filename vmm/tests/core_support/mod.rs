@@ -126,6 +126,7 @@ pub fn machine_with_input(
 ) -> (Vm, Line) {
     let line = Line::default();
     let spec = VmSpec {
+        cpu: Default::default(),
         vcpus,
         ram: layout.clone(),
         net: Vec::new(),

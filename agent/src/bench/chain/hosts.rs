@@ -47,6 +47,7 @@ impl Hosts {
         let shape = VmShape {
             ram: vec![RamRange { start: 0, len: RAM }],
             vcpus: 1,
+            cpu: Default::default(),
             disks: vec![],
             config_toml: String::new(),
         };

@@ -171,6 +171,7 @@ mod tests {
                     len: 4096,
                 }],
                 vcpus: 1,
+                cpu: Default::default(),
                 disks: vec![512],
                 config_toml: "name = \"x\"\n".into(),
             },

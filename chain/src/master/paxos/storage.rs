@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::entry::{Applied, Entry, LogSnapshot, Pid};
 
 const MAGIC: &[u8; 8] = b"UMPAXOS1";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 20;
 /// Longest record in bytes.
 pub const RECORD_LIMIT: usize = 112 << 20;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0         4         6        8         12         16           20
-//! | "UPAX"  | ver = 1 | kind   | length  | body CRC | header CRC | bincode body
+//! | "UPAX"  | ver = 2 | kind   | length  | body CRC | header CRC | bincode body
 //! | u32     | u16     | u16    | u32     | u32      | u32        |      all little endian, CRC32C
 //! ```
 //!
@@ -25,7 +25,7 @@ use super::entry::Pid;
 use super::node::PeerMessage;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"UPAX");
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEADER: usize = 20;
 const HELLO: u16 = 1;
 const MESSAGE: u16 = 2;

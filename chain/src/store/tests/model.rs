@@ -43,6 +43,7 @@ pub(super) fn shape() -> VmShape {
     VmShape {
         ram: vec![range(0, 10), range(1 << 32, 4)],
         vcpus: 1,
+        cpu: Default::default(),
         disks: vec![SECTORS * 512, SECTORS * 512],
         config_toml: String::new(),
     }
