@@ -168,7 +168,7 @@ fn the_vm_goes_on_while_a_large_disk_is_copied_for_a_clone() {
         (during, copying.join().unwrap())
     });
     answered.unwrap();
-    assert!(acked > 20, "{acked} answers while the clone was made");
+    assert!(acked > 5, "{acked} answers while the clone was made");
     let status = cluster.status("a").unwrap();
     assert!(status.protected, "{status:?}");
     assert_eq!(
