@@ -14,7 +14,7 @@ use crate::kill::{check_disk, check_survived, more_answers};
 const MIB: u64 = 1 << 20;
 /// The disk, and the part of it that holds something. What the guest writes lies before that.
 pub const DISK: u64 = 2048 * MIB;
-const DATA: std::ops::Range<u64> = 512 * MIB..1024 * MIB;
+const DATA: std::ops::Range<u64> = 512 * MIB..768 * MIB;
 
 pub fn fill(path: &Path) {
     let file = File::options().write(true).open(path).unwrap();
