@@ -32,6 +32,8 @@ pub struct Options<'a> {
     pub hosts: &'a [&'a str],
     /// Whether the hosts, three or five then, are the master's members: no host is only that.
     pub members: bool,
+    /// Whether an etcd server decides instead, on the master's host; needs agents with the feature `etcd`.
+    pub etcd: bool,
     /// Mechanisms switched off: host and `UNDERSTUDY_BREAK`.
     pub broken: &'a [(&'a str, &'a str)],
     /// Milliseconds between heartbeats.
@@ -48,6 +50,7 @@ impl<'a> Options<'a> {
         Self {
             hosts,
             members: false,
+            etcd: false,
             broken: &[],
             heartbeat_ms: 10,
             missed: 30,
@@ -87,10 +90,26 @@ impl Host {
     }
 }
 
+/// Starts a host's process, in a process group of its own.
+fn spawn(mut command: Command, log: File) -> Child {
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a log file"))
+        .stderr(log)
+        .process_group(0);
+    // A killed test leaves no agents behind; their VM processes end with them.
+    // SAFETY: only an async-signal-safe call (prctl) between fork and exec.
+    unsafe {
+        command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+    }
+    command.spawn().expect("starting a host's process")
+}
+
 /// A running cluster; everything goes when it is dropped, but the logs are kept if the test failed.
 #[derive(Debug)]
 pub struct Cluster {
     program: PathBuf,
+    etcd: bool,
     dir: Option<tempfile::TempDir>,
     hosts: Vec<Host>,
     /// After the hosts, so that it goes after their processes.
@@ -117,6 +136,7 @@ impl Cluster {
             .expect("a temporary directory");
         let mut cluster = Self {
             program: program.into(),
+            etcd: options.etcd,
             hosts: names
                 .iter()
                 .map(|name| Host {
@@ -150,7 +170,9 @@ impl Cluster {
         let dir = self.dir().display();
         let name = &self.hosts[i].name;
         let addr = |i: usize| format!("{}:7700", repl_addr(i));
-        let master = if options.members {
+        let master = if options.etcd {
+            format!("etcd = [\"{}\"]\n", self.etcd_url())
+        } else if options.members {
             let all = 0..self.hosts.len();
             let list = |port: u16, named: bool| -> String {
                 let each = all.clone().map(|j| {
@@ -192,32 +214,56 @@ impl Cluster {
         )
     }
 
-    /// Starts (again) the agent of `name`, with the mechanism `broken` switched off.
-    pub fn start_agent(&mut self, name: &str, broken: Option<&str>) {
-        let config = self.path(&format!("{name}.toml"));
-        let log = File::options()
+    fn etcd_url(&self) -> String {
+        format!("http://{}:2379", repl_addr(self.hosts.len() - 1))
+    }
+
+    /// Starts (again) the etcd server, with what it has.
+    fn start_etcd(&mut self) {
+        let log = self.log_of(MASTER);
+        let mut command = Command::new("ip");
+        let url = self.etcd_url();
+        command
+            .args(["netns", "exec", &self.network.namespace(MASTER), "etcd"])
+            .arg("--data-dir")
+            .arg(self.path("etcd"))
+            .args([
+                "--listen-client-urls",
+                &url,
+                "--advertise-client-urls",
+                &url,
+            ])
+            .args(["--listen-peer-urls", "http://127.0.0.1:2380"])
+            .args(["--initial-advertise-peer-urls", "http://127.0.0.1:2380"])
+            .args(["--initial-cluster", "default=http://127.0.0.1:2380"]);
+        self.host_mut(MASTER).agent = Some(spawn(command, log));
+        let addr = SocketAddr::from((repl_addr(self.hosts.len() - 1), 2379));
+        wait("etcd to listen (Debian: apt install etcd-server)", || {
+            self.network
+                .within(MASTER, || std::net::TcpStream::connect(addr).ok())
+        });
+    }
+
+    fn log_of(&self, name: &str) -> File {
+        File::options()
             .create(true)
             .append(true)
             .open(self.path(&format!("{name}.log")))
-            .expect("a log file");
+            .expect("a log file")
+    }
+
+    /// Starts (again) the agent of `name`, with the mechanism `broken` switched off.
+    pub fn start_agent(&mut self, name: &str, broken: Option<&str>) {
+        if self.etcd && name == MASTER {
+            return self.start_etcd();
+        }
+        let config = self.path(&format!("{name}.toml"));
         let mut command = self.command_on(name);
-        command
-            .args(["agent", "--config"])
-            .arg(config)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("a log file"))
-            .stderr(log)
-            .process_group(0);
+        command.args(["agent", "--config"]).arg(config);
         if let Some(what) = broken {
             command.env("UNDERSTUDY_BREAK", what);
         }
-        // A killed test leaves no agents behind; their VM processes end with them.
-        // SAFETY: only an async-signal-safe call (prctl) between fork and exec.
-        unsafe {
-            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
-        }
-        let agent = command.spawn().expect("starting an agent");
-        self.host_mut(name).agent = Some(agent);
+        self.host_mut(name).agent = Some(spawn(command, self.log_of(name)));
         let control = self.host(name).control.clone();
         wait(&format!("the agent of {name} to listen"), || {
             ControlClient::connect(&control).ok()

@@ -5,6 +5,8 @@
 mod bad_input;
 mod demo;
 mod disk;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod first;
 mod inspect;
 mod kill;
