@@ -177,6 +177,31 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_has_no_more_features_than_it_is_given() {
+        let here = host_cpu().expect("these tests need /dev/kvm");
+        assert!(
+            !here.words.is_empty() && here.vendor.len() == 12,
+            "{here:?}"
+        );
+        let kvm = kvm_caps::open().unwrap();
+        for (vcpus, id) in [(1, 0), (4, 3)] {
+            let all = for_vcpu(&kvm, id, vcpus, &here).unwrap();
+            assert_eq!(features(all.as_slice()), here, "whichever vCPU");
+            let mut less = here.clone();
+            less.words.retain(|word| word.function != 7);
+            let few = for_vcpu(&kvm, id, vcpus, &less).unwrap();
+            assert_eq!(features(few.as_slice()), less);
+            assert_eq!(here.lacking(&less).is_some(), here != less);
+            // What is no feature stays as it is.
+            let size = |cpuid: &CpuId| {
+                let leaf = cpuid.as_slice().iter().find(|e| e.function == 1);
+                leaf.map(|e| (e.eax, e.ebx))
+            };
+            assert_eq!(size(&few), size(&all));
+        }
+    }
+
+    #[test]
     fn leaf_1_names_the_apic_and_hides_vmx() {
         let mut one = entry(1, u32::MAX);
         adjust(&mut one, 3, 4, false);
