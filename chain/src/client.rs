@@ -17,7 +17,7 @@ use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
 use crate::link::{HELLO_LIMIT, Role};
 use crate::mark::Mark;
 use crate::replica::Base;
-use crate::server::{GreetError, greet};
+use crate::server::{GreetError, Greeted, greet};
 use crate::view::{Member, View};
 use crate::wire::{FLAG_KEEP, Frame, Kind, Payload};
 pub use bridge::bridge;
@@ -91,6 +91,25 @@ pub enum ClientError {
 
 fn said(mark: &Option<Mark>) -> String {
     mark.map_or_else(|| "nothing".into(), |mark| format!("checkpoint {mark}"))
+}
+
+/// Connects to a replica; the error names whoever is to blame, perhaps one further down.
+fn reach(member: &Member, view: &View, role: Role, from: &HostId) -> Result<Greeted, ClientError> {
+    greet(member.addr, view, role, from).map_err(|e| match e {
+        GreetError::Refused(generation) => ClientError::Refused {
+            host: member.host.clone(),
+            generation,
+        },
+        other => {
+            let (host, why) = other.blame(&member.host);
+            let at = view.position(&host).map(|i| view.chain[i].addr);
+            ClientError::Peer {
+                host,
+                addr: at.unwrap_or(member.addr),
+                why,
+            }
+        }
+    })
 }
 
 /// What comes back from a chain.
@@ -197,25 +216,8 @@ impl ChainClient {
             (Some(head), Some(tail)) => (head.clone(), tail.clone()),
             _ => return Err(ClientError::NoChain),
         };
-        let connect = |member: &Member, role| {
-            greet(member.addr, view, role, &self.from).map_err(|e| match e {
-                GreetError::Refused(generation) => ClientError::Refused {
-                    host: member.host.clone(),
-                    generation,
-                },
-                other => {
-                    let (host, why) = other.blame(&member.host);
-                    let at = view.position(&host).map(|i| view.chain[i].addr);
-                    ClientError::Peer {
-                        host,
-                        addr: at.unwrap_or(member.addr),
-                        why,
-                    }
-                }
-            })
-        };
-        let up = connect(&head, Role::Update)?;
-        let acks = connect(&tail, Role::Acks)?;
+        let up = reach(&head, view, Role::Update, &self.from)?;
+        let acks = reach(&tail, view, Role::Acks, &self.from)?;
         let (sender, events) = channel();
         let mut sending = self.sending();
         if let Some(old) = sending.connection.take() {

@@ -23,7 +23,7 @@ use crate::replica::State;
 use crate::store::{self, Filled, Handover, ReplicaStore, Rewound, StoreError, StoreOptions};
 use crate::view::{View, VmShape};
 use slot::Slot;
-pub(crate) use successor::{GreetError, greet};
+pub(crate) use successor::{GreetError, Greeted, greet};
 
 /// Settings of a chain server.
 #[derive(Clone, Debug)]

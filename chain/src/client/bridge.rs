@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use checkpoint::{Epoch, HostId};
 
-use super::ClientError;
+use super::{ClientError, reach};
 use crate::kept::Kept;
 use crate::link::{Link, Role};
 use crate::mark::Mark;
-use crate::server::{GreetError, greet};
 use crate::view::View;
 use crate::wire::{self, Kind, Payload};
 
@@ -28,21 +27,7 @@ pub fn bridge(from: &HostId, view: &View, mark: Mark, kept: &Kept) -> Result<(),
     let lost = |e| ClientError::Send(head.host.clone(), e);
     let mut sent = false;
     loop {
-        let peer = greet(head.addr, view, Role::Update, from).map_err(|e| match e {
-            GreetError::Refused(generation) => ClientError::Refused {
-                host: head.host.clone(),
-                generation,
-            },
-            other => {
-                let (host, why) = other.blame(&head.host);
-                let at = view.position(&host).map(|i| view.chain[i].addr);
-                ClientError::Peer {
-                    host,
-                    addr: at.unwrap_or(head.addr),
-                    why,
-                }
-            }
-        })?;
+        let peer = reach(head, view, Role::Update, from)?;
         if peer.holds == Some(mark) {
             return Ok(());
         }
