@@ -20,6 +20,7 @@
 
 use std::io;
 
+use checkpoint::{DiskOp, DiskRecord};
 use diskbuf::Mirror;
 
 /// Disks are compared and copied in blocks of this size in bytes, aligned; the last one may be shorter.
@@ -39,26 +40,61 @@ pub type Digest = [u8; 16];
 /// # Errors
 /// The mirror's.
 pub fn digests(mirror: &Mirror, first: u64, count: usize) -> io::Result<Vec<Digest>> {
-    let mut data = vec![0; BLOCK as usize];
+    let mut data = Vec::new();
     let blocks = first..mirror.size().div_ceil(BLOCK);
-    let digests = blocks.take(count).map(|block| {
-        let at = block * BLOCK;
-        let len = BLOCK.min(mirror.size() - at);
-        if mirror.is_hole(at, len) {
-            return Ok(Digest::default());
-        }
-        let data = &mut data[..len as usize];
-        mirror.read_at(at, data)?;
-        Ok(digest(data))
-    });
+    let digests = blocks
+        .take(count)
+        .map(|block| match read(mirror, block, &mut data)? {
+            true => Ok(digest(&data)),
+            false => Ok(Digest::default()),
+        });
     digests.collect()
+}
+
+/// Reads a block; false if it is a hole: it is zero then, and `data` has its length only.
+fn read(mirror: &Mirror, block: u64, data: &mut Vec<u8>) -> io::Result<bool> {
+    let at = block * BLOCK;
+    let len = BLOCK.min(mirror.size() - at);
+    data.resize(len as usize, 0);
+    if mirror.is_hole(at, len) {
+        return Ok(false);
+    }
+    mirror.read_at(at, data)?;
+    Ok(true)
+}
+
+/// What a block of a disk holds, read into `data`, as the record that makes it so elsewhere: one that is zero makes a hole.
+///
+/// # Errors
+/// The mirror's.
+pub fn record<'a>(
+    mirror: &Mirror,
+    disk: u16,
+    block: u64,
+    data: &'a mut Vec<u8>,
+) -> io::Result<DiskRecord<'a>> {
+    let (op, content) = match read(mirror, block, data)? && !is_zero(data) {
+        true => (DiskOp::Write, &data[..]),
+        false => (DiskOp::WriteZeroes, &[][..]),
+    };
+    Ok(DiskRecord {
+        disk,
+        op,
+        offset: block * BLOCK,
+        len: data.len() as u32,
+        data: content,
+    })
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    block.iter().all(|byte| *byte == 0)
 }
 
 /// The digest of a block.
 #[must_use]
 pub fn digest(block: &[u8]) -> Digest {
     let mut out = [0; 16];
-    if block.iter().any(|byte| *byte != 0) {
+    if !is_zero(block) {
         out.copy_from_slice(&blake3::hash(block).as_bytes()[..16]);
     }
     out
@@ -167,5 +203,18 @@ mod tests {
         assert_eq!(whole, [[0; 16], digest(&block), [0; 16], [0; 16]]);
         assert_eq!(digests(&mirror, 1, 1).unwrap(), whole[1..2]);
         assert!(digests(&mirror, 4, 1).unwrap().is_empty(), "after its end");
+        // One buffer for all, as left by the one before.
+        mirror.write_at(2 * BLOCK, &[0; 512]).unwrap();
+        let mut data = Vec::new();
+        for (n, op, len) in [
+            (1, DiskOp::Write, BLOCK),
+            (0, DiskOp::WriteZeroes, BLOCK),
+            (2, DiskOp::WriteZeroes, BLOCK),
+            (3, DiskOp::WriteZeroes, 512),
+        ] {
+            let record = record(&mirror, 1, n, &mut data).unwrap();
+            assert_eq!((record.op, u64::from(record.len)), (op, len), "block {n}");
+            assert_eq!(digest(record.data), whole[n as usize]);
+        }
     }
 }

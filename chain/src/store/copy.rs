@@ -3,9 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use checkpoint::{
-    DiskOp, DiskRecord, EncoderOptions, PAGE_SIZE, PageBitmap, PageEncoder, RamRange, disk_records,
-};
+use checkpoint::{EncoderOptions, PAGE_SIZE, PageBitmap, PageEncoder, RamRange, disk_records};
 use diskbuf::ReplicaDisks;
 
 use super::{Filled, Piece, StoreError};
@@ -166,18 +164,14 @@ impl Copy {
         let Some(mirror) = disks.mirrors().get(usize::from(disk)) else {
             return Ok(());
         };
-        let offset = block * BLOCK;
-        let len = BLOCK.min(mirror.size() - offset);
-        let mut data = vec![0; len as usize];
-        if !mirror.is_hole(offset, len) {
-            mirror.read_at(offset, &mut data).map_err(failed)?;
-        }
-        let digest = blocks::digest(&data);
+        let mut data = Vec::new();
+        let record = blocks::record(mirror, disk, block, &mut data).map_err(failed)?;
         let theirs = usize::try_from(block)
             .ok()
             .and_then(|block| self.theirs.get_mut(usize::from(disk))?.get_mut(block));
         if let Some(theirs) = theirs {
-            if *theirs == Some(digest) {
+            // Zeros are a record without data, whose digest is that of zeros.
+            if theirs.is_some_and(|theirs| theirs == blocks::digest(record.data)) {
                 self.filled.blocks_equal += 1;
                 return Ok(());
             }
@@ -185,19 +179,7 @@ impl Copy {
             *theirs = None;
         }
         self.filled.blocks_sent += 1;
-        let zero = digest == Digest::default();
-        let (op, data) = match zero {
-            true => (DiskOp::WriteZeroes, &[][..]),
-            false => (DiskOp::Write, &data[..]),
-        };
-        DiskRecord {
-            disk,
-            op,
-            offset,
-            len: len as u32,
-            data,
-        }
-        .encode(out);
+        record.encode(out);
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chain::blocks::{self, BLOCK};
-use checkpoint::{DiskOp, DiskRecord, Epoch, Generation};
+use checkpoint::{Epoch, Generation};
 use diskbuf::Mirror;
 
 use super::{Mode, Owner, OwnerError, lock};
@@ -108,14 +108,13 @@ impl Owner {
                 ask = false;
             }
             for (at, block) in window.enumerate() {
-                let offset = block * BLOCK;
-                let len = BLOCK.min(mirror.size() - offset);
+                let len = BLOCK.min(mirror.size() - block * BLOCK);
                 let equal = equal.as_ref().is_some_and(|equal| equal[at]);
                 if !equal {
                     if !self.still_syncing() {
                         return Ok(());
                     }
-                    self.copy_block(disk, mirror, offset, len as usize)?;
+                    self.copy_block(disk, mirror, block)?;
                 }
                 self.progress.disk(len, equal);
             }
@@ -123,32 +122,13 @@ impl Owner {
         Ok(())
     }
 
-    fn copy_block(
-        &self,
-        disk: u16,
-        mirror: &Mirror,
-        offset: u64,
-        len: usize,
-    ) -> std::io::Result<()> {
-        let mut data = vec![0u8; len];
+    fn copy_block(&self, disk: u16, mirror: &Mirror, block: u64) -> std::io::Result<()> {
+        let mut data = Vec::new();
         // The barrier keeps a guest's write from being queued between this read and its queueing: the older content would
         // then overwrite the newer one.
         let barrier = self.queue.barrier().wait_below(QUEUED);
-        if !mirror.is_hole(offset, len as u64) {
-            mirror.read_at(offset, &mut data)?;
-        }
-        let (op, data) = match data.iter().any(|byte| *byte != 0) {
-            true => (DiskOp::Write, &data[..]),
-            // Zeros too: what the replicas have there is something else. It makes a hole.
-            false => (DiskOp::WriteZeroes, &[][..]),
-        };
-        barrier.copy_block(&DiskRecord {
-            disk,
-            op,
-            offset,
-            len: len as u32,
-            data,
-        });
+        // Zeros too: what the replicas have there is something else.
+        barrier.copy_block(&blocks::record(mirror, disk, block, &mut data)?);
         Ok(())
     }
 
