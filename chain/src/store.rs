@@ -182,6 +182,16 @@ pub struct Filled {
 /// Until `prepare` returns `Ok` the store is at the previous checkpoint; for a full one, at none from `begin` on. Any
 /// error means that the replica has failed; [`StoreError::damages`] tells whether the previous checkpoint is lost too.
 pub trait ReplicaStore: Send {
+    /// The image and mirrors that this store keeps a VM in, if it keeps any.
+    fn base(&self) -> Option<&VmStore> {
+        None
+    }
+
+    /// The same, to be changed.
+    fn base_mut(&mut self) -> Option<&mut VmStore> {
+        None
+    }
+
     /// Begins a checkpoint; `full`: it replaces everything.
     ///
     /// # Errors
@@ -209,8 +219,8 @@ pub trait ReplicaStore: Send {
         first: u64,
         count: usize,
     ) -> Result<Vec<[u8; 16]>, StoreError> {
-        let _ = (disk, first, count);
-        Ok(Vec::new())
+        let digests = |base: &VmStore| base.disk_digests(disk, first, count);
+        self.base().map_or_else(|| Ok(Vec::new()), digests)
     }
 
     /// Takes page records.
@@ -263,13 +273,13 @@ pub trait ReplicaStore: Send {
 
     /// What the joining replica's disk holds from block `first` on, by its own account; false if that cannot be.
     fn copy_compare(&mut self, disk: u16, first: u64, digests: &[[u8; 16]]) -> bool {
-        let _ = (disk, first, digests);
-        true
+        self.base_mut()
+            .is_none_or(|base| base.copy_compare(disk, first, digests))
     }
 
     /// How far the copy is, if there is one.
     fn copy_filled(&self) -> Option<Filled> {
-        None
+        self.base()?.copy_filled()
     }
 
     /// Upper bound of what is left to copy, in bytes.
@@ -304,13 +314,14 @@ pub trait ReplicaStore: Send {
     /// # Errors
     /// [`StoreError::CopyInterrupted`] if none is under way any more; what reading and writing say. The copy is over then.
     fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
-        let _ = limit;
-        Err(StoreError::CopyInterrupted)
+        self.base_mut()
+            .ok_or(StoreError::CopyInterrupted)?
+            .out_next(limit)
     }
 
     /// Ends the copy under way: complete, or to be dropped.
     fn out_end(&mut self) -> Option<CopiedOut> {
-        None
+        self.base_mut()?.out_end()
     }
 
     /// Makes everything ready to be run from, as the owner's of `generation`.

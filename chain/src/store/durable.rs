@@ -13,9 +13,7 @@ use diskbuf::{Durability, ReplicaDisks, Role};
 
 use super::log::{Log, LogError, Options, gfns};
 use super::query::{Files, Memory, Past};
-use super::{
-    CopiedOut, Filled, Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore,
-};
+use super::{Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore};
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -196,6 +194,14 @@ impl DurableStore {
 }
 
 impl ReplicaStore for DurableStore {
+    fn base(&self) -> Option<&VmStore> {
+        Some(&self.inner)
+    }
+
+    fn base_mut(&mut self) -> Option<&mut VmStore> {
+        Some(&mut self.inner)
+    }
+
     fn begin(
         &mut self,
         generation: Generation,
@@ -218,23 +224,6 @@ impl ReplicaStore for DurableStore {
             store.log.begin(true)?;
             store.inner.begin_install(generation, epoch)
         })
-    }
-
-    fn disk_digests(
-        &self,
-        disk: u16,
-        first: u64,
-        count: usize,
-    ) -> Result<Vec<[u8; 16]>, StoreError> {
-        self.inner.disk_digests(disk, first, count)
-    }
-
-    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[[u8; 16]]) -> bool {
-        self.inner.copy_compare(disk, first, digests)
-    }
-
-    fn copy_filled(&self) -> Option<Filled> {
-        self.inner.copy_filled()
     }
 
     fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {
@@ -314,14 +303,6 @@ impl ReplicaStore for DurableStore {
             let past = store.past(mark)?;
             store.inner.copy_past(past, files)
         })
-    }
-
-    fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
-        self.inner.out_next(limit)
-    }
-
-    fn out_end(&mut self) -> Option<CopiedOut> {
-        self.inner.out_end()
     }
 
     fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {

@@ -9,9 +9,7 @@ use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder, 
 use diskbuf::Durability;
 
 use super::query::{Back, Files, Memory, Past};
-use super::{
-    CopiedOut, Filled, Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore,
-};
+use super::{Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore};
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -95,6 +93,14 @@ impl MemoryStore {
 }
 
 impl ReplicaStore for MemoryStore {
+    fn base(&self) -> Option<&VmStore> {
+        Some(&self.inner)
+    }
+
+    fn base_mut(&mut self) -> Option<&mut VmStore> {
+        Some(&mut self.inner)
+    }
+
     fn begin(
         &mut self,
         generation: Generation,
@@ -112,23 +118,6 @@ impl ReplicaStore for MemoryStore {
         self.full = true;
         self.forget();
         self.inner.begin_install(generation, epoch)
-    }
-
-    fn disk_digests(
-        &self,
-        disk: u16,
-        first: u64,
-        count: usize,
-    ) -> Result<Vec<[u8; 16]>, StoreError> {
-        self.inner.disk_digests(disk, first, count)
-    }
-
-    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[[u8; 16]]) -> bool {
-        self.inner.copy_compare(disk, first, digests)
-    }
-
-    fn copy_filled(&self) -> Option<Filled> {
-        self.inner.copy_filled()
     }
 
     fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {
@@ -212,14 +201,6 @@ impl ReplicaStore for MemoryStore {
     fn out_begin(&mut self, mark: Mark, files: Files) -> Result<(), StoreError> {
         let past = self.past(mark)?;
         self.inner.copy_past(past, files)
-    }
-
-    fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
-        self.inner.out_next(limit)
-    }
-
-    fn out_end(&mut self) -> Option<CopiedOut> {
-        self.inner.out_end()
     }
 
     fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {

@@ -149,7 +149,52 @@ impl VmStore {
     }
 }
 
+/// What [`ReplicaStore`] does with whatever store is built on this one.
+impl VmStore {
+    pub(super) fn disk_digests(
+        &self,
+        disk: u16,
+        first: u64,
+        count: usize,
+    ) -> Result<Vec<Digest>, StoreError> {
+        let Some(mirror) = self.disks.mirrors().get(usize::from(disk)) else {
+            return Ok(Vec::new());
+        };
+        blocks::digests(mirror, first, count).map_err(|e| StoreError::Disks(e.to_string()))
+    }
+
+    pub(super) fn copy_compare(&mut self, disk: u16, first: u64, digests: &[Digest]) -> bool {
+        let copy = self.copy.as_mut();
+        copy.is_some_and(|copy| copy.compare(disk, first, digests))
+    }
+
+    pub(super) fn copy_filled(&self) -> Option<Filled> {
+        self.copy.as_ref().map(Copy::filled)
+    }
+
+    pub(super) fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
+        let out = self.out.as_mut().ok_or(StoreError::CopyInterrupted)?;
+        let copied = out.next(limit, &self.image, &self.disks);
+        if copied.is_err() {
+            self.out = None;
+        }
+        copied
+    }
+
+    pub(super) fn out_end(&mut self) -> Option<CopiedOut> {
+        self.out.take().map(CopyOut::end)
+    }
+}
+
 impl ReplicaStore for VmStore {
+    fn base(&self) -> Option<&VmStore> {
+        Some(self)
+    }
+
+    fn base_mut(&mut self) -> Option<&mut VmStore> {
+        Some(self)
+    }
+
     fn begin(
         &mut self,
         generation: Generation,
@@ -161,22 +206,6 @@ impl ReplicaStore for VmStore {
 
     fn begin_install(&mut self, generation: Generation, epoch: Epoch) -> Result<(), StoreError> {
         self.open(generation, epoch, true, true)
-    }
-
-    fn disk_digests(&self, disk: u16, first: u64, count: usize) -> Result<Vec<Digest>, StoreError> {
-        let Some(mirror) = self.disks.mirrors().get(usize::from(disk)) else {
-            return Ok(Vec::new());
-        };
-        blocks::digests(mirror, first, count).map_err(|e| StoreError::Disks(e.to_string()))
-    }
-
-    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[Digest]) -> bool {
-        let copy = self.copy.as_mut();
-        copy.is_some_and(|copy| copy.compare(disk, first, digests))
-    }
-
-    fn copy_filled(&self) -> Option<Filled> {
-        self.copy.as_ref().map(Copy::filled)
     }
 
     fn pages(&mut self, payload: &[u8]) -> Result<(), StoreError> {
@@ -267,19 +296,6 @@ impl ReplicaStore for VmStore {
 
     fn copy_end(&mut self) {
         self.copy = None;
-    }
-
-    fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
-        let out = self.out.as_mut().ok_or(StoreError::CopyInterrupted)?;
-        let copied = out.next(limit, &self.image, &self.disks);
-        if copied.is_err() {
-            self.out = None;
-        }
-        copied
-    }
-
-    fn out_end(&mut self) -> Option<CopiedOut> {
-        self.out.take().map(CopyOut::end)
     }
 
     fn holds(&self) -> Option<Mark> {
