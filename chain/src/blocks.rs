@@ -146,12 +146,27 @@ pub(crate) fn answer(disk: u16, first: u64, marked: &[Digest]) -> Vec<u8> {
     out
 }
 
+/// What a chain says of blocks that it was asked about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The disk.
+    pub disk: u16,
+    /// The first block.
+    pub first: u64,
+    /// For each whether every replica holds it.
+    pub equal: Vec<bool>,
+}
+
 /// Reads it back; `None` if it is malformed.
-pub(crate) fn parse_answer(payload: &[u8]) -> Option<(u16, u64, Vec<bool>)> {
+pub(crate) fn parse_answer(payload: &[u8]) -> Option<Answer> {
     let (disk, first) = parse_header(payload)?;
     let equal = &payload[HEADER..];
     let fits = !equal.is_empty() && equal.len() <= DIGESTS_MAX && equal.iter().all(|b| *b < 2);
-    fits.then(|| (disk, first, equal.iter().map(|b| *b == 1).collect()))
+    fits.then(|| Answer {
+        disk,
+        first,
+        equal: equal.iter().map(|b| *b == 1).collect(),
+    })
 }
 
 #[cfg(test)]
@@ -185,7 +200,12 @@ mod tests {
         let after_two = marked(&after_one, &all[..2]);
         assert_eq!(after_two, [DIFFERS, all[1], DIFFERS]);
         let said = answer(1, 9, &after_two);
-        assert_eq!(parse_answer(&said), Some((1, 9, vec![false, true, false])));
+        let heard = Answer {
+            disk: 1,
+            first: 9,
+            equal: vec![false, true, false],
+        };
+        assert_eq!(parse_answer(&said), Some(heard));
         assert_eq!(parse_answer(&said[..HEADER]), None, "nothing said");
         let mut strange = said.clone();
         strange[HEADER] = 2;

@@ -12,7 +12,7 @@ use checkpoint::{
     CheckpointEnd, Epoch, Generation, HostId, Tally, VmId, codec, disk_records, records,
 };
 
-use crate::blocks::{self, Digest};
+use crate::blocks::{self, Answer, Digest};
 use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
 use crate::link::{HELLO_LIMIT, Role};
 use crate::mark::Mark;
@@ -133,12 +133,8 @@ pub enum ClientEvent {
         generation: Generation,
         /// The checkpoint under way.
         epoch: Epoch,
-        /// The disk.
-        disk: u16,
-        /// The first block, of [`crate::blocks::BLOCK`] bytes.
-        first: u64,
-        /// For each block whether every replica holds what the owner said.
-        equal: Vec<bool>,
+        /// Which blocks need not be sent.
+        answer: Answer,
     },
     /// The joining replica has everything: it can become the tail.
     JoinerReady,

@@ -12,7 +12,7 @@ use vmm::Vm;
 
 use super::protected::Reporter;
 use super::proto::FromChild;
-use crate::epoch::owner::{Answer, Begin, Owner};
+use crate::epoch::owner::{Begin, Owner};
 use crate::epoch::queue::Blocks;
 use crate::epoch::ship::{Link, Shipper};
 use crate::epoch::staging::{RamView, Shadow, StagingError};
@@ -378,10 +378,8 @@ fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Re
         ClientEvent::Compared {
             generation,
             epoch,
-            disk,
-            first,
-            equal,
-        } => owner.compared(generation, epoch, Answer { disk, first, equal }),
+            answer,
+        } => owner.compared(generation, epoch, answer),
         ClientEvent::Refused { generation } => reporter.send(&FromChild::Refused { generation }),
         ClientEvent::JoinerReady => reporter.send(&FromChild::JoinerReady { generation }),
         ClientEvent::Lost { host, why } => {

@@ -21,7 +21,6 @@ use super::queue::ShipQueue;
 use super::staging::{RamView, StagingError};
 use super::stats::{EpochStats, Recorder};
 use crate::fault::{self, Fault};
-pub use disks::Answer;
 use disks::Answers;
 
 /// Nothing happens by itself.

@@ -137,12 +137,10 @@ pub(super) fn listen(
                 generation,
                 ..
             }) if is_acks => match blocks::parse_answer(&payload) {
-                Some((disk, first, equal)) => ClientEvent::Compared {
+                Some(answer) => ClientEvent::Compared {
                     generation,
                     epoch,
-                    disk,
-                    first,
-                    equal,
+                    answer,
                 },
                 None => ClientEvent::Lost {
                     host: Some(host.clone()),

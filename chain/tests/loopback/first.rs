@@ -1,7 +1,7 @@
 //! The first checkpoint of a chain whose disks hold something already: what an earlier one that was interrupted has left, or
 //! what they held as members before. Only the blocks in which some replica differs are sent.
 
-use chain::blocks::{self, BLOCK, Digest};
+use chain::blocks::{self, Answer, BLOCK, Digest};
 use chain::{ClientEvent, Handover};
 use diskbuf::Durability;
 
@@ -24,9 +24,12 @@ fn ask_and_send(vm: &Vm, owner: &Owner, limit: usize) -> Vec<bool> {
         Some(ClientEvent::Compared {
             generation,
             epoch,
-            disk: 0,
-            first: 0,
-            equal,
+            answer:
+                Answer {
+                    disk: 0,
+                    first: 0,
+                    equal,
+                },
         }) => {
             assert_eq!(
                 (generation, epoch),
@@ -134,7 +137,7 @@ fn a_chain_of_a_disk_it_does_not_have_says_that_nothing_is_there() {
     for (disk, first) in [(1, 0), (0, BLOCKS as u64), (0, u64::MAX)] {
         owner.compare(disk, first, &digests(&vm)[..3]).unwrap();
         match owner.next_event() {
-            Some(ClientEvent::Compared { equal, .. }) => assert_eq!(equal, [false; 3]),
+            Some(ClientEvent::Compared { answer, .. }) => assert_eq!(answer.equal, [false; 3]),
             other => panic!("instead of an answer: {other:?}"),
         }
     }

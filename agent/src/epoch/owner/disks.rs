@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use chain::blocks::{self, BLOCK};
+use chain::blocks::{self, Answer, BLOCK};
 use checkpoint::{Epoch, Generation};
 use diskbuf::Mirror;
 
@@ -20,17 +20,6 @@ const AHEAD: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Items queued to the shipping thread at most.
 const QUEUED: usize = 16;
-
-/// What the chain says of blocks that it was asked about.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
-    /// The disk.
-    pub disk: u16,
-    /// The first block.
-    pub first: u64,
-    /// For each whether every replica holds it.
-    pub equal: Vec<bool>,
-}
 
 /// Answers that have come.
 #[derive(Debug, Default)]
