@@ -12,7 +12,7 @@ use vmm::VmEvent;
 use super::build::{BuildError, Machine, open_disks, open_images};
 use super::monotonic_us;
 use super::protector::Protector;
-use super::proto::{Activate, FromChild, Role, Start, ToChild};
+use super::proto::{Activate, FromChild, GuestEnd, Role, Start, ToChild};
 use crate::config::{ConfigError, VmConfig};
 use crate::epoch::owner::{EpochOptions, Owner};
 use crate::ipc::{self, IpcError};
@@ -285,14 +285,20 @@ impl Child {
             .name("guest-events".into())
             .spawn(move || {
                 if let Some(event) = Machine::wait_event(&vm) {
-                    let how = match event {
-                        VmEvent::Shutdown => "the guest has shut down".to_string(),
-                        VmEvent::Reset => "the guest has asked for a reset".to_string(),
-                        VmEvent::Crashed { vcpu, reason } => {
-                            format!("vCPU {vcpu} has crashed: {reason}")
+                    let (end, how) = match event {
+                        VmEvent::Shutdown => {
+                            (GuestEnd::PoweredOff, "the guest has shut down".to_string())
                         }
+                        VmEvent::Reset => (
+                            GuestEnd::Reset,
+                            "the guest has asked for a reset".to_string(),
+                        ),
+                        VmEvent::Crashed { vcpu, reason } => (
+                            GuestEnd::Crashed,
+                            format!("vCPU {vcpu} has crashed: {reason}"),
+                        ),
                     };
-                    reporter.send(&FromChild::GuestEnded { how });
+                    reporter.send(&FromChild::GuestEnded { end, how });
                 }
             })?;
         Ok(())

@@ -3,6 +3,7 @@
 use checkpoint::{CpuFeatures, Epoch, Generation, HostId};
 use serde::{Deserialize, Serialize};
 
+use crate::control::EventKind;
 use crate::epoch::EpochStats;
 use crate::epoch::figures::{Figures, SyncFigures};
 
@@ -97,6 +98,17 @@ pub struct Activate {
     pub disks: Vec<std::path::PathBuf>,
 }
 
+/// How a guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestEnd {
+    /// It powered itself off.
+    PoweredOff,
+    /// It asked for a reset that was not carried out in place.
+    Reset,
+    /// A vCPU cannot go on.
+    Crashed,
+}
+
 /// VM process to agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromChild {
@@ -154,10 +166,26 @@ pub enum FromChild {
     Stats(Box<EpochStats>),
     /// Answer to [`ToChild::Inspect`]: what each vCPU is at, or why that cannot be told.
     Inspected(Result<Vec<vmm::VcpuReport>, String>),
-    /// The guest has ended (shutdown, reset or crash).
+    /// The guest has ended.
     GuestEnded {
-        /// How.
+        /// Of its own accord, or not.
+        end: GuestEnd,
+        /// In words.
         how: String,
+    },
+    /// Something an administrator should know of, for the host's event log.
+    Said {
+        /// What kind of event.
+        kind: EventKind,
+        /// In words.
+        text: String,
+    },
+    /// This owner cannot keep the VM running as it should (its disk refuses writes, say), but a backup could: whoever is the
+    /// chain's head is to take the VM over. The guest stands still and its output stays held until this process is ended or
+    /// told otherwise.
+    GiveUp {
+        /// Why, in words.
+        why: String,
     },
     /// The process cannot go on.
     Fatal(String),

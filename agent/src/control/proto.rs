@@ -251,6 +251,14 @@ pub enum EventKind {
     Orphaned,
     /// The guest ended.
     GuestEnded,
+    /// The guest was reset and boots again in place.
+    Rebooted,
+    /// The owner's own disk refuses, or does not answer, requests.
+    DiskTrouble,
+    /// A tap, its bridge or its link is not as it should be, or has been put right.
+    Network,
+    /// The VM is less safe, or slower, than it was asked to be.
+    Degraded,
     /// Something failed.
     Failed,
 }

@@ -478,11 +478,12 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
             drop(vms);
             std::thread::spawn(move || reprotect::joiner_ready(&daemon, vm, generation));
         }
-        Some(FromChild::GuestEnded { how }) => {
+        Some(FromChild::GuestEnded { how, .. }) => {
             entry.ended = true;
             daemon.events.add(EventKind::GuestEnded, &name, how);
         }
-        Some(FromChild::Fatal(why)) => {
+        Some(FromChild::Said { kind, text }) => daemon.events.add(kind, &name, text),
+        Some(FromChild::GiveUp { why } | FromChild::Fatal(why)) => {
             entry.trouble = Some(why.clone());
             daemon.events.add(EventKind::Failed, &name, why);
         }

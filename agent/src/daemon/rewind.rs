@@ -201,7 +201,7 @@ fn start(
 /// What a clone's process says after it has begun to run.
 fn report(daemon: &Daemon, clone: &str, message: Option<&FromChild>) {
     let how = match message {
-        Some(FromChild::GuestEnded { how }) => how.clone(),
+        Some(FromChild::GuestEnded { how, .. }) => how.clone(),
         Some(FromChild::Fatal(why)) => why.clone(),
         None => "its process has ended".into(),
         Some(_) => return,
