@@ -473,6 +473,19 @@ fn report(daemon: &Arc<Daemon>, vm: VmId, message: Option<FromChild>) {
             // It asks hosts and the master; the VM process's further reports must not wait for that.
             std::thread::spawn(move || repair::chain_lost(&daemon, vm, &trouble));
         }
+        Some(FromChild::AttemptFailed { generation, why }) => {
+            let daemon = daemon.clone();
+            // Not the head's fault; but to do without it for a while is to try again later.
+            let named = entry.record.view.chain.first().map(|m| m.host.clone());
+            drop(vms);
+            let trouble = repair::Trouble {
+                generation,
+                named,
+                why,
+                unfit: false,
+            };
+            std::thread::spawn(move || repair::chain_lost(&daemon, vm, &trouble));
+        }
         Some(FromChild::JoinerReady { generation }) => {
             let daemon = daemon.clone();
             drop(vms);
