@@ -1,7 +1,6 @@
 //! From configuration to a machine: backends, [`vmm::VmSpec`], boot.
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::mpsc::RecvTimeoutError;
@@ -13,7 +12,7 @@ use diskbuf::{DiskSink, Mirror, OwnerDisk};
 use netbuf::{Gate, Tap};
 use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
 use vmm::devices::NetSpec;
-use vmm::{BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmEvent, VmSpec};
+use vmm::{BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Vm, VmEvent, VmSpec};
 
 use super::proto::TapSpec;
 use crate::config::{VmConfig, parse_mac};
@@ -156,6 +155,8 @@ pub struct Machine {
     disks: Vec<Arc<LateDisk>>,
     mirrors: Vec<Arc<Mirror>>,
     taps: Vec<(TapSpec, [u8; 6], Option<std::net::Ipv4Addr>)>,
+    /// Its end writes the guest's last words out.
+    _console: ConsoleOut,
 }
 
 impl Machine {
@@ -220,6 +221,7 @@ impl Machine {
                 })
             })
             .collect();
+        let console = console(config)?;
         let spec = VmSpec {
             vcpus: config.vcpus,
             cpu,
@@ -230,7 +232,7 @@ impl Machine {
                 .map(|d| d.clone() as Arc<dyn BlockBackend>)
                 .collect(),
             rng: config.rng,
-            serial_out: console(config)?,
+            serial_out: Box::new(console.writer()),
             serial_in,
         };
         let vm = Arc::new(Vm::new(spec, ram)?);
@@ -242,6 +244,7 @@ impl Machine {
             disks,
             mirrors: Vec::new(),
             taps: tap_list,
+            _console: console,
         })
     }
 
@@ -379,17 +382,10 @@ pub fn shape_of(
     })
 }
 
-fn console(config: &VmConfig) -> Result<Box<dyn Write + Send>, BuildError> {
-    match &config.console {
-        None => Ok(Box::new(io::stdout())),
-        Some(path) => OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map(|f| Box::new(f) as Box<dyn Write + Send>)
-            .map_err(|source| BuildError::Console {
-                path: path.display().to_string(),
-                source,
-            }),
-    }
+fn console(config: &VmConfig) -> Result<ConsoleOut, BuildError> {
+    let (path, out) = match &config.console {
+        None => ("standard output".to_owned(), ConsoleOut::stdout()),
+        Some(path) => (path.display().to_string(), ConsoleOut::file(path)),
+    };
+    out.map_err(|source| BuildError::Console { path, source })
 }
