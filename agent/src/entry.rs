@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 
-use crate::cli::{BenchCommand, Cli, Command};
+use crate::cli::{BenchCommand, Cli, Command, LabCommand};
 use crate::config::{HostConfig, VmConfig};
 use crate::control::{ControlClient, ControlError, FailoverReport, Reply, Request, VmStatus};
-use crate::{bench, child, daemon, demo};
+use crate::{bench, child, daemon, demo, lab};
 
 /// Between two looks of `status --watch` and `events --follow`.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -100,6 +100,10 @@ fn run(command: Command) -> Outcome {
             control,
         } => events(&control.control, json, follow),
         Command::Demo(args) => demo::run(&args),
+        Command::Lab {
+            lab: LabCommand::Up(args),
+        } => lab::up(&args),
+        Command::Soak(args) => lab::soak::run(&args),
         Command::Bench {
             bench: BenchCommand::Pause(args),
         } => bench::pause::run(&args),

@@ -12,6 +12,8 @@ pub mod epoch;
 #[doc(hidden)]
 pub mod fault;
 pub mod ipc;
+pub mod lab;
 pub mod probe;
+pub mod rank;
 
 pub use entry::main;

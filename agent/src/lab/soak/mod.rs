@@ -1,0 +1,9 @@
+//! soak
+use crate::cli::SoakArgs;
+/// x
+///
+/// # Errors
+/// x
+pub fn run(_args: &SoakArgs) -> Result<(), Box<dyn std::error::Error>> {
+    Ok(())
+}
