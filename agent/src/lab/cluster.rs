@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,7 +16,7 @@ use super::disk::{Disk, Health};
 use super::files::{HostFiles, Masters, VmFile, etcd_url};
 use super::net::{Network, Wire, repl_addr};
 use super::process::{self, Holding, Place};
-use super::wait::{PATIENCE, wait};
+use super::wait::{PATIENCE, wait, wait_for};
 use crate::control::{ControlClient, Event, EventKind, Reply, Request, VmStatus};
 use crate::probe::{ProbeClient, ProbeConfig, ProbeError};
 
@@ -92,6 +92,15 @@ pub struct Lab {
     keep: AtomicBool,
     /// After the hosts, so that it goes after their processes.
     network: Network,
+}
+
+/// What a command came to.
+#[derive(Clone, Debug)]
+pub struct Said {
+    /// Whether it ended with status 0.
+    pub ok: bool,
+    /// What it said, errors too.
+    pub text: String,
 }
 
 /// Whether this machine can run VMs and taps at all.
@@ -306,6 +315,32 @@ impl Lab {
         let mounts = self.with(host, |h| h.disk.as_ref().map(Disk::raw))?;
         process::put(&mut command, Place { net, mounts });
         Ok(command)
+    }
+
+    /// Runs a command to its end, which has to come within `within`.
+    ///
+    /// # Errors
+    /// [`LabError::Io`], also if it does not end.
+    pub fn output(&self, mut command: Command, within: Duration) -> Result<Said, LabError> {
+        let what = format!("{command:?}");
+        let file = |name: &str| {
+            let path = self.path(name);
+            let made = File::create(&path).and_then(|f| Ok((f.try_clone()?, f)));
+            made.map(|(a, b)| (path, a, b))
+        };
+        let (path, out, err) = file("command.out").map_err(|e| LabError::io(&what, e))?;
+        let child = command.stdin(Stdio::null()).stdout(out).stderr(err).spawn();
+        let mut child = child.map_err(|e| LabError::io(&what, e))?;
+        let ended = wait_for(&what, within, || child.try_wait().ok().flatten());
+        if ended.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let text = fs::read(path).unwrap_or_default();
+        Ok(Said {
+            ok: ended?.success(),
+            text: String::from_utf8_lossy(&text).into_owned(),
+        })
     }
 
     /// The hosts that may run VMs.
