@@ -1,4 +1,5 @@
-//! The clients of one VM: one adds to its counter, one asks for it, each on a TCP connection of its own, all the time. All
+//! The clients of one VM, all the time: one adds to its counter and one asks for it, each on a TCP connection of its own
+//! that has to last; a third asks on a new connection each time, and so hears a machine that has forgotten the others'. All
 //! that they called and were answered is its history.
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,12 +20,18 @@ pub const SILENCE: Duration = Duration::from_secs(120);
 const PAUSE: Duration = Duration::from_millis(4);
 /// One question in so many is what the disk holds.
 const DISK: u64 = 16;
+/// Between two questions on new connections.
+const VISIT: Duration = Duration::from_millis(300);
+/// How long such a question waits.
+const VISIT_WAITS: Duration = Duration::from_secs(10);
 /// One attempt to connect.
 const CONNECT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 struct Book {
     ops: Vec<Op>,
+    /// When the addition under way was called: it may have happened already.
+    under_way: Option<u64>,
     /// The highest value that is acknowledged to be on the disk.
     on_disk: u64,
     /// Why connections ended.
@@ -70,11 +77,13 @@ impl Clients {
                 stop: AtomicBool::new(false),
             });
             // Threads of this thread are where it is.
-            let threads = [Ask::Add, Ask::Read].map(|ask| {
+            let threads = [Some(Ask::Add), Some(Ask::Read), None].map(|ask| {
                 let shared = shared.clone();
-                std::thread::Builder::new()
-                    .name("soak-client".into())
-                    .spawn(move || shared.run(ask))
+                let thread = std::thread::Builder::new().name("soak-client".into());
+                thread.spawn(move || match ask {
+                    Some(ask) => shared.run(ask),
+                    None => shared.visit(),
+                })
             });
             let threads = threads.into_iter().collect::<Result<_, _>>();
             let threads = threads.map_err(|e| LabError::io("a thread", e))?;
@@ -108,7 +117,13 @@ impl Clients {
     pub fn check(&self) -> Result<(), String> {
         let (ops, wrong) = {
             let book = self.shared.book();
-            (book.ops.clone(), book.wrong.first().cloned())
+            let mut ops = book.ops.clone();
+            ops.extend(book.under_way.map(|from| Op {
+                ask: Ask::Add,
+                from,
+                answer: None,
+            }));
+            (ops, book.wrong.first().cloned())
         };
         check(self.shared.base, &ops).map_err(|v: Violation| v.to_string())?;
         wrong.map_or(Ok(()), Err)
@@ -171,9 +186,15 @@ impl Shared {
             Ask::Read => GuestOp::Read,
         };
         let from = self.now();
+        if ask == Ask::Add {
+            self.book().under_way = Some(from);
+        }
         let answer = open.call(Request::new(op, 0));
         let at = self.now();
         let mut book = self.book();
+        if ask == Ask::Add {
+            book.under_way = None;
+        }
         let told = answer.as_ref().ok().map(|a| (at, a.counter));
         book.ops.push(Op {
             ask,
@@ -188,6 +209,26 @@ impl Shared {
             book.on_disk = book.on_disk.max(answer.counter);
         }
         Ok(())
+    }
+
+    /// A question that nobody answers, or on a connection that fails, says nothing about the counter.
+    fn visit(&self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            std::thread::sleep(VISIT);
+            let from = self.now();
+            let Ok(mut open) = ProbeConn::connect(self.addr, CONNECT) else {
+                continue;
+            };
+            open.set_timeout(VISIT_WAITS);
+            if let Ok(answer) = open.call(Request::new(GuestOp::Read, 0)) {
+                let answer = Some((self.now(), answer.counter));
+                self.book().ops.push(Op {
+                    ask: Ask::Read,
+                    from,
+                    answer,
+                });
+            }
+        }
     }
 
     /// An addition is answered when the disk has it: the disk is behind no answer.
