@@ -135,7 +135,7 @@ pub struct Point {
 }
 
 /// A VM that this host gave away.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Switched {
     /// Who owns it now.
     pub owner: String,
@@ -194,7 +194,7 @@ pub struct VmStatus {
 }
 
 /// One failover, in CLOCK_MONOTONIC microseconds of the host that took over.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FailoverReport {
     /// The VM.
     pub vm: String,

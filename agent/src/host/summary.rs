@@ -1,0 +1,92 @@
+//! What a machine shows of itself, for `status`.
+
+use chain::VmRecord;
+
+use super::Machine;
+use super::machine::Part;
+use super::owner::Phase;
+use crate::control::FailoverReport;
+
+/// This host's part, without what is being done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It runs the VM, or did until the guest ended.
+    Owner,
+    /// It holds a replica.
+    Standby,
+    /// The VM is this host's, and runs nowhere.
+    Orphan,
+    /// It should hold a replica, and cannot.
+    Declined,
+    /// None.
+    Nothing,
+}
+
+/// A snapshot of a machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// The configuration followed.
+    pub record: VmRecord,
+    /// The part.
+    pub role: Role,
+    /// Owner: the first checkpoint of this configuration is committed.
+    pub protected: bool,
+    /// Owner: why it is less safe than it should be. Orphan: what is being done. Declined: why.
+    pub trouble: Option<String>,
+    /// Owner: wanted backups that are not in the chain.
+    pub lacking: Vec<String>,
+    /// Owner: the guest has ended, and how.
+    pub ended: Option<String>,
+    /// Owner: output is held until the backups have what they lacked after a takeover.
+    pub bridging: bool,
+    /// The last failover to this host.
+    pub failover: Option<FailoverReport>,
+}
+
+impl Machine {
+    /// What it shows of itself.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        let mut summary = Summary {
+            record: self.record.clone(),
+            role: Role::Nothing,
+            protected: false,
+            trouble: None,
+            lacking: Vec::new(),
+            ended: None,
+            bridging: false,
+            failover: None,
+        };
+        match &self.part {
+            Part::Nothing { declined } => {
+                if declined.is_some() {
+                    summary.role = Role::Declined;
+                }
+                summary.trouble.clone_from(declined);
+            }
+            Part::Standby(_) => summary.role = Role::Standby,
+            Part::Orphan(orphan) => {
+                summary.role = Role::Orphan;
+                summary.trouble = Some(orphan.state.clone());
+            }
+            Part::Owner(owner) => {
+                let view = &self.record.view;
+                summary.role = Role::Owner;
+                summary.protected =
+                    owner.protected == Some(view.generation) && !view.chain.is_empty();
+                summary.trouble.clone_from(&owner.trouble);
+                summary.bridging = owner.bridge.is_some();
+                summary.failover.clone_from(&owner.failover);
+                let lacking = owner
+                    .wanted
+                    .iter()
+                    .filter(|host| view.position(host).is_none());
+                summary.lacking = lacking.map(ToString::to_string).collect();
+                if let Phase::Ended(how) = &owner.phase {
+                    summary.ended = Some(how.clone());
+                }
+            }
+        }
+        summary
+    }
+}
