@@ -169,6 +169,12 @@ pub struct VmStatus {
     pub protected: bool,
     /// In words: Protected, or why not.
     pub state: String,
+    /// Something is under way that makes the VM safer, or finds out why it cannot be.
+    #[serde(default)]
+    pub pending: bool,
+    /// Owner: hosts that should back the VM up and do not, with the reason as far as it is known.
+    #[serde(default)]
+    pub lacking: Vec<(String, Option<String>)>,
     /// Owner.
     pub owner: String,
     /// Chain, head first.

@@ -272,8 +272,13 @@ impl Runner {
     }
 
     fn find_disks(&self, record: VmRecord) {
+        let before = self.before.clone();
         self.beside("find-disks", move |env| {
-            Some(Mail::Disks(DiskCopy::find(env, &record)))
+            // The process before may have them open still.
+            let free = slow::wait_gone(before.as_deref());
+            Some(Mail::Disks(
+                free.and_then(|()| DiskCopy::find(env, &record)),
+            ))
         });
     }
 

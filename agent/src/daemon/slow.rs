@@ -157,7 +157,8 @@ pub(super) fn boot(
     ChildHandle::start(&start, &[], reports).map_err(|e| format!("starting the VM's process: {e}"))
 }
 
-fn wait_gone(before: Option<&ChildHandle>) -> Result<(), String> {
+/// Until the process that was killed is gone.
+pub(super) fn wait_gone(before: Option<&ChildHandle>) -> Result<(), String> {
     match before {
         Some(process) if !process.wait_gone(GONE_PATIENCE) => Err(format!(
             "the VM's process of before ({}) cannot be ended: it waits for a disk, most likely (`ps` shows state D)",

@@ -57,6 +57,8 @@ fn of(env: &Env, shown: &Shown) -> Option<VmStatus> {
             VmStatus {
                 role: "owner".into(),
                 protected: summary.protected && summary.trouble.is_none(),
+                pending: summary.pending,
+                lacking: summary.lacking.clone(),
                 chain: members(&summary, |_| others.into()),
                 state,
                 epoch: figures.committed_epoch,
@@ -96,9 +98,20 @@ fn owner_state(summary: &Summary, figures: &Figures) -> String {
         (Some(trouble), _) => format!("Not protected: {trouble}"),
         (None, true) => match &view.joining {
             Some(joining) => format!("Protected; {} is joining", joining.host),
-            None => "Protected".into(),
+            None if summary.lacking.is_empty() => "Protected".into(),
+            None => format!(
+                "Degraded: protected by {} of {} backups; {}",
+                view.chain.len(),
+                view.chain.len() + summary.lacking.len(),
+                lacking(summary)
+            ),
         },
-        (None, false) if view.chain.is_empty() => "Not protected: no backups".into(),
+        (None, false) if view.chain.is_empty() && summary.lacking.is_empty() => {
+            "Not protected: no backups".into()
+        }
+        (None, false) if view.chain.is_empty() => {
+            format!("Not protected: {}", lacking(summary))
+        }
         (None, false) if view.in_place() => {
             "Output held: the backups are being brought up to date".into()
         }
@@ -107,6 +120,15 @@ fn owner_state(summary: &Summary, figures: &Figures) -> String {
             None => "Not protected: the first checkpoint is on its way".into(),
         },
     }
+}
+
+/// Who is missing, and why.
+fn lacking(summary: &Summary) -> String {
+    let each = summary.lacking.iter().map(|(host, why)| match why {
+        Some(why) => format!("{host} is missing: {why}"),
+        None => format!("{host} is being asked"),
+    });
+    each.collect::<Vec<_>>().join("; ")
 }
 
 fn replica_state(replica: Option<&ReplicaStatus>) -> String {

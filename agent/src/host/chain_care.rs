@@ -178,6 +178,7 @@ impl Machine {
         };
         if let Some(owner) = self.owner() {
             owner.retries.joined(&joining.host);
+            owner.absent.remove(&joining.host);
         }
         let text = format!("{} has everything and becomes the tail", joining.host);
         out.push(Effect::Say(EventKind::Joined, text));
@@ -246,10 +247,20 @@ impl Machine {
                     }
                 }
             }
-            Some(Probing::Missing(missing)) if self.ask.is_none() => {
-                self.bring_back(missing, answers, out);
+            Some(Probing::Missing(missing)) => {
+                for (host, health) in answers {
+                    if let Health::Silent(why) = health {
+                        owner
+                            .absent
+                            .entry(host.clone())
+                            .or_insert_with(|| why.clone());
+                    }
+                }
+                if self.ask.is_none() {
+                    self.bring_back(missing, answers, out);
+                }
             }
-            Some(Probing::Missing(_)) | None => {}
+            None => {}
         }
     }
 
@@ -313,6 +324,7 @@ impl Machine {
         }
         for host in &lost {
             owner.retries.failed(host, now);
+            owner.absent.insert(host.clone(), why.clone());
         }
         let text = match lost.is_empty() {
             true => format!("the chain of generation {generation} has to begin anew: {why}"),

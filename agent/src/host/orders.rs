@@ -123,6 +123,16 @@ impl Machine {
                 "{name}: no backups are named, neither here nor in its configuration's [protect] backups"
             ));
         }
+        for (i, host) in backups.iter().enumerate() {
+            if *host == self.me {
+                return Err(format!(
+                    "{host} runs {name} itself; a backup has to be another host"
+                ));
+            }
+            if backups[..i].contains(host) {
+                return Err(format!("backup {host} is named twice"));
+            }
+        }
         if let Some(unknown) = backups.iter().find(|host| self.member(host).is_none()) {
             let known: Vec<&str> = self.peers.keys().map(HostId::as_str).collect();
             return Err(format!(
@@ -141,6 +151,7 @@ impl Machine {
         owner.arrange = true;
         owner.wanted = backups;
         owner.retries.forget();
+        owner.absent.clear();
         owner.looked(0, 0);
         out.push(Effect::Answer(ticket, Ok(Answered::Done)));
         Ok(())

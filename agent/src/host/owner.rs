@@ -72,6 +72,8 @@ pub(super) struct Owner {
     /// `wanted` is to be noted at the master.
     pub(super) choose: bool,
     pub(super) retries: Retries,
+    /// Why hosts that should back it up do not.
+    pub(super) absent: BTreeMap<HostId, String>,
     /// A new owner's chain may lack what came up to this checkpoint.
     pub(super) bridge: Option<Mark>,
     /// Losses that nobody has looked into.
@@ -126,6 +128,7 @@ impl Owner {
             arrange: false,
             choose: false,
             retries: Retries::default(),
+            absent: BTreeMap::new(),
             bridge: None,
             losses: Vec::new(),
             probing: None,

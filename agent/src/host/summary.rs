@@ -1,6 +1,7 @@
 //! What a machine shows of itself, for `status`.
 
 use chain::VmRecord;
+use checkpoint::HostId;
 
 use super::Machine;
 use super::machine::Part;
@@ -33,8 +34,10 @@ pub struct Summary {
     pub protected: bool,
     /// Owner: why it is less safe than it should be. Orphan: what is being done. Declined: why.
     pub trouble: Option<String>,
-    /// Owner: wanted backups that are not in the chain.
-    pub lacking: Vec<String>,
+    /// Owner: wanted backups that are not in the chain, and why, if that is known.
+    pub lacking: Vec<(String, Option<String>)>,
+    /// Something is under way that makes the VM safer, or says why it cannot be.
+    pub pending: bool,
     /// Owner: the guest has ended, and how.
     pub ended: Option<String>,
     /// Owner: output is held until the backups have what they lacked after a takeover.
@@ -53,6 +56,7 @@ impl Machine {
             protected: false,
             trouble: None,
             lacking: Vec::new(),
+            pending: false,
             ended: None,
             bridging: false,
             failover: None,
@@ -77,11 +81,17 @@ impl Machine {
                 summary.trouble.clone_from(&owner.trouble);
                 summary.bridging = owner.bridge.is_some();
                 summary.failover.clone_from(&owner.failover);
-                let lacking = owner
-                    .wanted
-                    .iter()
-                    .filter(|host| view.position(host).is_none());
-                summary.lacking = lacking.map(ToString::to_string).collect();
+                let why = |host: &HostId| match self.peers.contains_key(host) {
+                    true => owner.absent.get(host).cloned(),
+                    false => Some("it is not among this host's [peers]".into()),
+                };
+                let lacking = owner.wanted.iter();
+                let lacking = lacking.filter(|host| view.position(host).is_none());
+                summary.lacking = lacking.map(|host| (host.to_string(), why(host))).collect();
+                let unknown = summary.lacking.iter().any(|(_, why)| why.is_none());
+                let settling = !view.chain.is_empty() && !summary.protected;
+                let moving = view.joining.is_some() || owner.arrange && summary.lacking.is_empty();
+                summary.pending = self.ask.is_some() || unknown || settling || moving;
                 if let Phase::Ended(how) = &owner.phase {
                     summary.ended = Some(how.clone());
                 }
