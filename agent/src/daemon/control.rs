@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use chain::master::Command;
-use chain::{Query, VmRecord, VmShape};
+use chain::{Member, Query, VmRecord, VmShape};
 use checkpoint::{Epoch, HostId, VmId};
 
 use super::clones::Clones;
@@ -16,13 +16,13 @@ use super::env::{Env, lock};
 use super::process::taps;
 use super::run::Shown;
 use super::table::Table;
-use super::{AgentError, status};
+use super::{AgentError, slow, status};
 use crate::child::proto::ToChild;
 use crate::child::{open_disks, shape_of};
 use crate::config::VmConfig;
 use crate::control::{Point, Reply, Request, Switched};
 use crate::epoch::EpochStats;
-use crate::host::{Answered, Order, Role};
+use crate::host::{Answered, Health, Order, Role};
 use crate::ipc;
 
 /// How long a VM process may take to answer a question.
@@ -159,15 +159,18 @@ impl Service {
             .iter()
             .map(|backup| HostId::new(backup).map_err(|e| format!("backup {backup:?}: {e}")))
             .collect::<Result<Vec<_>, _>>()?;
-        for host in &hosts {
-            if let Some(addr) = self.env.peers.get(host) {
-                std::net::TcpStream::connect_timeout(addr, Duration::from_secs(2)).map_err(
-                    |e| {
-                        format!(
-                            "backup {host} at {addr} cannot be reached: {e} (is its agent running?)"
-                        )
-                    },
-                )?;
+        if let Some(record) = self.table.summary(name).map(|summary| summary.record) {
+            let known = hosts.iter().filter_map(|host| {
+                let addr = self.env.peers.get(host)?;
+                Some(Member::new(host.clone(), *addr))
+            });
+            let known: Vec<Member> = known.collect();
+            for (host, health) in slow::probe(&self.env, &record.view, &known) {
+                if let Health::Silent(why) = health {
+                    return Err(format!(
+                        "backup {host} cannot be had: {why} (is its agent running?)"
+                    ));
+                }
             }
         }
         self.order(name, Order::Protect { backups: hosts })

@@ -217,7 +217,10 @@ impl Runner {
                 Some(Input::Decided(record))
             }),
             Effect::Probe(members) => {
-                self.aside("probe", move |_| Some(Input::Probed(slow::probe(&members))))
+                let view = self.machine.view().clone();
+                self.aside("probe", move |env| {
+                    Some(Input::Probed(slow::probe(env, &view, &members)))
+                });
             }
             Effect::Survey(view) => self.aside("survey", move |env| {
                 Some(Input::Surveyed(slow::survey(env, &view)))

@@ -1,7 +1,6 @@
 //! What takes its time: questions to the master and to other hosts, new processes, disks that are looked for. Each is a
 //! function that returns its outcome; [`run`](super::run) calls it on a thread of its own.
 
-use std::net::TcpStream;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use chain::master::{Command, MasterError};
-use chain::{ClientError, Held, Kept, Mark, Member, StoreOptions, View, VmRecord};
+use chain::{
+    ClientError, Held, Kept, Mark, Member, ProbeError, Progress, StoreOptions, View, VmRecord,
+};
 use checkpoint::HostId;
 
 use super::child::ChildHandle;
@@ -21,6 +22,10 @@ use crate::host::{Health, Loss, Refusal};
 
 /// A host that does not answer for this long is lost.
 const ANSWER_PATIENCE: Duration = Duration::from_millis(500);
+/// A replica that has one frame in hand for this many milliseconds is lost: commits wait for it.
+const STUCK_MS: u64 = 1000;
+/// The same as the first, for the head that a new owner's output waits for.
+const HEAD_PATIENCE: Duration = Duration::from_millis(250);
 /// How long the replicas that are left may take to hear of a takeover and to connect to each other.
 const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
 const BRIDGE_RETRY: Duration = Duration::from_millis(3);
@@ -36,11 +41,25 @@ pub(super) fn propose(env: &Env, command: &Command) -> Result<VmRecord, Refusal>
 }
 
 /// Whether these hosts are well; all are asked at once.
-pub(super) fn probe(members: &[Member]) -> Vec<(HostId, Health)> {
+pub(super) fn probe(env: &Env, view: &View, members: &[Member]) -> Vec<(HostId, Health)> {
     each(members, |member| {
-        match TcpStream::connect_timeout(&member.addr, ANSWER_PATIENCE) {
-            Ok(_) => Health::Answers,
+        let (vm, generation) = (view.vm, view.generation);
+        match chain::probe(member, vm, generation, &env.host, ANSWER_PATIENCE) {
             Err(e) => Health::Silent(e.to_string()),
+            Ok(alive) => match alive.replica {
+                Some(replica) if replica.busy_ms >= STUCK_MS => Health::Silent(format!(
+                    "{} has been handling one piece of a checkpoint for {} ms: its storage hangs, most likely",
+                    member.host, replica.busy_ms
+                )),
+                Some(Progress {
+                    failed: Some(why), ..
+                }) => Health::Declines(format!("its replica has failed: {why}")),
+                Some(Progress {
+                    declined: Some(why),
+                    ..
+                }) => Health::Declines(format!("cannot stand by: {why}")),
+                _ => Health::Answers,
+            },
         }
     })
 }
@@ -96,6 +115,13 @@ pub(super) fn bridge(
         why,
     };
     let deadline = Instant::now() + BRIDGE_PATIENCE;
+    if let Some(head) = view.chain.first()
+        && let Err(e @ ProbeError::Silent { .. }) =
+            chain::probe(head, view.vm, view.generation, &env.host, HEAD_PATIENCE)
+    {
+        // A host that is stopped takes connections; each would be waited for.
+        return Err(loss(Some(head.host.clone()), e.to_string(), false));
+    }
     while followed.load(Ordering::Acquire) == view.generation.0 {
         match chain::bridge(&env.host, view, mark, kept) {
             Ok(()) => return Ok(()),

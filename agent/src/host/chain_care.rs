@@ -249,11 +249,8 @@ impl Machine {
             }
             Some(Probing::Missing(missing)) => {
                 for (host, health) in answers {
-                    if let Health::Silent(why) = health {
-                        owner
-                            .absent
-                            .entry(host.clone())
-                            .or_insert_with(|| why.clone());
+                    if let Health::Silent(why) | Health::Declines(why) = health {
+                        owner.absent.insert(host.clone(), why.clone());
                     }
                 }
                 if self.ask.is_none() {
@@ -278,7 +275,10 @@ impl Machine {
         }
         let up: Vec<Member> = missing
             .into_iter()
-            .filter(|member| answers.contains(&(member.host.clone(), Health::Answers)))
+            .filter(|member| {
+                let health = answers.iter().find(|(host, _)| *host == member.host);
+                matches!(health, Some((_, Health::Answers | Health::Declines(_))))
+            })
             .collect();
         let Some(first) = up.first().cloned() else {
             return;

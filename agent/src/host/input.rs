@@ -127,8 +127,10 @@ pub struct Loss {
 /// How another host is, as far as a question tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// It answered, and its replica is not held up.
+    /// It answered, and nothing holds its replica up.
     Answers,
+    /// It answered that it cannot hold a replica, or that its replica has failed; in words. Asked anew it may.
+    Declines(String),
     /// It does not answer, or something holds it up; in words.
     Silent(String),
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use chain::master::Command;
-use chain::{Member, VmRecord};
+use chain::{Member, View, VmRecord};
 use checkpoint::{Generation, HostId, VmId};
 
 use super::orphan::Orphan;
@@ -129,6 +129,12 @@ impl Machine {
     }
 
     /// The configuration followed.
+    #[must_use]
+    pub fn view(&self) -> &View {
+        &self.record.view
+    }
+
+    /// Its generation.
     #[must_use]
     pub fn generation(&self) -> Generation {
         self.record.view.generation

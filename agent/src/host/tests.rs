@@ -311,7 +311,7 @@ fn what_an_older_configuration_lost_changes_nothing() {
     a.go_on(&["c"]);
     assert_eq!(a.chain(), ["c"]);
     let summary = a.machine.summary();
-    let why = Some("it closed the connection".to_string());
+    let why = Some("no route".to_string());
     assert_eq!(summary.lacking, [("b".to_string(), why)], "it is named");
 }
 
