@@ -11,6 +11,7 @@ mod entry;
 pub mod epoch;
 #[doc(hidden)]
 pub mod fault;
+pub mod host;
 pub mod ipc;
 pub mod lab;
 pub mod probe;
