@@ -14,7 +14,7 @@ use thiserror::Error;
 
 pub use link::{
     add_to_bridge, create_bridge, delete_bridge, exists, index, mac, remove_from_bridge,
-    set_addr_v4, set_link, set_mac, set_mtu,
+    set_addr_v4, set_forward_delay, set_link, set_mac, set_mtu, set_stp,
 };
 pub use netlink::{create_veth, delete_link, move_to_netns, no_ipv6_address};
 pub use ns::{NsError, unshare_netns, unshare_userns_netns};
