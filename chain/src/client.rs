@@ -13,11 +13,11 @@ use checkpoint::{
 };
 
 use crate::blocks::{self, Answer, Digest};
+use crate::greet::{GreetError, Greeted, Role, greet};
 use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
-use crate::link::{HELLO_LIMIT, Role};
+use crate::link::HELLO_LIMIT;
 use crate::mark::Mark;
 use crate::replica::Base;
-use crate::server::{GreetError, Greeted, greet};
 use crate::view::{Member, View};
 use crate::wire::{FLAG_KEEP, Frame, Kind, Payload};
 pub use bridge::bridge;
@@ -95,7 +95,7 @@ fn said(mark: &Option<Mark>) -> String {
 
 /// Connects to a replica; the error names whoever is to blame, perhaps one further down.
 fn reach(member: &Member, view: &View, role: Role, from: &HostId) -> Result<Greeted, ClientError> {
-    greet(member.addr, view, role, from).map_err(|e| match e {
+    greet(member, view, role, from).map_err(|e| match e {
         GreetError::Refused(generation) => ClientError::Refused {
             host: member.host.clone(),
             generation,

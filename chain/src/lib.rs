@@ -7,12 +7,14 @@
 
 pub mod blocks;
 pub mod client;
+pub mod greet;
 pub mod image;
 pub(crate) mod kept;
 pub(crate) mod link;
 pub mod look;
 pub mod mark;
 pub mod master;
+pub mod probe;
 pub mod query;
 mod queue;
 pub mod replica;
@@ -23,9 +25,11 @@ pub mod view;
 pub mod wire;
 
 pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
+pub use greet::Stranger;
 pub use kept::{KEPT_MAX, Kept};
 pub use look::{Held, look, yield_to};
 pub use mark::Mark;
+pub use probe::{Alive, ProbeError, Progress, probe};
 pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{

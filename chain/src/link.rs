@@ -9,7 +9,6 @@ use std::time::Duration;
 use checkpoint::HostId;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
-use serde::{Deserialize, Serialize};
 
 use crate::queue::Queue;
 use crate::wire::{self, Frame, Payload};
@@ -19,33 +18,10 @@ pub const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Socket buffers: about one epoch of a busy VM.
 const BUFFER: usize = 4 << 20;
 
-/// What a connection is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Role {
-    /// Checkpoints come this way, acks go back.
-    Update,
-    /// The owner's connection to the tail: acks only.
-    Acks,
-    /// Anybody's connection to the tail: queries and answers.
-    Query,
-    /// An owner that has lost its VM: is there a checkpoint that it could be resumed from? The greeting's answer says it,
-    /// and a [`Kind::Yield`](wire::Kind::Yield) may follow.
-    Look,
-}
-
-/// Payload of [`wire::Kind::Hello`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hello {
-    /// What for.
-    pub role: Role,
-    /// Who.
-    pub from: HostId,
-}
-
-/// Payload of [`wire::Kind::NotReady`] and [`wire::Kind::Broken`]: the replica concerned, and what about it.
+/// Payload of [`wire::Kind::NotReady`], [`wire::Kind::Declined`] and [`wire::Kind::Broken`]: the replica concerned, and what about it.
 pub type Trouble = (HostId, String);
 
-/// Longest encoded [`Hello`], [`Trouble`] or [`checkpoint::CheckpointEnd`].
+/// Longest encoded [`crate::greet::Hello`], [`Trouble`] or [`checkpoint::CheckpointEnd`].
 pub const HELLO_LIMIT: usize = 4096;
 
 /// The sending half.

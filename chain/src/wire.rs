@@ -19,7 +19,7 @@ pub const HEADER: usize = 64;
 /// Longest payload in bytes.
 pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
 const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
-const VERSION: u16 = 5;
+const VERSION: u16 = 6;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +70,13 @@ pub enum Kind {
     Compare = 19,
     /// Answer, from the tail to the owner: which of these blocks every replica holds already.
     Compared = 20,
+    /// Answer to a greeting: this host will not have a replica in this generation; bincode `(HostId, String)`, perhaps of one
+    /// further down. Asking again is of no use.
+    Declined = 21,
+    /// Answer to a greeting that was meant for another host: bincode [`checkpoint::HostId`], who this is.
+    Stranger = 22,
+    /// Answer to a probe: bincode [`crate::probe::Alive`].
+    Alive = 23,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
@@ -78,6 +85,8 @@ pub const FLAG_FULL: u32 = 1;
 pub const FLAG_KEEP: u32 = 4;
 /// [`Kind::Begin`] and [`Kind::End`]: the content of a joining replica.
 pub const FLAG_INSTALL: u32 = 2;
+/// [`Kind::Broken`]: the replica's host has declined to have one, and will not in this generation.
+pub const FLAG_DECLINED: u32 = 8;
 
 impl Kind {
     fn from_u16(n: u16) -> Option<Self> {
@@ -102,6 +111,9 @@ impl Kind {
             18 => Self::Digests,
             19 => Self::Compare,
             20 => Self::Compared,
+            21 => Self::Declined,
+            22 => Self::Stranger,
+            23 => Self::Alive,
             _ => return None,
         })
     }
@@ -299,6 +311,7 @@ fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
     let known = match kind {
         Kind::Begin => FLAG_FULL | FLAG_KEEP | FLAG_INSTALL,
         Kind::End => FLAG_INSTALL,
+        Kind::Broken => FLAG_DECLINED,
         _ => 0,
     };
     if flags & !known != 0 || h[44..60] != [0; 16] {

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Tally, codec, disk_records, records};
 
+use super::env::{Env, lock};
 use super::slot::Slot;
 use super::state::{State, other};
-use super::{Shared, lock};
 use crate::kept::begin_payload;
 use crate::link::{HELLO_LIMIT, Link};
 use crate::replica::{Base, Event};
@@ -94,7 +94,7 @@ enum FeedError {
 }
 
 /// If the replica wants a joining one filled over `link`, begins to.
-pub(super) fn begin_if_wanted(slot: &Arc<Slot>, shared: &Arc<Shared>, link: &Arc<Link>) {
+pub(super) fn begin_if_wanted(slot: &Arc<Slot>, env: &Arc<Env>, link: &Arc<Link>) {
     {
         let mut state = lock(&slot.state);
         if !matches!(state.feeding, Some(Feeding::Wanted)) {
@@ -102,8 +102,8 @@ pub(super) fn begin_if_wanted(slot: &Arc<Slot>, shared: &Arc<Shared>, link: &Arc
         }
         state.feeding = Some(Feeding::Copying);
     }
-    let (feeding, feeder, link) = (slot.clone(), shared.clone(), link.clone());
-    let spawned = super::spawn("chain-feed", move || {
+    let (feeding, feeder, link) = (slot.clone(), env.clone(), link.clone());
+    let spawned = super::env::spawn("chain-feed", move || {
         if let Err(e) = feed(&feeding, &feeder, &link) {
             let mut state = lock(&feeding.state);
             if state.is_down(&link) {
@@ -125,7 +125,7 @@ fn follows<'a>(slot: &'a Slot, link: &Arc<Link>) -> Result<MutexGuard<'a, State>
     Err(FeedError::Over)
 }
 
-fn feed(slot: &Slot, shared: &Shared, link: &Arc<Link>) -> Result<(), FeedError> {
+fn feed(slot: &Slot, env: &Env, link: &Arc<Link>) -> Result<(), FeedError> {
     let (mut filling, whole) = {
         let mut state = follows(slot, link)?;
         let frame = state.own_frame(Kind::Begin, Epoch::ZERO);
@@ -146,7 +146,9 @@ fn feed(slot: &Slot, shared: &Shared, link: &Arc<Link>) -> Result<(), FeedError>
     loop {
         let piece = {
             let mut state = follows(slot, link)?;
+            let state = &mut *state;
             let store = state.store.as_mut().ok_or(StoreError::Empty)?;
+            state.board.note_filling(store.copy_filled());
             let rest = store.copy_left() <= SMALL || sent > whole.saturating_mul(TIMES);
             match rest {
                 true => None,
@@ -161,7 +163,7 @@ fn feed(slot: &Slot, shared: &Shared, link: &Arc<Link>) -> Result<(), FeedError>
     let mut state = follows(slot, link)?;
     state.feeding = Some(Feeding::Rest(filling));
     // Now, or when the checkpoint that is being received ends.
-    send_the_rest(&mut state, shared);
+    send_the_rest(&mut state, env);
     Ok(())
 }
 
@@ -186,7 +188,7 @@ fn compared(slot: &Slot, link: &Arc<Link>) -> Result<(), FeedError> {
 }
 
 /// Between two checkpoints: brings the joining replica to exactly what this one holds.
-pub(super) fn send_the_rest(state: &mut State, shared: &Shared) {
+pub(super) fn send_the_rest(state: &mut State, env: &Env) {
     if !matches!(state.feeding, Some(Feeding::Rest(_))) || !state.replica.is_between_checkpoints() {
         return;
     }
@@ -201,7 +203,7 @@ pub(super) fn send_the_rest(state: &mut State, shared: &Shared) {
     if let Err(e) = rest(state, filling) {
         return state.lost_next(&e.to_string());
     }
-    if let Err(e) = state.run(shared, Event::JoinerFed { generation }, None) {
+    if let Err(e) = state.run(env, Event::JoinerFed { generation }, None) {
         state.lost_next(&e.to_string());
     }
 }
@@ -219,7 +221,7 @@ fn rest(state: &mut State, mut filling: Filling) -> Result<(), FeedError> {
         filled.blocks_sent,
         filled.blocks_equal
     );
-    state.filled = Some(filled);
+    state.board.note_filled(filled);
     let store = state.store.as_mut().ok_or(StoreError::Empty)?;
     store.copy_end();
     let machine = store.machine_state().ok_or(StoreError::Empty)?;

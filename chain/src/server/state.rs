@@ -8,14 +8,15 @@ use std::sync::{Arc, Mutex};
 
 use checkpoint::{Epoch, codec};
 
+use super::board::Board;
+use super::env::{Env, ServerEvent, lock};
 use super::joiner::{self, Feeding};
-use super::{ServerEvent, Shared, lock};
 use crate::kept::{Buffers, KEPT_MAX, Kept, base_of, end_of};
 use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::replica::{Action, Event, Replica};
-use crate::store::{Filled, ReplicaStore};
+use crate::store::ReplicaStore;
 use crate::view::View;
-use crate::wire::{FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
+use crate::wire::{FLAG_DECLINED, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
 
 /// Where heartbeats go and what they say.
 pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
@@ -38,17 +39,38 @@ pub(super) struct State {
     pub(super) feeding: Option<Feeding>,
     /// The joining replica has said all that its disks hold.
     pub(super) compared: bool,
-    /// How the last filling of a joining replica went.
-    pub(super) filled: Option<Filled>,
     /// In so many frames so far.
     pub(super) digest_frames: u64,
-    /// Why there is no successor yet.
-    pub(super) down_trouble: Option<Trouble>,
+    /// Why there is no next replica yet.
+    pub(super) lack: Option<Lack>,
+    /// What the predecessor has been told of a host that declines: once more for one that connects later.
+    refusal: Option<(Frame, Vec<u8>)>,
     /// Owners who want the tail's acks.
     pub(super) owners: Vec<Arc<Link>>,
     /// Apart from the rest, so that a checkpoint being processed delays no heartbeat.
     pub(super) beat: Beat,
+    /// What others may know without waiting.
+    pub(super) board: Arc<Board>,
     actions: VecDeque<Action>,
+}
+
+/// Why there is no next replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Lack {
+    /// Who is to blame, and for what.
+    pub(super) trouble: Trouble,
+    /// There will be none in this generation: its host declines, or another one is at its address.
+    pub(super) is_final: bool,
+}
+
+impl Lack {
+    /// One that may pass.
+    pub(super) fn passing(trouble: Trouble) -> Self {
+        Self {
+            trouble,
+            is_final: false,
+        }
+    }
 }
 
 /// The frame that an event is about.
@@ -100,6 +122,7 @@ impl State {
         buffers: Arc<Buffers>,
     ) -> Self {
         Self {
+            board: Arc::new(Board::new(&view, &replica)),
             view,
             replica,
             store: Some(store),
@@ -110,13 +133,18 @@ impl State {
             keep: false,
             feeding: None,
             compared: false,
-            filled: None,
             digest_frames: 0,
-            down_trouble: None,
+            lack: None,
+            refusal: None,
             owners: Vec::new(),
             beat: Beat::default(),
             actions: VecDeque::new(),
         }
+    }
+
+    /// Notes where the replica stands, for those who do not wait for the lock.
+    pub(super) fn note(&self) {
+        self.board.note(&self.replica);
     }
 
     pub(super) fn is_up(&self, link: &Arc<Link>) -> bool {
@@ -133,6 +161,8 @@ impl State {
     pub(super) fn adopt(&mut self, view: View) {
         self.replica.adopt(&view);
         self.view = view;
+        self.board.note_view(&self.view);
+        self.note();
         self.hang_up();
         self.kept.abandon();
         if self.replica.successor().is_none() || self.replica.hist().is_none() {
@@ -145,11 +175,12 @@ impl State {
     /// Ends the connection to the next replica, if there is one.
     pub(super) fn hang_up(&mut self) {
         *lock(&self.beat) = None;
-        self.down_trouble = None;
+        self.found_next();
         if self.feeding.take().is_some()
             && let Some(store) = &mut self.store
         {
             store.copy_end();
+            self.board.note_filling(None);
         }
         if let Some(down) = self.down.take() {
             down.close();
@@ -170,17 +201,54 @@ impl State {
 
     pub(super) fn tell_up(&mut self, kind: Kind, epoch: Epoch, payload: &[u8]) {
         let frame = self.own_frame(kind, epoch);
+        self.say_up(&frame, payload);
+    }
+
+    /// Passes a frame of the next replica's up, as this one's.
+    pub(super) fn pass_up(&mut self, frame: &Frame, payload: &[u8]) {
+        let frame = Frame {
+            flags: frame.flags,
+            ..self.own_frame(frame.kind, frame.epoch)
+        };
+        self.say_up(&frame, payload);
+    }
+
+    fn say_up(&mut self, frame: &Frame, payload: &[u8]) {
+        if frame.flags & FLAG_DECLINED != 0 {
+            self.refusal = Some((*frame, payload.to_vec()));
+        }
         if let Some(up) = &self.up
-            && up.send(&frame, payload).is_err()
+            && up.send(frame, payload).is_err()
         {
             self.up = None;
         }
     }
 
-    pub(super) fn tell_trouble(&mut self, trouble: &Trouble) {
-        if let Ok(payload) = codec::to_bytes(trouble, HELLO_LIMIT) {
-            self.tell_up(Kind::Broken, Epoch::ZERO, &payload);
+    /// Somebody has connected as the predecessor.
+    pub(super) fn tell_refusal(&mut self) {
+        if let Some((frame, payload)) = self.refusal.take() {
+            self.say_up(&frame, &payload);
         }
+    }
+
+    /// Nothing is known to be wrong with the next replica, or with the way to it, any more.
+    pub(super) fn found_next(&mut self) {
+        self.lack = None;
+        self.refusal = None;
+    }
+
+    pub(super) fn tell_lack(&mut self, lack: &Lack) {
+        if let Ok(payload) = codec::to_bytes(&lack.trouble, HELLO_LIMIT) {
+            let frame = Frame {
+                flags: if lack.is_final { FLAG_DECLINED } else { 0 },
+                ..self.own_frame(Kind::Broken, Epoch::ZERO)
+            };
+            self.say_up(&frame, &payload);
+        }
+    }
+
+    fn tell_failed(&mut self, env: &Env, why: String) {
+        self.tell_lack(&Lack::passing((env.options.host.clone(), why)));
     }
 
     /// The connection to the next replica has ended, or is of no use.
@@ -195,15 +263,15 @@ impl State {
         };
         self.hang_up();
         tracing::warn!("{}: lost the next replica, {host}: {why}", self.view.name);
-        let trouble = (host, why.to_string());
-        self.tell_trouble(&trouble);
-        self.down_trouble = Some(trouble);
+        let lack = Lack::passing((host, why.to_string()));
+        self.tell_lack(&lack);
+        self.lack = Some(lack);
     }
 
     /// Handles one frame from a predecessor. Its payload goes back to the buffers, unless it is kept.
     pub(super) fn frame(
         &mut self,
-        shared: &Shared,
+        env: &Env,
         frame: &Frame,
         payload: Payload,
         link: &Arc<Link>,
@@ -213,13 +281,13 @@ impl State {
             payload: &payload,
             link,
         };
-        let result = self.handle(shared, hand);
+        let result = self.handle(env, hand);
         if std::mem::take(&mut self.keep) {
             self.keep_frame(frame, payload);
         } else {
             self.buffers.give(payload);
         }
-        joiner::send_the_rest(self, shared);
+        joiner::send_the_rest(self, env);
         result
     }
 
@@ -239,7 +307,7 @@ impl State {
         }
     }
 
-    fn handle(&mut self, shared: &Shared, hand: InHand<'_>) -> Result<(), WireError> {
+    fn handle(&mut self, env: &Env, hand: InHand<'_>) -> Result<(), WireError> {
         let frame = hand.frame;
         if frame.vm != self.view.vm {
             return Err(WireError::OutOfPlace(
@@ -256,10 +324,10 @@ impl State {
                 "another connection has taken this one's place",
             ));
         }
-        self.run(shared, event, Some(hand))?;
+        self.run(env, event, Some(hand))?;
         if frame.generation == mine {
-            let now_ms = shared.now_ms();
-            self.run(shared, Event::Heard { now_ms }, None)?;
+            let now_ms = env.now_ms();
+            self.run(env, Event::Heard { now_ms }, None)?;
         }
         Ok(())
     }
@@ -267,7 +335,7 @@ impl State {
     /// Feeds one event to the machine and does what it answers, and what follows from that.
     pub(super) fn run(
         &mut self,
-        shared: &Shared,
+        env: &Env,
         event: Event,
         hand: Option<InHand<'_>>,
     ) -> Result<(), WireError> {
@@ -275,19 +343,20 @@ impl State {
         self.replica.step(event, &mut actions);
         let mut result = Ok(());
         while let Some(action) = actions.pop_front() {
-            match self.carry_out(shared, action, hand) {
+            match self.carry_out(env, action, hand) {
                 Ok(Some(follows)) => self.replica.step(follows, &mut actions),
                 Ok(None) => {}
                 Err(e) => result = Err(e),
             }
         }
         self.actions = actions;
+        self.note();
         result
     }
 
     fn carry_out(
         &mut self,
-        shared: &Shared,
+        env: &Env,
         action: Action,
         hand: Option<InHand<'_>>,
     ) -> Result<Option<Event>, WireError> {
@@ -375,22 +444,22 @@ impl State {
             }
             Action::Suspect(silence_ms) => {
                 let vm = self.view.vm;
-                let _ = shared.events.send(ServerEvent::Suspect { vm, silence_ms });
+                let _ = env.events.send(ServerEvent::Suspect { vm, silence_ms });
             }
-            Action::Failed(why) => self.failed(shared, why),
-            Action::StillFailed(why) => self.tell_trouble(&(shared.options.host.clone(), why)),
+            Action::Failed(why) => self.failed(env, why),
+            Action::StillFailed(why) => self.tell_failed(env, why),
         }
         Ok(None)
     }
 
     /// This replica has declared itself failed. Its connections stay, so that predecessor and owner hear of it, but it
     /// beats no more: if the owner is gone too, its successor has to notice the silence.
-    fn failed(&mut self, shared: &Shared, why: String) {
+    fn failed(&mut self, env: &Env, why: String) {
         tracing::error!("{}: this host's replica has failed: {why}", self.view.name);
         *lock(&self.beat) = None;
-        self.tell_trouble(&(shared.options.host.clone(), why.clone()));
+        self.tell_failed(env, why.clone());
         let vm = self.view.vm;
-        let _ = shared.events.send(ServerEvent::Failed { vm, why });
+        let _ = env.events.send(ServerEvent::Failed { vm, why });
     }
 }
 

@@ -218,6 +218,24 @@ impl Cluster {
         self.tell();
     }
 
+    /// The master decides, and nobody is told yet.
+    pub fn reconfigure_silently(&mut self, chain: &[usize], joining: Option<usize>) {
+        self.decide_chain(chain, joining, false);
+    }
+
+    /// As [`Cluster::anew`], and nobody is told yet.
+    pub fn anew_silently(&mut self, chain: &[usize]) {
+        self.decide_chain(chain, None, true);
+    }
+
+    /// These, which have replicas, are told what has been decided.
+    pub fn tell_only(&self, which: &[usize]) {
+        for i in which {
+            let server = self.hosts[*i].server();
+            server.adopt(self.view.clone()).unwrap();
+        }
+    }
+
     /// This host takes over. The others are not told yet.
     pub fn take_over_silently(&mut self, taker: usize) -> Handover {
         let server = self.hosts[taker].server();
