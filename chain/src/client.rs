@@ -17,6 +17,7 @@ use crate::greet::{GreetError, Greeted, Role, greet};
 use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
 use crate::link::HELLO_LIMIT;
 use crate::mark::Mark;
+use crate::pulse::Voice;
 use crate::replica::Base;
 use crate::view::{Member, View};
 use crate::wire::{FLAG_KEEP, Frame, Kind, Payload};
@@ -232,6 +233,7 @@ impl ChainClient {
         let connection = Arc::new(Connection {
             vm: self.vm,
             generation: view.generation,
+            voice: Voice::new(head.addr, &self.from, view).ok(),
             head,
             up: up.link,
             acks: acks.link,

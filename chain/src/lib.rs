@@ -15,6 +15,7 @@ pub mod look;
 pub mod mark;
 pub mod master;
 pub mod probe;
+pub mod pulse;
 pub mod query;
 mod queue;
 pub mod replica;

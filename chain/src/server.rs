@@ -4,6 +4,7 @@ mod board;
 mod connection;
 mod env;
 mod joiner;
+mod pulses;
 mod registry;
 mod slot;
 mod state;
@@ -87,14 +88,16 @@ impl ReplicaServer {
         options: ServerOptions,
         events: Sender<ServerEvent>,
     ) -> Result<Self, ServerError> {
-        let listener =
-            TcpListener::bind(addr).map_err(|source| ServerError::Bind { addr, source })?;
+        let (listener, datagrams) = pulses::bind(addr)?;
         let addr = listener
             .local_addr()
             .map_err(|source| ServerError::Bind { addr, source })?;
         let registry = Arc::new(Registry::new(Arc::new(Env::new(options, events))));
         let accepting = registry.clone();
         spawn("chain-accept", move || accept(&accepting, &listener))?;
+        if let Some(socket) = datagrams {
+            pulses::listen(registry.clone(), socket)?;
+        }
         let ticking = registry.clone();
         spawn("chain-tick", move || tick(&ticking))?;
         Ok(Self { registry, addr })
@@ -250,6 +253,9 @@ impl Drop for ReplicaServer {
         self.registry.stop();
         // Wakes the accepting thread, so that the port is free again.
         let _ = std::net::TcpStream::connect_timeout(&self.addr, Duration::from_millis(200));
+        if let Ok(socket) = std::net::UdpSocket::bind((self.addr.ip(), 0)) {
+            let _ = socket.send_to(&[], self.addr);
+        }
         for slot in self.registry.take_all() {
             slot.close();
         }

@@ -4,6 +4,7 @@
 //! epoch loop) or a standby that becomes one.
 
 mod build;
+mod network;
 mod plain;
 mod protected;
 mod protector;

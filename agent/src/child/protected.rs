@@ -14,6 +14,7 @@ use super::monotonic_us;
 use super::protector::Protector;
 use super::proto::{Activate, FromChild, GuestEnd, Role, Start, ToChild};
 use crate::config::{ConfigError, VmConfig};
+use crate::control::EventKind;
 use crate::epoch::owner::{EpochOptions, Owner};
 use crate::ipc::{self, IpcError};
 
@@ -122,6 +123,7 @@ impl Child {
         let sizes: Vec<u64> = mirrors.iter().map(|m| m.size()).collect();
         let taps = &self.start.taps;
         let mut machine = Machine::build(&self.config, taps, None, &sizes, None, cpu)?;
+        let _watcher = self.watch_network(&machine);
         machine.attach(mirrors)?;
         machine.boot(&self.config)?;
         machine.go_live(true)?;
@@ -141,6 +143,7 @@ impl Child {
         // The machine state that it is resumed from has its features.
         let (taps, cpu) = (&self.start.taps, CpuFeatures::default());
         let mut machine = Machine::build(&self.config, taps, Some(ram), sizes, None, cpu)?;
+        let _watcher = self.watch_network(&machine);
         self.reporter.send(&FromChild::Ready);
         loop {
             match ipc::recv::<ToChild>(socket)?.0 {
@@ -277,6 +280,15 @@ impl Child {
         };
         let thread = std::thread::Builder::new().name("figures".into());
         Ok(thread.spawn(tell).map(drop)?)
+    }
+
+    fn watch_network(&self, machine: &Machine) -> Option<netbuf::Watcher> {
+        let reporter = self.reporter.clone();
+        machine.watch_network(move |text| {
+            tracing::warn!("{text}");
+            let kind = EventKind::Network;
+            reporter.send(&FromChild::Said { kind, text });
+        })
     }
 
     fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {

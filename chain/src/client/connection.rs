@@ -10,6 +10,7 @@ use checkpoint::{Epoch, Generation, HostId, VmId, codec};
 use super::{ClientError, ClientEvent};
 use crate::blocks;
 use crate::link::{HELLO_LIMIT, Link, Trouble};
+use crate::pulse::Voice;
 use crate::view::Member;
 use crate::wire::{self, Frame, Kind, Payload, WireError};
 
@@ -23,6 +24,8 @@ pub struct Connection {
     pub(super) acks: Link,
     pub(super) events: Mutex<Receiver<ClientEvent>>,
     pub(super) acked: Arc<AtomicU64>,
+    /// None: the connection's own heartbeats have to do.
+    pub(super) voice: Option<Voice>,
 }
 
 impl Connection {
@@ -51,11 +54,14 @@ impl Connection {
             .map_err(|e| ClientError::Send(self.head.host.clone(), e))
     }
 
-    /// The owner lives. Sent only if nothing else is on its way.
+    /// The owner lives: by datagram, and by the connection if nothing else is on its way there.
     ///
     /// # Errors
     /// [`ClientError::Send`] once the connection is gone.
     pub fn heartbeat(&self) -> Result<(), ClientError> {
+        if let Some(voice) = &self.voice {
+            voice.beat();
+        }
         let frame = Frame {
             kind: Kind::Heartbeat,
             vm: self.vm,

@@ -8,6 +8,7 @@ use checkpoint::{Epoch, Generation, VmId, codec};
 
 use super::board::Board;
 use super::env::{Env, ServerError, ServerOptions, lock};
+use super::pulses::Pulses;
 use super::state::{Beat, Lack, State};
 use crate::greet::{Hello, Role};
 use crate::kept::Buffers;
@@ -37,6 +38,7 @@ pub(super) struct Slot {
     /// What frames are read into.
     pub(super) buffers: Arc<Buffers>,
     pub(super) beat: Beat,
+    pub(super) pulses: Pulses,
     pub(super) state: Mutex<State>,
 }
 
@@ -59,6 +61,7 @@ impl Slot {
             buffers,
             board: state.board.clone(),
             beat: state.beat.clone(),
+            pulses: Pulses::default(),
             state: Mutex::new(state),
         })
     }
@@ -347,6 +350,7 @@ impl Slot {
     }
 
     pub(super) fn tick(&self, env: &Env) {
+        self.pulses.beat();
         let beat = lock(&self.beat).clone();
         if let Some((down, frame)) = beat {
             // A failure shows on the thread that reads the successor's acks; that one reports it.
@@ -359,8 +363,9 @@ impl Slot {
             return;
         }
         let now_ms = env.now_ms();
-        if state.up.as_ref().is_some_and(|up| up.has_unread()) {
-            // Not silence: this host is late with reading.
+        let heard = self.pulses.tick(env, &state);
+        if heard || state.up.as_ref().is_some_and(|up| up.has_unread()) {
+            // Unread is not silence either: this host is late with reading.
             let _ = state.run(env, Event::Heard { now_ms }, None);
         }
         if let Err(e) = state.run(env, Event::Tick { now_ms }, None) {

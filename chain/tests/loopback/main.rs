@@ -12,6 +12,7 @@ mod links;
 mod lost;
 mod probe;
 mod proxy;
+mod pulse;
 mod repair;
 mod takeover;
 mod vm;

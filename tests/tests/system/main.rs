@@ -10,6 +10,7 @@ mod etcd;
 mod first;
 mod inspect;
 mod kill;
+mod loss;
 mod members;
 mod output_commit;
 mod partition;
