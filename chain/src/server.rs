@@ -344,7 +344,7 @@ impl ReplicaServer {
     /// # Errors
     /// [`ServerError::Unknown`].
     pub fn unfreeze(&self, vm: VmId) -> Result<(), ServerError> {
-        self.slot(vm)?.unfreeze();
+        self.slot(vm)?.unfreeze(&self.shared);
         Ok(())
     }
 

@@ -118,12 +118,9 @@ impl Slot {
         })
     }
 
-    pub(super) fn unfreeze(&self) {
-        let mut state = lock(&self.state);
-        state.replica.unfreeze();
-        if state.down.is_some() && !state.replica.is_linked() {
-            // A connection made meanwhile was not heeded: once more.
-            state.hang_up();
+    pub(super) fn unfreeze(&self, shared: &Shared) {
+        if let Err(e) = lock(&self.state).run(shared, Event::Unfreeze, None) {
+            tracing::warn!("VM {}: {e}", self.vm);
         }
     }
 
