@@ -86,6 +86,16 @@ struct Silence {
     returned: bool,
 }
 
+/// What came from the predecessor while this replica was frozen. (What the next replica says is always asked for again:
+/// its acknowledgements are few, and a connection tells them all.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Missed {
+    /// Something that only the predecessor can send again: part of a checkpoint, or that this was all.
+    sent: bool,
+    /// The owner has stopped the VM at this epoch and wants it to be taken over.
+    yielded: Option<Epoch>,
+}
+
 /// The state machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Replica {
@@ -110,8 +120,8 @@ pub struct Replica {
     /// Newest checkpoint that the tail has.
     acked: Option<Epoch>,
     frozen: bool,
-    /// Part of a checkpoint was lost while frozen.
-    lost: bool,
+    /// What was not taken while frozen, and has to be asked for again if the takeover is not granted.
+    missed_while_frozen: Missed,
     failure: Option<Failure>,
     silence: Silence,
     missed: u32,
@@ -136,7 +146,7 @@ impl Replica {
             joiner_target: None,
             acked: None,
             frozen: false,
-            lost: false,
+            missed_while_frozen: Missed::default(),
             failure: None,
             silence: Silence::default(),
             missed: missed.max(2),
@@ -270,7 +280,7 @@ impl Replica {
                 epoch,
                 base,
             } => {
-                self.lost |= self.misses(generation);
+                self.missed_while_frozen.sent |= self.misses(generation);
                 if self.accepts(generation, actions) {
                     self.begin(epoch, base, actions);
                 }
@@ -306,17 +316,17 @@ impl Replica {
                 self.accepts(generation, actions);
             }
             Event::Complete { generation, epoch } => {
-                self.lost |= self.misses(generation);
+                self.missed_while_frozen.sent |= self.misses(generation);
                 if self.accepts(generation, actions) {
                     self.complete(epoch, actions);
                 }
             }
             Event::Yield { generation, epoch } => {
-                let last = self.hist.is_some_and(|hist| hist.epoch == epoch);
-                let head = matches!(self.part, Part::Member { position: 0, .. });
-                if self.accepts(generation, actions) && head && last && self.state().could_resume()
-                {
-                    actions.push_back(Action::Suspect(0));
+                if self.misses(generation) {
+                    self.missed_while_frozen.yielded = Some(epoch);
+                }
+                if self.accepts(generation, actions) {
+                    self.yielded(epoch, actions);
                 }
             }
             Event::Prepared { digest } => self.prepared(digest, actions),
@@ -331,7 +341,17 @@ impl Replica {
                 self.silence.ticks = 0;
                 self.silence.last_ms = now_ms;
             }
+            Event::Unfreeze => self.unfreeze(actions),
             Event::Tick { now_ms } => self.tick(now_ms, actions),
+        }
+    }
+
+    /// The owner has stopped the VM for good.
+    fn yielded(&self, epoch: Epoch, actions: &mut VecDeque<Action>) {
+        let last = self.hist.is_some_and(|hist| hist.epoch == epoch);
+        let head = matches!(self.part, Part::Member { position: 0, .. });
+        if head && last && self.state().could_resume() {
+            actions.push_back(Action::Suspect(0));
         }
     }
 
@@ -387,10 +407,6 @@ impl Replica {
                 actions.push_back(Action::StillFailed(failure.why.clone()));
             }
             return;
-        }
-        if self.lost && !self.frozen {
-            let why = "checkpoints arrived while it was frozen for a takeover that was not granted";
-            return self.fail(why.into(), false, actions);
         }
         if !self.silence.heard || self.silence.suspected || !self.state().could_resume() {
             return;

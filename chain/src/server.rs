@@ -225,7 +225,8 @@ impl ReplicaServer {
     /// # Errors
     /// [`ServerError::Unknown`].
     pub fn unfreeze(&self, vm: VmId) -> Result<(), ServerError> {
-        self.registry.slot(vm)?.unfreeze();
+        let slot = self.registry.slot(vm)?;
+        slot.unfreeze(&self.registry.env);
         Ok(())
     }
 

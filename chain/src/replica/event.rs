@@ -113,6 +113,8 @@ pub enum Event {
         /// Milliseconds, on any clock that only grows.
         now_ms: u64,
     },
+    /// The takeover that the replica froze for was not granted, and the configuration has not changed.
+    Unfreeze,
     /// One heartbeat's time has passed.
     Tick {
         /// Milliseconds, on the same clock.
@@ -144,6 +146,12 @@ pub enum Action {
     SayComplete(Epoch),
     /// The successor cannot go on from what it holds: tell the predecessor, end the connection.
     Unfit(String),
+    /// End the connection to the next replica, if there is one, and make it again: what it said meanwhile was not heeded,
+    /// and a new connection begins with it.
+    AskNext,
+    /// End the connection to the predecessor: what it sent meanwhile was not taken. It connects again, is told what this
+    /// replica holds, and sends what is missing.
+    AskPrevious,
     /// Fill the joining replica, then say [`Event::JoinerFed`].
     Feed,
     /// Tell the owner that the joining replica has everything and can become the tail.

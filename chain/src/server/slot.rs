@@ -119,13 +119,12 @@ impl Slot {
         })
     }
 
-    pub(super) fn unfreeze(&self) {
+    pub(super) fn unfreeze(&self, env: &Env) {
         let mut state = lock(&self.state);
-        state.replica.unfreeze();
+        let result = state.run(env, Event::Unfreeze, None);
         state.note();
-        if state.down.is_some() && !state.replica.is_linked() {
-            // A connection made meanwhile was not heeded: once more.
-            state.hang_up();
+        if let Err(e) = result {
+            tracing::warn!("VM {}: {e}", self.vm);
         }
     }
 

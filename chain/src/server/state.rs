@@ -390,6 +390,12 @@ impl State {
                 }
             }
             Action::Unfit(why) => self.lost_next(&why),
+            Action::AskNext => self.hang_up(),
+            Action::AskPrevious => {
+                if let Some(up) = self.up.take() {
+                    up.close();
+                }
+            }
             Action::Feed => self.feeding = Some(Feeding::Wanted),
             Action::JoinerReady => self.tell_up(Kind::JoinerReady, Epoch::ZERO, &[]),
             Action::Open { epoch, full } => {

@@ -81,10 +81,12 @@ pub enum Mutant {
     QueryIncompleteTail,
     /// What tells the owner that the joining replica is ready is sent only once.
     ReadyOnce,
-    /// A successor that came while its predecessor was frozen stays as it is.
-    NoRelink,
-    /// A replica that lost something while it was frozen waits for the next checkpoint to show it.
-    NoTick,
+    /// What the next replica said while its predecessor was frozen is not asked for again.
+    NextNotAsked,
+    /// It is only if its connection was made meanwhile: an acknowledgement over an older one is missed.
+    AcksNotAsked,
+    /// What a predecessor sent while its successor was frozen is not asked for again.
+    PreviousNotAsked,
     /// A failed replica says so only once.
     FailedOnce,
     /// A joining replica that does not come is not named to the owner.
