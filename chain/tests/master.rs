@@ -6,9 +6,9 @@ use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use chain::master::{
-    Command, LocalMaster, Master, MasterError, MasterServer, Rejection, RemoteMaster,
+    Begin, Command, LocalMaster, Master, MasterError, MasterServer, Rejection, RemoteMaster,
 };
-use chain::{Mark, Member, VmShape};
+use chain::{Life, Mark, Member, VmShape};
 use checkpoint::{Epoch, Generation, HostId, VmId};
 use proptest::prelude::*;
 
@@ -22,8 +22,10 @@ fn any_port() -> SocketAddr {
 
 fn register(name: &str) -> Command {
     Command::Register {
+        vm: VmId(name.bytes().fold(1, |n, b| n * 31 + u128::from(b))),
         name: name.into(),
         owner: host("a"),
+        life: Life::On,
         shape: VmShape {
             ram: vec![],
             vcpus: 1,
@@ -56,7 +58,7 @@ fn checkpoint_of(generation: Generation) -> Mark {
 
 fn served() -> (tempfile::TempDir, SocketAddr) {
     let dir = tempfile::tempdir().unwrap();
-    let engine = Arc::new(LocalMaster::open(dir.path()).unwrap());
+    let engine = Arc::new(LocalMaster::open(dir.path(), Begin::New).unwrap());
     let server = MasterServer::bind(any_port(), engine).unwrap();
     (dir, server.addr())
 }
@@ -136,7 +138,7 @@ fn an_empty_chain_is_recorded_and_nobody_takes_over_then() {
 fn i5_what_replicas_hold_counts_until_the_chain_begins_anew_and_survives_the_master() {
     let dir = tempfile::tempdir().unwrap();
     let vm = {
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         let vm = master.propose(&register("vm")).unwrap().view.vm;
         master
             .propose(&reconfigure(vm, Generation(1), &["b", "c", "d"]))
@@ -151,7 +153,7 @@ fn i5_what_replicas_hold_counts_until_the_chain_begins_anew_and_survives_the_mas
         vm
     };
     // Started again, it knows what had been decided on the history, too.
-    let master = LocalMaster::open(dir.path()).unwrap();
+    let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
     let take = |by, epoch| Command::TakeOver {
         vm,
         expect: Generation(3),
@@ -217,7 +219,7 @@ fn a_master_that_is_not_there_is_named_with_the_remedy() {
 fn an_address_in_use_is_named_with_the_remedy() {
     let (_dir, addr) = served();
     let dir = tempfile::tempdir().unwrap();
-    let engine = Arc::new(LocalMaster::open(dir.path()).unwrap());
+    let engine = Arc::new(LocalMaster::open(dir.path(), Begin::New).unwrap());
     let error = MasterServer::bind(addr, engine).unwrap_err().to_string();
     assert!(
         error.contains(&addr.to_string()) && error.contains("master.serve"),

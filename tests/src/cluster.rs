@@ -207,7 +207,7 @@ impl Cluster {
         } = options;
         format!(
             "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{}\"\n\n\
-             [master]\n{master}\n[peers]\n{peers}\n\
+             [master]\nbegin = true\n{master}\n[peers]\n{peers}\n\
              [networks.lan]\nbridge = \"{HOST_BRIDGE}\"\ntap_prefix = \"tap\"\n\n\
              [detection]\nheartbeat_ms = {heartbeat_ms}\nmissed = {missed}\n",
             addr(i)

@@ -21,11 +21,13 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chain::master::{LocalMaster, Master, MasterError, MasterServer, PaxosMaster, RemoteMaster};
+use chain::master::Master;
 use chain::{ReplicaServer, ServerError, ServerOptions};
 use checkpoint::{HostId, VmId};
 
 use crate::config::{ConfigError, HostConfig};
+use crate::engine::{self, EngineError};
+use crate::identity::{Identity, IdentityError};
 use events::EventLog;
 use vms::Vms;
 
@@ -40,7 +42,10 @@ pub enum AgentError {
     Server(#[from] ServerError),
     /// The master.
     #[error(transparent)]
-    Master(#[from] MasterError),
+    Master(#[from] EngineError),
+    /// The data directory is another's.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The data directory.
     #[error("data_dir {path}: {source}")]
     DataDir {
@@ -72,6 +77,9 @@ struct Daemon {
     replicas: ReplicaServer,
     vms: Mutex<Vms>,
     events: EventLog,
+    identity: Mutex<Identity>,
+    /// Why this host must not start VMs: until the master knows it under this identity.
+    stranger: Mutex<Option<String>>,
     /// Held while the host changes what it is to a VM (reconciliation, takeover): one change at a time.
     changing: Mutex<()>,
 }
@@ -98,17 +106,8 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         path: data_dir.clone(),
         source,
     })?;
-    let mut serving = None;
-    if let Some(addr) = config.master.serve {
-        let members = &config.master.members;
-        let engine: Arc<dyn Master> = if members.is_empty() {
-            Arc::new(LocalMaster::open(&data_dir)?)
-        } else {
-            Arc::new(PaxosMaster::open(&data_dir, &config.id(), &members.0)?)
-        };
-        MasterServer::bind(addr, engine.clone())?;
-        serving = Some(engine);
-    }
+    let mut identity = Identity::open(&data_dir, &config.id())?;
+    let serving = engine::serve(&config, &mut identity)?;
     let (sender, server_events) = channel();
     let host = config.id();
     let replicas = ReplicaServer::bind(
@@ -123,12 +122,14 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     )?;
     let listener = control::bind(&config.control)?;
     let daemon = Arc::new(Daemon {
-        master: engine_asked(&config)?,
+        master: engine::asked(&config)?,
         serving,
         replicas,
         host,
         vms: Mutex::default(),
         events: EventLog::default(),
+        identity: Mutex::new(identity),
+        stranger: Mutex::new(Some("the master has not been reached yet".into())),
         changing: Mutex::default(),
         config,
     });
@@ -150,20 +151,6 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         .name("reprotect".into())
         .spawn(move || reprotect::run(&protecting))?;
     serve_control(&daemon, &listener)
-}
-
-/// What this agent asks for decisions.
-fn engine_asked(config: &HostConfig) -> Result<Arc<dyn Master>, AgentError> {
-    #[cfg(feature = "etcd")]
-    if !config.master.etcd.is_empty() {
-        let options = chain::master::EtcdOptions {
-            endpoints: config.master.etcd.clone(),
-            prefix: config.master.etcd_prefix.clone(),
-            user: config.master.etcd_credentials()?,
-        };
-        return Ok(Arc::new(chain::master::EtcdMaster::new(options)?));
-    }
-    Ok(Arc::new(RemoteMaster::of(&config.master.addresses())))
 }
 
 fn serve_control(daemon: &Arc<Daemon>, listener: &UnixListener) -> Result<(), AgentError> {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chain::master::{Command, MasterError};
-use chain::{Retention, StoreOptions, VmRecord, VmShape};
+use chain::master::{Command, Followed, Follower, MasterError};
+use chain::{Life, Retention, StoreOptions, VmRecord, VmShape};
 use checkpoint::{Generation, VmId};
 
 use super::child::ChildHandle;
@@ -20,18 +20,23 @@ use crate::fault::{self, Fault};
 
 /// Follows the master's decisions until the process ends.
 pub(super) fn run(daemon: &Arc<Daemon>) {
-    let mut revision = 0;
+    let mut follower = Follower::new(lock(&daemon.identity).cluster());
     let mut reachable = true;
     loop {
-        match daemon.master.watch(revision, Duration::from_secs(5)) {
+        let before = follower.revision();
+        match daemon.master.watch(before, Duration::from_secs(5)) {
             Ok(snapshot) => {
                 reachable = true;
-                if snapshot.revision != revision {
-                    revision = snapshot.revision;
+                let news = follower.snapshot(&snapshot);
+                let ours =
+                    follower.cluster() == Some(snapshot.cluster) && snapshot.revision >= before;
+                follow(daemon, news);
+                if !ours {
+                    std::thread::sleep(Duration::from_secs(1));
+                } else if enrolled(daemon) && snapshot.revision != before {
                     for record in &snapshot.records {
                         apply(daemon, record);
                     }
-                    forget(daemon, &snapshot.records);
                 }
             }
             Err(e) => {
@@ -42,6 +47,48 @@ pub(super) fn run(daemon: &Arc<Daemon>) {
             }
         }
     }
+}
+
+fn follow(daemon: &Daemon, news: Vec<Followed>) {
+    for news in news {
+        let why = match news {
+            Followed::Decided(_) => continue,
+            Followed::Removed(vm) => {
+                forget(daemon, vm);
+                continue;
+            }
+            Followed::Joined(cluster) => match lock(&daemon.identity).join(cluster) {
+                Ok(()) => continue,
+                Err(e) => e.to_string(),
+            },
+            Followed::Stale { why } | Followed::Foreign { why } => why,
+        };
+        tracing::error!("{why}");
+        daemon
+            .events
+            .add(EventKind::Failed, daemon.host.as_str(), why);
+    }
+}
+
+/// Whether the master knows this host under its identity; asks it to, if it has not.
+fn enrolled(daemon: &Daemon) -> bool {
+    if lock(&daemon.stranger).is_none() {
+        return true;
+    }
+    let id = lock(&daemon.identity).id();
+    let enrolled = daemon.master.enroll(&daemon.host, id, daemon.config.listen);
+    let why = enrolled.as_ref().err().map(ToString::to_string);
+    let before = std::mem::replace(&mut *lock(&daemon.stranger), why.clone());
+    if let Some(why) = why {
+        if before.as_ref() != Some(&why) {
+            tracing::error!("{why}");
+            daemon
+                .events
+                .add(EventKind::Failed, daemon.host.as_str(), why);
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    enrolled.is_ok()
 }
 
 /// Brings one VM in line with `record`, unless this host has gone further already.
@@ -164,16 +211,14 @@ pub(super) fn drop_entry(daemon: &Daemon, vm: VmId) {
     }
 }
 
-/// VMs that the master does not know any more.
-fn forget(daemon: &Daemon, records: &[VmRecord]) {
+/// A VM that the master does not know any more.
+fn forget(daemon: &Daemon, vm: VmId) {
     let _changing = lock(&daemon.changing);
-    let gone: Vec<(VmId, Generation)> = lock(&daemon.vms)
+    let known = lock(&daemon.vms)
         .map
-        .iter()
-        .filter(|(vm, _)| !records.iter().any(|r| r.view.vm == **vm))
-        .map(|(vm, entry)| (*vm, entry.record.view.generation))
-        .collect();
-    for (vm, generation) in gone {
+        .get(&vm)
+        .map(|e| e.record.view.generation);
+    if let Some(generation) = known {
         daemon.replicas.remove(vm, generation.next());
         drop_entry(daemon, vm);
     }
@@ -192,7 +237,7 @@ fn taps(daemon: &Daemon, config: &VmConfig, vm: VmId) -> Result<Vec<TapSpec>, St
             let network = daemon.config.networks.get(&wanted).ok_or_else(|| {
                 format!("{}: net[{i}]: network {wanted:?} is not in host {}'s configuration: add [networks.{wanted}]", config.name, daemon.host)
             })?;
-            Ok(TapSpec { name: format!("{}{vm}n{i}", network.tap_prefix), bridge: network.bridge.clone() })
+            Ok(TapSpec { name: format!("{}{:08x}n{i}", network.tap_prefix, vm.short()), bridge: network.bridge.clone() })
         })
         .collect()
 }
@@ -221,12 +266,17 @@ pub(super) fn start_vm(daemon: &Arc<Daemon>, toml: &str, name: &str) -> Result<(
         let disks = open_disks(&config).map_err(|e| e.to_string())?;
         shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
     };
-    taps(daemon, &config, VmId::ZERO)?;
+    taps(daemon, &config, VmId::NIL)?;
+    if let Some(why) = &*lock(&daemon.stranger) {
+        return Err(why.clone());
+    }
     let _changing = lock(&daemon.changing);
     let register = Command::Register {
+        vm: VmId::random(),
         name: config.name.clone(),
         owner: daemon.host.clone(),
         shape,
+        life: Life::On,
     };
     let record = daemon
         .master

@@ -162,7 +162,7 @@ fn start(
     lock(&daemon.vms).clones.insert(clone.into(), entry);
     let activate = Activate {
         view: View {
-            vm: VmId(u64::MAX - u64::from(number)),
+            vm: VmId::random(),
             name: clone.into(),
             generation: Generation(1),
             owner: daemon.host.clone(),

@@ -407,7 +407,7 @@ fn host_toml(dir: &Path, names: &[String], i: usize, masters: usize) -> String {
     let serves = |i: usize| format!("\"127.0.0.1:{}\"", 7690 + i - first);
     let all: Vec<String> = (first..names.len()).map(serves).collect();
     let mut toml = format!(
-        "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{listen}\"\n\n[master]\nconnect = [{all}]\n",
+        "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{listen}\"\n\n[master]\nbegin = true\nconnect = [{all}]\n",
         name = names[i],
         dir = dir.display(),
         listen = addr(i),

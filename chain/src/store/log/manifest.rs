@@ -14,7 +14,7 @@ const SLOT: u64 = 4096;
 const SECOND: u64 = 2048;
 const RECORD: usize = 128;
 const MAGIC: &[u8; 4] = b"UMAN";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Highest number or offset believed.
 pub(super) const NUMBER_MAX: u64 = 1 << 62;
 
@@ -57,8 +57,9 @@ impl Manifest {
         out[4..6].copy_from_slice(&VERSION.to_le_bytes());
         out[6] = self.phase as u8;
         out[8..12].copy_from_slice(&self.shape.to_le_bytes());
+        let (low, high) = self.vm.halves();
         let words = [
-            self.vm.0,
+            low,
             self.seq,
             self.salt,
             self.base,
@@ -67,6 +68,7 @@ impl Manifest {
             self.target,
             self.next.segment,
             self.next.offset,
+            high,
         ];
         for (i, word) in words.iter().enumerate() {
             out[16 + i * 8..24 + i * 8].copy_from_slice(&word.to_le_bytes());
@@ -99,7 +101,7 @@ impl Manifest {
                 _ => return None,
             },
             shape: word(8),
-            vm: VmId(long(0)),
+            vm: VmId::from_halves(long(0), long(9)),
             seq: long(1),
             salt: long(2),
             base: long(3),
