@@ -379,7 +379,7 @@ mod tests {
             Err(WireError::Reserved(Kind::Pages))
         ));
         let mut reserved = bytes(b"");
-        reserved[50] = 1;
+        reserved[55] = 1;
         let crc = crc32c::crc32c(&reserved[..60]);
         reserved[60..64].copy_from_slice(&crc.to_le_bytes());
         assert!(matches!(

@@ -323,3 +323,45 @@ impl RecordFile {
         self.file.write_at(base + SECOND as u64, &bytes).map_err(io)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn i1_an_older_record_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = RecordFile::open(&OsLayer, dir.path(), false)
+            .unwrap()
+            .unwrap();
+        let record = ActivationRecord {
+            vm: VmId(0x0123_4567_89ab_4cde_8f01_2345_6789_abcd),
+            generation: Generation(3),
+            epoch: Epoch(9),
+            role: Role::Replica,
+            seq: 1,
+        };
+        let stored = Stored {
+            record,
+            applied: 1,
+            salt: 2,
+        };
+        file.write(stored).unwrap();
+        drop(file);
+        assert_eq!(ActivationRecord::read(dir.path()).unwrap(), Some(record));
+        let path = dir.path().join(RECORD_FILE);
+        let mut bytes = std::fs::read(&path).unwrap();
+        for at in [SLOT, SLOT + SECOND] {
+            let copy = &mut bytes[at..at + COPY];
+            copy[4] = 1;
+            let crc = crc32c::crc32c(&copy[..COPY - 4]);
+            copy[COPY - 4..].copy_from_slice(&crc.to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let said = ActivationRecord::read(dir.path()).unwrap_err().to_string();
+        assert!(
+            said.contains("version 1") && said.contains("move this"),
+            "{said}"
+        );
+    }
+}

@@ -197,7 +197,7 @@ impl Master for RemoteMaster {
         if !wanted.still() {
             return Err(MasterError::GivenUp);
         }
-        let question = Question::Request(request.clone());
+        let question = Question::Request(Box::new(request.clone()));
         match self.call(&self.proposals, &question, Some(request.id), Duration::ZERO)? {
             (_, Answer::Reply(reply)) => Ok(reply),
             (_, Answer::Rejected(rejection)) => Err(rejection.into()),

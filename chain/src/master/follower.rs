@@ -172,3 +172,204 @@ impl Follower {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::master::{DisksFrom, MasterState};
+    use crate::view::{Life, Member, VmShape};
+    use checkpoint::{Generation, HostId};
+    use proptest::prelude::*;
+
+    const CLUSTER: ClusterId = ClusterId(1);
+
+    fn host(name: &str) -> HostId {
+        HostId::new(name).unwrap()
+    }
+
+    fn register(vm: VmId, name: &str) -> Command {
+        Command::Register {
+            vm,
+            name: name.into(),
+            owner: host("a"),
+            life: Life::On,
+            shape: VmShape {
+                ram: vec![],
+                vcpus: 1,
+                cpu: Default::default(),
+                disks: vec![],
+                config_toml: String::new(),
+            },
+        }
+    }
+
+    fn decided(news: &[Followed]) -> Vec<VmId> {
+        let vm = |news: &Followed| match news {
+            Followed::Decided(record) => Some(record.view.vm),
+            _ => None,
+        };
+        news.iter().filter_map(vm).collect()
+    }
+
+    #[test]
+    fn l7_a_snapshot_older_than_a_registration_does_not_undo_it() {
+        let mut state = MasterState::new(CLUSTER);
+        let mut follower = Follower::new(Some(CLUSTER));
+        let old = state.snapshot();
+        let commands: Vec<Command> = (1..=6)
+            .map(|n| register(VmId(n), &format!("vm{n}")))
+            .collect();
+        let records: Vec<VmRecord> = commands.iter().map(|c| state.apply(c).unwrap()).collect();
+        for (command, record) in commands.iter().zip(&records) {
+            assert_eq!(follower.answered(command, record).len(), 1);
+        }
+        assert_eq!(follower.snapshot(&old), []);
+        assert_eq!(follower.snapshot(&state.snapshot()), []);
+        assert_eq!(follower.records().count(), 6);
+    }
+
+    #[test]
+    fn h17_neither_an_empty_nor_an_old_record_removes_a_vm_and_each_is_said_once() {
+        let mut state = MasterState::new(CLUSTER);
+        let mut follower = Follower::new(None);
+        state.apply(&register(VmId(1), "one")).unwrap();
+        let older = state.snapshot();
+        state.apply(&register(VmId(2), "two")).unwrap();
+        let news = follower.snapshot(&state.snapshot());
+        assert_eq!(news[0], Followed::Joined(CLUSTER));
+        assert_eq!(decided(&news), [VmId(1), VmId(2)]);
+        // Begun anew, in a directory that was not mounted: it may even have a higher revision.
+        let mut other = MasterState::new(ClusterId(2));
+        for n in 1..9 {
+            other.apply(&register(VmId(n), &format!("vm{n}"))).unwrap();
+        }
+        let news = follower.snapshot(&other.snapshot());
+        assert!(matches!(&news[..], [Followed::Foreign { .. }]), "{news:?}");
+        assert_eq!(follower.snapshot(&other.snapshot()), []);
+        // An old record put back.
+        let news = follower.snapshot(&older);
+        assert!(matches!(&news[..], [Followed::Stale { .. }]), "{news:?}");
+        assert_eq!(follower.snapshot(&older), []);
+        assert_eq!(follower.records().count(), 2);
+        // The newest again, and lost again.
+        assert_eq!(follower.snapshot(&state.snapshot()), []);
+        let news = follower.snapshot(&older);
+        assert!(matches!(&news[..], [Followed::Stale { .. }]), "{news:?}");
+    }
+
+    #[test]
+    fn a_name_that_is_given_again_is_first_free() {
+        let mut state = MasterState::new(CLUSTER);
+        let mut follower = Follower::new(Some(CLUSTER));
+        state.apply(&register(VmId(9), "web")).unwrap();
+        follower.snapshot(&state.snapshot());
+        let remove = Command::Remove {
+            vm: VmId(9),
+            expect: Generation(1),
+            by: host("a"),
+        };
+        state.apply(&remove).unwrap();
+        state.apply(&register(VmId(3), "web")).unwrap();
+        let news = follower.snapshot(&state.snapshot());
+        assert_eq!(news[0], Followed::Removed(VmId(9)));
+        assert_eq!(decided(&news), [VmId(3)]);
+    }
+
+    /// A change that fits what is, picked by a number.
+    fn change(state: &MasterState, pick: u8, next: &mut u128) -> Command {
+        let records = state.snapshot().records;
+        let (which, what) = (usize::from(pick / 8), pick % 8);
+        let Some(record) = records.get(which % (records.len() + 1)) else {
+            *next += 1;
+            return register(VmId(*next), &format!("vm{}", *next % 3));
+        };
+        let (vm, expect) = (record.view.vm, record.view.generation);
+        let by = record.view.owner.clone();
+        let member = Member::new(host("b"), ([127, 0, 0, 1], 1).into());
+        match (what, record.life) {
+            (0 | 1, _) => Command::Remove { vm, expect, by },
+            (_, Life::Off) => Command::Start {
+                vm,
+                expect,
+                by,
+                from: DisksFrom::Newest,
+            },
+            (2, _) => Command::PowerOff {
+                vm,
+                expect,
+                by,
+                at: None,
+            },
+            (3, _) => Command::Choose {
+                vm,
+                by,
+                backups: vec![host("c")],
+            },
+            _ => Command::Reconfigure {
+                vm,
+                expect,
+                by,
+                chain: vec![member],
+                joining: None,
+                anew: true,
+            },
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        /// Whatever arrives when: nothing is undone, and in the end all is known.
+        #[test]
+        fn l7_any_order_of_answers_and_snapshots_gives_what_was_decided(
+            picks in proptest::collection::vec(any::<u8>(), 1..40),
+            order in proptest::collection::vec(any::<u16>(), 0..120),
+        ) {
+            let mut state = MasterState::new(CLUSTER);
+            let mut next = 0;
+            let (mut snapshots, mut answers) = (vec![state.snapshot()], Vec::new());
+            for pick in picks {
+                let command = change(&state, pick, &mut next);
+                // A name that is taken is a refusal, which says nothing.
+                if let Ok(record) = state.apply(&command) {
+                    answers.push((command, record));
+                    snapshots.push(state.snapshot());
+                }
+            }
+            let last = state.snapshot();
+            let mut follower = Follower::new(None);
+            let mut newest: BTreeMap<VmId, u64> = BTreeMap::new();
+            let mut gone: Vec<VmId> = Vec::new();
+            let mut check = |news: Vec<Followed>| {
+                for news in news {
+                    match news {
+                        Followed::Decided(record) => {
+                            let vm = record.view.vm;
+                            prop_assert!(!gone.contains(&vm), "{vm} came back");
+                            let before = newest.insert(vm, record.revision);
+                            prop_assert!(before.is_none_or(|before| before < record.revision));
+                        }
+                        Followed::Removed(vm) => {
+                            prop_assert!(last.records.iter().all(|r| r.view.vm != vm));
+                            prop_assert!(!gone.contains(&vm), "{vm} twice");
+                            gone.push(vm);
+                        }
+                        Followed::Foreign { why } => prop_assert!(false, "{why}"),
+                        Followed::Joined(_) | Followed::Stale { .. } => {}
+                    }
+                }
+                Ok(())
+            };
+            for n in order {
+                let n = usize::from(n);
+                match (n % 2, answers.get(n / 2 % (answers.len() + 1))) {
+                    (0, Some((command, record))) => check(follower.answered(command, record))?,
+                    _ => check(follower.snapshot(&snapshots[n / 2 % snapshots.len()]))?,
+                }
+            }
+            check(follower.snapshot(&last))?;
+            let known: Vec<VmRecord> = follower.records().cloned().collect();
+            prop_assert_eq!(known, last.records);
+        }
+    }
+}

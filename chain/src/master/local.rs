@@ -315,7 +315,7 @@ mod tests {
         fs::create_dir(dir.path().join("master.new")).unwrap();
         assert!(matches!(
             master.propose(&register("one")),
-            Err(MasterError::Storage { .. })
+            Err(MasterError::Unknown { .. })
         ));
         fs::remove_dir(dir.path().join("master.new")).unwrap();
         assert!(matches!(

@@ -27,7 +27,7 @@ const WATCH_MAX_MS: u64 = 10_000;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Question {
-    Request(Request),
+    Request(Box<Request>),
     Watch { since: u64, timeout_ms: u64 },
 }
 
@@ -58,7 +58,20 @@ impl MasterServer {
             addr,
             why: why.to_string(),
         };
-        let listener = TcpListener::bind(addr).map_err(fail)?;
+        Self::on(TcpListener::bind(addr).map_err(fail)?, engine)
+    }
+
+    /// Serves `engine` to whoever connects, or has connected, to `listener`, until the process ends.
+    ///
+    /// # Errors
+    /// [`MasterError::Bind`].
+    pub fn on(listener: TcpListener, engine: Arc<dyn Master>) -> Result<Self, MasterError> {
+        let addr = listener.local_addr();
+        let addr = addr.unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+        let fail = |why: io::Error| MasterError::Bind {
+            addr,
+            why: why.to_string(),
+        };
         let bound = listener.local_addr().map_err(fail)?;
         std::thread::Builder::new()
             .name("master".into())

@@ -5,9 +5,6 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
-
 /// The asker's end of a request, as an engine sees it. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
@@ -43,14 +40,16 @@ impl Wanted {
     }
 }
 
-/// Whether the peer has neither closed nor broken the connection.
+/// Whether the peer has neither closed nor broken the connection; what it may have said before does not matter.
 fn waits(asker: &TcpStream) -> bool {
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    match recv(asker.as_raw_fd(), &mut [0], flags) {
-        // What it says before it is answered is none of its protocol, but no farewell either.
-        Ok(n) => n > 0,
-        Err(e) => e == Errno::EAGAIN,
-    }
+    let mut fd = libc::pollfd {
+        fd: asker.as_raw_fd(),
+        events: libc::POLLRDHUP,
+        revents: 0,
+    };
+    // SAFETY: one pollfd, which outlives the call; its descriptor is open as long as `asker` is.
+    let ready = unsafe { libc::poll(&mut fd, 1, 0) };
+    ready == 0
 }
 
 #[cfg(test)]

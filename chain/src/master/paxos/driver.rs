@@ -29,7 +29,7 @@ const BATCH: usize = 64;
 /// Of a client.
 #[derive(Clone, Debug)]
 pub enum Question {
-    Propose(Request),
+    Propose(Box<Request>),
     Read,
 }
 
@@ -265,7 +265,7 @@ impl Member {
                 self.next_ticket += 1;
                 self.tickets.insert(ticket, answer);
                 match question {
-                    Question::Propose(request) => Event::Propose(ticket, Box::new(request)),
+                    Question::Propose(request) => Event::Propose(ticket, request),
                     Question::Read => Event::Read(ticket),
                 }
             }

@@ -26,7 +26,7 @@ pub struct Turn {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum What {
     /// A change.
-    Request(Request),
+    Request(Box<Request>),
     /// Nothing changes; the state at this place of the log answers a read.
     Read,
 }

@@ -173,7 +173,7 @@ impl Master for PaxosMaster {
     }
 
     fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
-        match self.ask(Question::Propose(request.clone()), wanted)? {
+        match self.ask(Question::Propose(Box::new(request.clone())), wanted)? {
             Answer::Reply(reply) => Ok(reply),
             other => Err(MasterError::Stopped(format!("unexpected answer {other:?}"))),
         }

@@ -573,7 +573,7 @@ impl Node {
                 floor: floor.unwrap_or(number),
                 begin,
                 what: match &pending.waiting {
-                    Waiting::Request(_, request) => What::Request((**request).clone()),
+                    Waiting::Request(_, request) => What::Request(request.clone()),
                     Waiting::Read(_) => What::Read,
                 },
             };

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::master::Outcome;
 
 /// Most requests remembered.
-pub(in crate::master) const RECENT_MAX: usize = 512;
+pub const RECENT_MAX: usize = 512;
 
 /// The newest requests, oldest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

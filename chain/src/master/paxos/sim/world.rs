@@ -417,6 +417,10 @@ impl World {
                         }
                     }
                 }
+                (Asked::Command(_), Answer::Reply(Reply::Done { revision })) => {
+                    self.counts.answered += 1;
+                    self.told = self.told.max(revision);
+                }
                 (Asked::Command(command), Answer::Refused(Refusal::Rejected(_))) => {
                     self.counts.answered += 1;
                     self.counts.refused += u64::from(matches!(*command, Command::TakeOver { .. }));
