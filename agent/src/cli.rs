@@ -21,6 +21,9 @@ pub enum Command {
         /// The host's configuration.
         #[arg(long, value_name = "HOST.TOML")]
         config: PathBuf,
+        /// Begin a new cluster: where this host is to serve the master and there is no record of one, begin one.
+        #[arg(long)]
+        init: bool,
     },
     /// Run a VM without protection, as a plain VMM; its console is this terminal.
     Vmm {

@@ -38,7 +38,11 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> Outcome {
     match command {
-        Command::Agent { config } => Ok(daemon::run_agent(HostConfig::load(&config)?)?),
+        Command::Agent { config, init } => {
+            let mut config = HostConfig::load(&config)?;
+            config.master.begin |= init;
+            Ok(daemon::run_agent(config)?)
+        }
         Command::Vmm {
             config: Some(config),
             ..

@@ -38,4 +38,4 @@ pub use store::{
     StoreError, StoreOptions, VmStore,
 };
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
-pub use view::{Fork, History, Member, View, VmRecord, VmShape};
+pub use view::{DiskPlace, Fork, History, Life, Member, View, VmRecord, VmShape};

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!  0            4             8        16               24          32
-//! | magic u32  | version u16 | kind u16 | vm u64       | generation u64 | epoch u64 |
-//!  32               36               40          44                60               64
-//! | payload_len u32 | payload CRC u32 | flags u32 | reserved [16]=0 | header CRC u32 | payload
+//! | magic u32  | version u16 | kind u16 | vm, low u64  | generation u64 | epoch u64 |
+//!  32               36               40          44             52             60               64
+//! | payload_len u32 | payload CRC u32 | flags u32 | vm, high u64 | reserved [8]=0 | header CRC u32 | payload
 //! ```
 //!
-//! All little endian; both checksums are CRC32C. Every frame bears the generation it was sent in: a receiver refuses
+//! A VM is its UUID's halves. All little endian; both checksums are CRC32C. Every frame bears the generation it was sent in: a receiver refuses
 //! any other (invariant I4). Payloads are described in docs/wire-format.md.
 
 use std::io::{self, IoSlice, Read, Write};
@@ -148,7 +148,9 @@ pub enum WireError {
     #[error("not a chain peer (magic {0:#010x})")]
     Magic(u32),
     /// Another version.
-    #[error("the peer speaks version {0} of the chain protocol, this program version {VERSION}")]
+    #[error(
+        "the peer speaks version {0} of the chain protocol, this program version {VERSION}: install the same understudy on all hosts"
+    )]
     Version(u16),
     /// A kind this version does not know.
     #[error("frame of unknown kind {0}")]
@@ -176,12 +178,14 @@ fn header(frame: &Frame, length: usize, crc: u32) -> [u8; HEADER] {
     h[0..4].copy_from_slice(&MAGIC.to_le_bytes());
     h[4..6].copy_from_slice(&VERSION.to_le_bytes());
     h[6..8].copy_from_slice(&(frame.kind as u16).to_le_bytes());
-    h[8..16].copy_from_slice(&frame.vm.0.to_le_bytes());
+    let (low, high) = frame.vm.halves();
+    h[8..16].copy_from_slice(&low.to_le_bytes());
     h[16..24].copy_from_slice(&frame.generation.0.to_le_bytes());
     h[24..32].copy_from_slice(&frame.epoch.0.to_le_bytes());
     h[32..36].copy_from_slice(&(length as u32).to_le_bytes());
     h[36..40].copy_from_slice(&crc.to_le_bytes());
     h[40..44].copy_from_slice(&frame.flags.to_le_bytes());
+    h[44..52].copy_from_slice(&high.to_le_bytes());
     let crc = crc32c::crc32c(&h[..60]);
     h[60..64].copy_from_slice(&crc.to_le_bytes());
     h
@@ -342,12 +346,12 @@ fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
         Kind::Broken => FLAG_DECLINED,
         _ => 0,
     };
-    if flags & !known != 0 || h[44..60] != [0; 16] {
+    if flags & !known != 0 || h[52..60] != [0; 8] {
         return Err(WireError::Reserved(kind));
     }
     let frame = Frame {
         kind,
-        vm: VmId(long(8)),
+        vm: VmId::from_halves(long(8), long(44)),
         generation: Generation(long(16)),
         epoch: Epoch(long(24)),
         flags,
@@ -363,7 +367,7 @@ mod tests {
     fn sample() -> Frame {
         Frame {
             kind: Kind::Begin,
-            vm: VmId(7),
+            vm: VmId(0x0123_4567_89ab_4cde_8f01_2345_6789_abcd),
             generation: Generation(3),
             epoch: Epoch(99),
             flags: 1,
@@ -416,7 +420,7 @@ mod tests {
             Err(WireError::Reserved(Kind::Pages))
         ));
         let mut reserved = bytes(b"");
-        reserved[50] = 1;
+        reserved[55] = 1;
         let crc = crc32c::crc32c(&reserved[..60]);
         reserved[60..64].copy_from_slice(&crc.to_le_bytes());
         assert!(matches!(

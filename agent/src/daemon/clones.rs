@@ -158,7 +158,7 @@ impl Clones {
         };
         lock(&self.map).insert(clone.into(), entry);
         let activate = Activate {
-            view: alone(&env.host, clone, number),
+            view: alone(&env.host, clone),
             mark,
             machine,
             disks,
@@ -219,9 +219,9 @@ fn runs(reports: &Receiver<Option<FromChild>>) -> Result<(), String> {
 }
 
 /// The configuration of a VM that nobody knows of.
-fn alone(host: &HostId, name: &str, number: u32) -> View {
+fn alone(host: &HostId, name: &str) -> View {
     View {
-        vm: VmId(u64::MAX - u64::from(number)),
+        vm: VmId::random(),
         name: name.into(),
         generation: Generation(1),
         owner: host.clone(),

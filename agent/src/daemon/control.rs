@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use chain::master::Command;
-use chain::{Member, Query, VmRecord, VmShape};
+use chain::{Life, Member, Query, VmRecord, VmShape};
 use checkpoint::{Epoch, HostId, VmId};
 
 use super::clones::Clones;
@@ -140,8 +140,13 @@ impl Service {
             let disks = open_disks(&config).map_err(|e| e.to_string())?;
             shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
         };
-        taps(&self.env, &config, VmId::ZERO)?;
+        taps(&self.env, &config, VmId::NIL)?;
+        if let Some(why) = &*lock(&self.env.stranger) {
+            return Err(why.clone());
+        }
         let register = Command::Register {
+            vm: VmId::random(),
+            life: Life::On,
             name: config.name.clone(),
             owner: self.env.host.clone(),
             shape,

@@ -10,6 +10,7 @@ use checkpoint::HostId;
 
 use super::events::EventLog;
 use crate::config::HostConfig;
+use crate::identity::Identity;
 
 /// Of one agent.
 pub(super) struct Env {
@@ -22,6 +23,9 @@ pub(super) struct Env {
     pub serving: Option<Arc<dyn Master>>,
     pub replicas: ReplicaServer,
     pub events: EventLog,
+    pub identity: Mutex<Identity>,
+    /// Why this host must not start VMs: until the master knows it under this identity.
+    pub stranger: Mutex<Option<String>>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -22,15 +22,16 @@ mod watch;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use chain::master::{LocalMaster, Master, MasterError, MasterServer, PaxosMaster, RemoteMaster};
 use chain::{ReplicaServer, ServerError, ServerEvent, ServerOptions};
 use checkpoint::HostId;
 
 use crate::config::{ConfigError, HostConfig};
+use crate::engine::{self, EngineError};
+use crate::identity::{Identity, IdentityError};
 use env::{Env, vital};
 use events::EventLog;
 use table::Table;
@@ -46,7 +47,10 @@ pub enum AgentError {
     Server(#[from] ServerError),
     /// The master.
     #[error(transparent)]
-    Master(#[from] MasterError),
+    Master(#[from] EngineError),
+    /// The data directory is another's.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The data directory.
     #[error("data_dir {path}: {source}")]
     DataDir {
@@ -81,7 +85,8 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         path: data_dir.clone(),
         source,
     })?;
-    let serving = serve_master(&config)?;
+    let mut identity = Identity::open(&data_dir, &config.id())?;
+    let serving = engine::serve(&config, &mut identity)?;
     let (sender, server_events) = channel();
     let replicas = bind_server(&config, &sender)?;
     let listener = control::bind(&config.control)?;
@@ -90,12 +95,14 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         Some((host, *addr))
     });
     let env = Arc::new(Env {
-        master: engine_asked(&config)?,
+        master: engine::asked(&config)?,
         serving,
         replicas,
         host: config.id(),
         peers: Arc::new(peers.collect()),
         events: EventLog::default(),
+        identity: Mutex::new(identity),
+        stranger: Mutex::new(Some("the master has not been reached yet".into())),
         config,
     });
     tracing::info!(
@@ -158,39 +165,6 @@ fn bind_server(
             other => return Ok(other?),
         }
     }
-}
-
-/// The master, or this host's member of it, if it is to be here.
-fn serve_master(config: &HostConfig) -> Result<Option<Arc<dyn Master>>, AgentError> {
-    let Some(addr) = config.master.serve else {
-        return Ok(None);
-    };
-    let members = &config.master.members;
-    let engine: Arc<dyn Master> = if members.is_empty() {
-        Arc::new(LocalMaster::open(&config.data_dir)?)
-    } else {
-        Arc::new(PaxosMaster::open(
-            &config.data_dir,
-            &config.id(),
-            &members.0,
-        )?)
-    };
-    MasterServer::bind(addr, engine.clone())?;
-    Ok(Some(engine))
-}
-
-/// What this agent asks for decisions.
-fn engine_asked(config: &HostConfig) -> Result<Arc<dyn Master>, AgentError> {
-    #[cfg(feature = "etcd")]
-    if !config.master.etcd.is_empty() {
-        let options = chain::master::EtcdOptions {
-            endpoints: config.master.etcd.clone(),
-            prefix: config.master.etcd_prefix.clone(),
-            user: config.master.etcd_credentials()?,
-        };
-        return Ok(Arc::new(chain::master::EtcdMaster::new(options)?));
-    }
-    Ok(Arc::new(RemoteMaster::of(&config.master.addresses())))
 }
 
 fn serve_control(

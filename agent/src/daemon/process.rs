@@ -30,7 +30,7 @@ pub(super) fn taps(env: &Env, config: &VmConfig, vm: VmId) -> Result<Vec<TapSpec
             let network = env.config.networks.get(&wanted).ok_or_else(|| {
                 format!("{}: net[{i}]: network {wanted:?} is not in host {}'s configuration: add [networks.{wanted}]", config.name, env.host)
             })?;
-            Ok(TapSpec { name: format!("{}{vm}n{i}", network.tap_prefix), bridge: network.bridge.clone() })
+            Ok(TapSpec { name: format!("{}{:08x}n{i}", network.tap_prefix, vm.short()), bridge: network.bridge.clone() })
         })
         .collect()
 }

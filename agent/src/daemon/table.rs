@@ -36,11 +36,6 @@ impl Table {
         })
     }
 
-    /// The VMs that have a thread.
-    pub fn known(&self) -> Vec<VmId> {
-        lock(&self.vms).keys().copied().collect()
-    }
-
     /// Something for one VM; nothing happens if it has no thread.
     pub fn post(&self, vm: VmId, input: Input) {
         if let Some(entry) = lock(&self.vms).get(&vm) {

@@ -5,38 +5,41 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use chain::ServerEvent;
+use chain::master::{Followed, Follower};
 
-use super::env::Env;
+use super::env::{Env, lock};
 use super::run::of_server;
 use super::table::Table;
+use crate::control::EventKind;
 use crate::host::Input;
 
 /// How long the master may let a question for news wait.
 const PERIOD: Duration = Duration::from_secs(5);
+/// Between looks at a master that is another cluster's, older than it was, or does not take this host.
+const STRANGE: Duration = Duration::from_secs(1);
 /// Between attempts to reach it.
 const RETRY: Duration = Duration::from_millis(200);
 
 /// Follows the master's decisions until the process ends.
 pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
-    let mut revision = 0;
+    let mut follower = Follower::new(lock(&env.identity).cluster());
     let mut reachable = true;
+    // What this host's VMs have been told.
+    let mut told = None;
     loop {
-        // A VM that is registered while the answer is on its way is not in it, and is not gone for that.
-        let known = table.known();
-        match env.master.watch(revision, PERIOD) {
+        match env.master.watch(follower.revision(), PERIOD) {
             Ok(snapshot) => {
                 reachable = true;
-                if snapshot.revision == revision {
-                    continue;
-                }
-                revision = snapshot.revision;
-                let there = |vm| snapshot.records.iter().any(|r| r.view.vm == vm);
-                let gone: Vec<_> = known.into_iter().filter(|vm| !there(*vm)).collect();
-                for record in snapshot.records {
-                    table.decided(record);
-                }
-                for vm in gone {
-                    table.post(vm, Input::Removed);
+                let before = follower.revision();
+                follow(env, table, follower.snapshot(&snapshot));
+                let ours = follower.cluster() == Some(snapshot.cluster);
+                if !ours || snapshot.revision < before {
+                    std::thread::sleep(STRANGE);
+                } else if enrolled(env) && told != Some(snapshot.revision) {
+                    told = Some(snapshot.revision);
+                    for record in snapshot.records {
+                        table.decided(record);
+                    }
                 }
             }
             Err(e) => {
@@ -47,6 +50,43 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
             }
         }
     }
+}
+
+fn follow(env: &Env, table: &Table, news: Vec<Followed>) {
+    for news in news {
+        let why = match news {
+            // What is decided is taken from the snapshot, once the master knows this host.
+            Followed::Decided(_) => continue,
+            Followed::Removed(vm) => {
+                table.post(vm, Input::Removed);
+                continue;
+            }
+            Followed::Joined(cluster) => match lock(&env.identity).join(cluster) {
+                Ok(()) => continue,
+                Err(e) => e.to_string(),
+            },
+            Followed::Stale { why } | Followed::Foreign { why } => why,
+        };
+        env.events.add(EventKind::Failed, env.host.as_str(), why);
+    }
+}
+
+/// Whether the master knows this host under its identity; asks it to, if it has not.
+fn enrolled(env: &Env) -> bool {
+    if lock(&env.stranger).is_none() {
+        return true;
+    }
+    let id = lock(&env.identity).id();
+    let enrolled = env.master.enroll(&env.host, id, env.config.listen);
+    let why = enrolled.as_ref().err().map(ToString::to_string);
+    let before = std::mem::replace(&mut *lock(&env.stranger), why.clone());
+    if let Some(why) = why {
+        if before.as_ref() != Some(&why) {
+            env.events.add(EventKind::Failed, env.host.as_str(), why);
+        }
+        std::thread::sleep(STRANGE);
+    }
+    enrolled.is_ok()
 }
 
 /// Passes on what the chain server notices, until it ends.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use chain::master::{Command, MasterState};
-use chain::{Held, Mark, Member, VmRecord, VmShape};
-use checkpoint::{Epoch, Generation, HostId};
+use chain::{Held, Life, Mark, Member, VmRecord, VmShape};
+use checkpoint::{Epoch, Generation, HostId, VmId};
 
 use super::{
     Answered, Disks, Effect, Health, Input, Loss, MS, Machine, Micros, Order, Refusal, Report,
@@ -53,6 +53,8 @@ impl Bench {
             config_toml: "name = \"vm\"\nmemory_mib = 32\nkernel = \"builtin:probe\"\n".into(),
         };
         let register = Command::Register {
+            vm: VmId(1),
+            life: Life::On,
             name: "vm".into(),
             owner: host("a"),
             shape,

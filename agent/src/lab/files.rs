@@ -72,7 +72,7 @@ impl HostFiles<'_> {
         });
         format!(
             "host = \"{name}\"\ndata_dir = \"{dir}/{name}\"\ncontrol = \"{dir}/{name}.sock\"\nlisten = \"{}:{CHAIN_PORT}\"\n\n\
-             [master]\n{}\n[peers]\n{peers}\n\
+             [master]\nbegin = true\n{}\n[peers]\n{peers}\n\
              [networks.lan]\nbridge = \"{HOST_BRIDGE}\"\ntap_prefix = \"tap\"\n{detection}",
             repl_addr(i),
             self.master(i),

@@ -141,9 +141,11 @@ impl Cluster {
     fn servers(count: usize, missed: u32, shape: VmShape) -> Self {
         let mut master = MasterState::default();
         let register = Command::Register {
+            vm: VM,
             name: "vm".into(),
             owner: host("owner"),
             shape: shape.clone(),
+            life: chain::Life::On,
         };
         let view = master.apply(&register).unwrap().view;
         assert_eq!(view.vm, VM);

@@ -15,16 +15,23 @@ const HOSTS: [&str; 2] = ["a", "b"];
 /// Answers to the client under loss. The owner's stream of checkpoints stands still some hundred times meanwhile.
 const ANSWERS: u64 = 3000;
 
-fn iptables(cluster: &Cluster, host: &str, rule: &str) {
-    let namespace = cluster.network().namespace(host);
-    let output = Command::new("ip")
-        .args(["netns", "exec", &namespace, "iptables"])
-        .args(rule.split(' '))
-        .output()
-        .unwrap_or_else(|e| panic!("ip netns exec: {e}"));
+/// What becomes of packets that `host` receives from the others: `rule` as nft has it.
+fn filter(cluster: &Cluster, host: &str, table: &str, rule: &str) {
+    let rules = format!(
+        "table inet {table} {{\n chain in {{\n type filter hook input priority 0;\n iifname \"repl\" {rule} drop;\n }}\n}}\n"
+    );
+    let file = cluster.path(&format!("{host}-{table}.nft"));
+    std::fs::write(&file, rules).expect("a file for the rules");
+    let output = cluster.network().within(host, || {
+        Command::new("nft")
+            .arg("-f")
+            .arg(&file)
+            .output()
+            .unwrap_or_else(|e| panic!("nft: {e} (package nftables)"))
+    });
     assert!(
         output.status.success(),
-        "iptables {rule}: {}",
+        "nft: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
 }
@@ -38,8 +45,7 @@ fn lossy() -> Cluster {
     let cluster = Cluster::launch(PROGRAM, options);
     cluster.protect(&VmFile::default(), &HOSTS[1..]);
     for host in HOSTS {
-        let rule = "-A INPUT -i repl -m statistic --mode random --probability 0.02 -j DROP";
-        iptables(&cluster, host, rule);
+        filter(&cluster, host, "loss", "numgen random mod 50 == 0");
     }
     cluster
 }
@@ -53,7 +59,6 @@ fn suspected(cluster: &Cluster) -> usize {
 }
 
 #[test]
-#[ignore = "needs iptables"]
 fn h19_lost_packets_are_not_taken_for_a_lost_host() {
     let cluster = lossy();
     let client = cluster.client();
@@ -65,11 +70,10 @@ fn h19_lost_packets_are_not_taken_for_a_lost_host() {
 }
 
 #[test]
-#[ignore = "needs iptables"]
 fn h19_without_datagrams_the_check_notices() {
     let cluster = lossy();
     for host in HOSTS {
-        iptables(&cluster, host, "-I INPUT -i repl -p udp -j DROP");
+        filter(&cluster, host, "pulses", "meta l4proto udp");
     }
     let client = cluster.client();
     more_answers(&client, ANSWERS);
