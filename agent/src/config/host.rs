@@ -34,6 +34,9 @@ pub struct HostConfig {
     /// How soon silence becomes suspicion.
     #[serde(default)]
     pub detection: Detection,
+    /// How long a VM's process waits for its agent to come back, in seconds, before a backup is asked to take over.
+    #[serde(default = "default_agent_return_s")]
+    pub agent_return_s: u64,
 }
 
 /// How a VM's network card is attached on this host.
@@ -74,6 +77,9 @@ impl Default for Detection {
 
 fn default_control() -> PathBuf {
     "/run/understudy/control.sock".into()
+}
+fn default_agent_return_s() -> u64 {
+    30
 }
 fn default_tap_prefix() -> String {
     "us".into()

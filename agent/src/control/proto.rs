@@ -253,6 +253,8 @@ pub enum EventKind {
     Superseded,
     /// This host's replica is back, with what it held before its agent was started again.
     Returned,
+    /// A VM's process that outlived its agent is this agent's now.
+    Adopted,
     /// This host owns a VM that runs nowhere: its process ended with the agent.
     Orphaned,
     /// The guest ended.

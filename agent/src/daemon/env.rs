@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chain::ReplicaServer;
 use chain::master::Master;
-use checkpoint::HostId;
+use checkpoint::{HostId, VmId};
 
 use super::events::EventLog;
+use super::found::Found;
 use crate::config::HostConfig;
 use crate::identity::Identity;
 
@@ -26,6 +28,15 @@ pub(super) struct Env {
     pub identity: Mutex<Identity>,
     /// Why this host must not start VMs: until the master knows it under this identity.
     pub stranger: Mutex<Option<String>>,
+    /// VM processes that an agent before this one has left running.
+    pub found: Mutex<BTreeMap<VmId, Found>>,
+}
+
+impl Env {
+    /// Where VM processes wait for an agent.
+    pub fn run_dir(&self) -> PathBuf {
+        self.config.data_dir.join("run")
+    }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

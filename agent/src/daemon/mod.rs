@@ -12,6 +12,7 @@ mod control;
 mod copy;
 mod env;
 mod events;
+mod found;
 mod process;
 mod run;
 mod slow;
@@ -90,6 +91,12 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     let (sender, server_events) = channel();
     let replicas = bind_server(&config, &sender)?;
     let listener = control::bind(&config.control)?;
+    let run_dir = data_dir.join("run");
+    make_private(&run_dir).map_err(|source| AgentError::DataDir {
+        path: run_dir.clone(),
+        source,
+    })?;
+    let found = found::scan(&run_dir, &config.id());
     let peers = config.peers.iter().filter_map(|(name, addr)| {
         let host = HostId::new(name).ok()?;
         Some((host, *addr))
@@ -101,6 +108,7 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         host: config.id(),
         peers: Arc::new(peers.collect()),
         events: EventLog::default(),
+        found: Mutex::new(found),
         identity: Mutex::new(identity),
         stranger: Mutex::new(Some("the master has not been reached yet".into())),
         config,

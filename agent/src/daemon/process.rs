@@ -50,6 +50,9 @@ pub(super) fn start_message(
         role,
         heartbeat_ms: env.config.detection.heartbeat_ms,
         host: env.host.clone(),
+        vm,
+        door: Some(env.run_dir().join(format!("{:08x}.sock", vm.short()))),
+        agent_return_ms: env.config.agent_return_s * 1000,
     })
 }
 

@@ -14,7 +14,7 @@ use super::copy::DiskCopy;
 use super::env::{Env, lock};
 use super::slow;
 use crate::child::monotonic_us;
-use crate::child::proto::{Activate, FromChild, ToChild};
+use crate::child::proto::{Activate, FromChild, Owns, ToChild};
 use crate::epoch::EpochStats;
 use crate::epoch::figures::Figures;
 use crate::host::{Answered, Disks, Effect, Input, Loss, Machine, Order, Report, Summary, Tell};
@@ -188,6 +188,10 @@ impl Runner {
             Effect::RemoveReplica(generation) => self.env.replicas.remove(vm, generation),
             Effect::Decline(generation, why) => self.env.replicas.decline(vm, generation, why),
             Effect::StandBy(_) | Effect::Boot(..) => self.spawn(effect),
+            Effect::FindProcess => {
+                let adopted = self.adopt();
+                self.step(Input::Adopted(adopted));
+            }
             Effect::Activate { view, mark } => {
                 let Some(handover) = self.handover.take() else {
                     return;
@@ -283,6 +287,26 @@ impl Runner {
                 free.and_then(|()| DiskCopy::find(env, &record)),
             ))
         });
+    }
+
+    /// A process of this VM that an agent before has left running.
+    fn adopt(&mut self) -> Option<Owns> {
+        let found = lock(&self.env.found).remove(&self.machine.vm())?;
+        self.process += 1;
+        let (process, mail) = (self.process, self.mail.clone());
+        let reports = move |message| {
+            let _ = mail.send(Mail::Child(process, message));
+        };
+        match ChildHandle::adopt(found.socket, found.pid, found.pidfd, reports) {
+            Ok(child) => {
+                *lock(&self.shown.child) = Some(child);
+                Some(found.owns)
+            }
+            Err(e) => {
+                tracing::error!("{}: its process cannot be heard: {e}", self.machine.name());
+                None
+            }
+        }
     }
 
     /// Starts a process, once the one before is started or not.
@@ -395,6 +419,8 @@ impl Runner {
             Some(FromChild::Said { kind, text }) => {
                 return self.env.events.add(kind, self.machine.name(), text);
             }
+            // Said first of all, before anybody listens here.
+            Some(FromChild::Owns(_)) => return,
             Some(FromChild::Figures(figures)) => {
                 *lock(&self.shown.figures) = Some((figures, Instant::now()));
                 return;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use chain::ServerEvent;
 use chain::master::{Followed, Follower};
+use chain::{ServerEvent, VmRecord};
 
 use super::env::{Env, lock};
 use super::run::of_server;
@@ -37,6 +37,7 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
                     std::thread::sleep(STRANGE);
                 } else if enrolled(env) && told != Some(snapshot.revision) {
                     told = Some(snapshot.revision);
+                    give_up(env, &snapshot.records);
                     for record in snapshot.records {
                         table.decided(record);
                     }
@@ -50,6 +51,36 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
             }
         }
     }
+}
+
+/// Processes found running whose VM is another host's by now end. One that the master knows nothing of is left alone: a
+/// record may be lost, and the VM with it must not be.
+fn give_up(env: &Env, records: &[VmRecord]) {
+    let mut found = lock(&env.found);
+    found.retain(|vm, process| {
+        let record = records.iter().find(|record| record.view.vm == *vm);
+        let Some(view) = record.map(|record| &record.view) else {
+            if std::mem::replace(&mut process.said, true) {
+                return true;
+            }
+            let text = format!(
+                "process {} runs VM {vm}, which the master does not know: left alone",
+                process.pid
+            );
+            env.events.add(EventKind::Failed, env.host.as_str(), text);
+            return true;
+        };
+        if view.owner == env.host {
+            return true;
+        }
+        process.kill();
+        let text = format!(
+            "{} owns it in generation {}: its process, found running here, is stopped",
+            view.owner, view.generation
+        );
+        env.events.add(EventKind::Superseded, &view.name, text);
+        false
+    });
 }
 
 fn follow(env: &Env, table: &Table, news: Vec<Followed>) {

@@ -22,6 +22,9 @@ pub enum Effect {
     RemoveReplica(Generation),
     /// The same, but this host should have one: why it has not.
     Decline(Generation, String),
+    /// Take over the VM's process that an agent before has left running, if there is one. Answered at once, by
+    /// `Input::Adopted`.
+    FindProcess,
     /// Slow: make or reopen the replica, and start its standby's process. `Input::Spawned` answers.
     StandBy(VmRecord),
     /// Slow: start a process that boots the VM. `Input::Spawned` answers, then the process reports.

@@ -3,7 +3,7 @@
 use chain::{Held, Mark, VmRecord};
 use checkpoint::{Epoch, Generation, HostId};
 
-use crate::child::proto::GuestEnd;
+use crate::child::proto::{GuestEnd, Owns};
 
 /// Names an order whose outcome somebody waits for; the driver's to choose.
 pub type Ticket = u64;
@@ -36,6 +36,8 @@ pub enum Input {
     Frozen(Result<Mark, String>),
     /// Outcome of [`Effect::HandOver`](super::Effect::HandOver): the checkpoint to resume from.
     HandedOver(Result<Mark, String>),
+    /// Outcome of [`Effect::FindProcess`](super::Effect::FindProcess): who the process is, if there is one.
+    Adopted(Option<Owns>),
     /// Outcome of [`Effect::StandBy`](super::Effect::StandBy) or [`Effect::Boot`](super::Effect::Boot): the process exists.
     Spawned(Result<(), String>),
     /// The VM's process says something.

@@ -158,6 +158,7 @@ impl Machine {
             Input::HandedOver(result) => self.handed_over(now, result, out),
             Input::Spawned(result) => self.spawned(now, result, out),
             Input::Report(report) => self.report(now, report, out),
+            Input::Adopted(found) => self.adopted(now, found, out),
             Input::Bridged { generation, result } => self.bridged(generation, result, out),
             Input::Probed(answers) => self.probed(now, &answers, out),
             Input::Surveyed(answers) => self.surveyed(now, &answers, out),
@@ -233,11 +234,8 @@ impl Machine {
             Part::Orphan(_) if mine => self.record = record,
             Part::Nothing { .. } if mine => {
                 self.record = record;
-                out.push(Effect::Say(
-                    EventKind::Orphaned,
-                    "this host owns it, but its process ended with the agent: looking for a checkpoint of it".into(),
-                ));
-                self.orphan(now, "looking for a checkpoint of it");
+                // Its process may have outlived the agent that started it.
+                out.push(Effect::FindProcess);
             }
             Part::Orphan(_) | Part::Nothing { .. } => {
                 self.answer_orphans_orders(&record, out);

@@ -8,6 +8,7 @@ use checkpoint::{Generation, HostId};
 use super::chain_care::Probing;
 use super::machine::{Ask, Part, Purpose};
 use super::{Answered, Effect, Loss, MS, Machine, Micros, Report, SECOND, Tell, Ticket};
+use crate::child::proto::Owns;
 use crate::control::{EventKind, FailoverReport, Switched};
 
 /// How long a process may take to boot a guest.
@@ -266,6 +267,31 @@ impl Machine {
         match self.record.view.holds(&self.me) {
             true => self.become_standby(out),
             false => self.part = Part::Nothing { declined: None },
+        }
+    }
+
+    /// The agent has been started again, and the VM is this host's: its process runs, or it is an orphan.
+    pub(super) fn adopted(&mut self, now: Micros, found: Option<Owns>, out: &mut Vec<Effect>) {
+        if !matches!(self.part, Part::Nothing { .. }) {
+            return;
+        }
+        let Some(found) = found else {
+            let text = "this host owns it, but its process ended with the agent: looking for a checkpoint of it";
+            out.push(Effect::Say(EventKind::Orphaned, text.into()));
+            return self.orphan(now, "looking for a checkpoint of it");
+        };
+        let view = self.record.view.clone();
+        let phase = found.ended.map_or(Phase::Running, Phase::Ended);
+        let mut owner = Owner::new(phase, None);
+        owner.protected = found.protected;
+        owner.wanted = self.policy.wanted(&self.record, &self.me);
+        self.part = Part::Owner(Box::new(owner));
+        out.push(Effect::Say(
+            EventKind::Adopted,
+            "its process has outlived the agent before and goes on".into(),
+        ));
+        if found.generation < view.generation {
+            out.push(Effect::Tell(Tell::Protect(view)));
         }
     }
 
