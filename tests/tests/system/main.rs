@@ -2,6 +2,7 @@
 //!
 //! Each test of an invariant says how its mechanism is switched off, and a second test sees its check fail then.
 
+mod adopted;
 mod bad_input;
 mod demo;
 mod disk;
