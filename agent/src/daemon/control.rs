@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chain::master::Command;
 use chain::{Life, Member, Query, VmRecord, VmShape};
@@ -27,6 +27,8 @@ use crate::ipc;
 
 /// How long a VM process may take to answer a question.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between looks whether the master knows this host.
+const POLL: Duration = Duration::from_millis(10);
 /// How long its vCPUs may take to stop for an inspection: they are given 10 s before they are called stuck.
 const INSPECT_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an order may take. Each part of it has a shorter bound of its own.
@@ -141,9 +143,7 @@ impl Service {
             shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
         };
         taps(&self.env, &config, VmId::NIL)?;
-        if let Some(why) = &*lock(&self.env.stranger) {
-            return Err(why.clone());
-        }
+        self.known_to_master()?;
         let register = Command::Register {
             vm: VmId::random(),
             life: Life::On,
@@ -156,6 +156,19 @@ impl Service {
             registered.map_err(|e| e.to_string())
         };
         self.table.start(register, START_PATIENCE)
+    }
+
+    /// Waits, briefly, until the master knows this host.
+    fn known_to_master(&self) -> Result<(), String> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let why = lock(&self.env.stranger).clone();
+            match why {
+                None => return Ok(()),
+                Some(why) if Instant::now() >= until => return Err(why),
+                Some(_) => std::thread::sleep(POLL),
+            }
+        }
     }
 
     /// A backup that nobody can reach would only be found out while the VM waits for it.

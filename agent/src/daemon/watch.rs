@@ -27,7 +27,12 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
     // What this host's VMs have been told.
     let mut told = None;
     loop {
-        match env.master.watch(follower.revision(), PERIOD) {
+        let asked = match told {
+            Some(_) => env.master.watch(follower.revision(), PERIOD),
+            // What there is, even if that is nothing: this host is to be known before anything is decided.
+            None => env.master.read(),
+        };
+        match asked {
             Ok(snapshot) => {
                 reachable = true;
                 let before = follower.revision();
