@@ -28,7 +28,7 @@ pub mod wire;
 pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
 pub use greet::Stranger;
 pub use kept::{KEPT_MAX, Kept};
-pub use look::{Held, look, yield_to};
+pub use look::{Held, look, newer_generation, yield_to};
 pub use mark::Mark;
 pub use probe::{Alive, ProbeError, Progress, probe};
 pub use query::{Query, QueryError, query};

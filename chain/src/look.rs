@@ -1,7 +1,7 @@
 //! After the loss of a VM's process: whether a replica holds a checkpoint from which the VM can be resumed. If one does, it
 //! takes the VM over by itself; only if none does is the VM to be booted from a disk.
 
-use checkpoint::HostId;
+use checkpoint::{Generation, HostId};
 
 use crate::greet::{GreetError, Role, greet};
 use crate::mark::Mark;
@@ -54,4 +54,13 @@ pub fn yield_to(head: &Member, view: &View, from: &HostId) -> Result<(), String>
         flags: 0,
     };
     peer.link.send(&frame, &[]).map_err(|e| failed(&e))
+}
+
+/// Whether `member` follows a newer generation of the VM than `view`, as far as it says.
+#[must_use]
+pub fn newer_generation(member: &Member, view: &View, from: &HostId) -> Option<Generation> {
+    match greet(member, view, Role::Look, from) {
+        Err(GreetError::Refused(newer)) => Some(newer),
+        _ => None,
+    }
 }

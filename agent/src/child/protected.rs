@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use chain::View;
 use checkpoint::{CpuFeatures, Epoch, Generation, MachineState};
 use vmm::VmEvent;
 
@@ -122,7 +123,7 @@ impl Child {
         machine.vm.resume();
         self.reporter.send(&FromChild::Ready);
         let protector = self.protector(&machine, &owner);
-        self.own(socket, &machine, &owner, protector)
+        self.own(socket, &machine, &owner, protector, None)
     }
 
     fn standby(
@@ -140,7 +141,8 @@ impl Child {
             match ipc::recv::<ToChild>(socket)?.0 {
                 ToChild::Activate(activate) => {
                     let (owner, protector) = self.activate(&mut machine, &activate)?;
-                    return self.own(socket, &machine, &owner, protector);
+                    let view = Some(activate.view);
+                    return self.own(socket, &machine, &owner, protector, view);
                 }
                 ToChild::Stop => return Ok(()),
                 ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
@@ -330,6 +332,7 @@ impl Child {
         machine: &Machine,
         owner: &Arc<Owner>,
         mut protector: Protector,
+        mut view: Option<View>,
     ) -> Result<(), ChildError> {
         let door = self.open_door();
         let mut agent = socket.try_clone()?;
@@ -340,13 +343,16 @@ impl Child {
                     let Some(door) = &door else {
                         return Err(e.into());
                     };
-                    match self.orphaned(door, owner, &protector)? {
+                    match self.orphaned(door, owner, &protector, view.as_ref())? {
                         Some(next) => agent = next,
                         None => return Ok(()),
                     }
                     continue;
                 }
             };
+            if let ToChild::Protect(newer) = &order {
+                view = Some((**newer).clone());
+            }
             if !self.obey(order, machine, owner, &mut protector)? {
                 return Ok(());
             }
@@ -404,10 +410,10 @@ impl Child {
         door: &Door,
         owner: &Arc<Owner>,
         protector: &Protector,
+        view: Option<&View>,
     ) -> Result<Option<UnixStream>, ChildError> {
         tracing::warn!("the agent is gone: the VM runs on and waits for the next one");
         self.reporter.disconnect();
-        let refused = self.reporter.refused();
         let wait = |patience| {
             let until = Instant::now() + patience;
             while let Some(left) = until.checked_duration_since(Instant::now()) {
@@ -430,7 +436,7 @@ impl Child {
             tracing::warn!("no agent has come back: the chain's head is asked to take over");
             protector.hand_over()?;
             let agent = wait(TAKE_PATIENCE)?;
-            if self.reporter.refused() > refused && agent.is_none() {
+            if agent.is_none() && view.is_some_and(|view| self.is_superseded(view)) {
                 owner.fence();
                 return Ok(None);
             }
@@ -439,6 +445,12 @@ impl Child {
                 return Ok(agent);
             }
         }
+    }
+
+    /// Whether a host of the chain follows a newer configuration: with no agent here to ask for one, it is another owner's.
+    fn is_superseded(&self, view: &View) -> bool {
+        let newer = |member| chain::newer_generation(member, view, &self.start.host);
+        view.chain.iter().any(|member| newer(member).is_some())
     }
 
     /// Tells an agent who this is.

@@ -24,8 +24,6 @@ struct Inner {
     protected: Option<Generation>,
     /// How the guest ended.
     ended: Option<String>,
-    /// A generation that a replica follows, and this process did not.
-    refused: Option<Generation>,
 }
 
 impl Reporter {
@@ -37,7 +35,6 @@ impl Reporter {
             kept: VecDeque::new(),
             protected: None,
             ended: None,
-            refused: None,
         })))
     }
 
@@ -51,7 +48,6 @@ impl Reporter {
         match message {
             FromChild::Protected { generation, .. } => inner.protected = Some(*generation),
             FromChild::GuestEnded { how, .. } => inner.ended = Some(how.clone()),
-            FromChild::Refused { generation } => inner.refused = Some(*generation),
             _ => {}
         }
         let sent = match &inner.agent {
@@ -96,12 +92,6 @@ impl Reporter {
     #[must_use]
     pub fn ended(&self) -> Option<String> {
         self.lock().ended.clone()
-    }
-
-    /// The newest generation that a replica answered with, where it was newer than this process's.
-    #[must_use]
-    pub fn refused(&self) -> Option<Generation> {
-        self.lock().refused
     }
 }
 

@@ -278,7 +278,12 @@ impl Runner {
         self.beside(name, |env| act(env).map(Mail::Input));
     }
 
-    fn find_disks(&self, record: VmRecord) {
+    /// Not before a process that is being started is there, or is not: it has the disks.
+    fn find_disks(&mut self, record: VmRecord) {
+        if self.spawning {
+            self.next = Some(Effect::FindDisks(record));
+            return;
+        }
         let before = self.before.clone();
         self.beside("find-disks", move |env| {
             // The process before may have them open still.
@@ -359,7 +364,7 @@ impl Runner {
         if !self.spawning
             && let Some(next) = self.next.take()
         {
-            self.spawn(next);
+            self.carry_out(next);
         }
     }
 

@@ -126,11 +126,12 @@ impl Machine {
         for (i, host) in backups.iter().enumerate() {
             if *host == self.me {
                 return Err(format!(
-                    "{host} runs {name} itself; a backup has to be another host"
+                    "backup {:?} runs {name} itself; a backup has to be another host",
+                    host.as_str()
                 ));
             }
             if backups[..i].contains(host) {
-                return Err(format!("backup {host} is named twice"));
+                return Err(format!("backup {:?} is named twice", host.as_str()));
             }
         }
         if let Some(unknown) = backups.iter().find(|host| self.member(host).is_none()) {
