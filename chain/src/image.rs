@@ -119,6 +119,9 @@ pub struct Image {
     staged_gfns: Vec<u64>,
     staged: Vec<Page>,
     seen: PageBitmap,
+    /// Pages that have been looked at by whoever has the image.
+    #[cfg(test)]
+    looked: std::sync::atomic::AtomicU64,
 }
 
 impl Image {
@@ -140,7 +143,14 @@ impl Image {
             staged_gfns: Vec::new(),
             staged: Vec::new(),
             seen: PageBitmap::new(ram),
+            #[cfg(test)]
+            looked: Default::default(),
         })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn looked(&self) -> u64 {
+        self.looked.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// The RAM files, in layout order.
@@ -187,6 +197,9 @@ impl Image {
     /// # Errors
     /// [`ImageError::OutOfRange`].
     pub fn page(&self, gfn: u64) -> Result<&Page, ImageError> {
+        #[cfg(test)]
+        self.looked
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // SAFETY: inside the mapping, and nobody writes to the image while it is borrowed: the standby's vCPUs do not
         // run before the replica has been taken apart, and our own writes need `&mut self`.
         Ok(unsafe { self.page_ptr(gfn)?.as_ref() })

@@ -32,10 +32,10 @@ pub use look::{Held, look, newer_generation, yield_to};
 pub use mark::Mark;
 pub use probe::{Alive, ProbeError, Progress, probe};
 pub use query::{Query, QueryError, query};
-pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
+pub use server::{Handover, ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{
-    DurableStore, Filled, Handover, LogError, MemoryStore, ReplicaStore, Retention, Rewound,
-    StoreError, StoreOptions, VmStore,
+    DurableStore, Filled, LogError, MemoryStore, ReplicaStore, Retention, Rewound, StoreError,
+    StoreOptions, Taken, VmStore,
 };
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
 pub use view::{DiskPlace, Fork, History, Life, Member, View, VmRecord, VmShape};

@@ -20,12 +20,13 @@ use std::time::Duration;
 use checkpoint::{Epoch, Generation, VmId};
 
 use crate::mark::Mark;
-use crate::store::{self, Handover, ReplicaStore, Rewound, StoreOptions};
+use crate::store::{self, ReplicaStore, Rewound, StoreOptions};
 use crate::view::{View, VmShape};
 use env::{Env, spawn};
-pub use env::{ReplicaStatus, ServerError, ServerEvent, ServerOptions};
+pub use env::{Handover, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 use registry::{CONNECTIONS_MAX, Registry};
 use slot::Slot;
+use state::End;
 
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -153,8 +154,10 @@ impl ReplicaServer {
             return Err(ServerError::Name(view.name.clone()));
         }
         // A replica that is replaced gives up its lock on the directory first.
-        if let Some(old) = self.registry.take(view.vm) {
-            old.close();
+        if let Some(old) = self.registry.take(view.vm)
+            && !old.end(End::Closed)
+        {
+            return Err(ServerError::Hangs(view.name.clone()));
         }
         Ok(self.registry.env.options.data_dir.join(&view.name))
     }
@@ -164,7 +167,7 @@ impl ReplicaServer {
         let vm = view.vm;
         let slot = Slot::new(&self.registry.env.options, view, store);
         if let Some(old) = self.registry.insert(vm, slot.clone()) {
-            old.close();
+            old.end(End::Closed);
         }
         successor::connect(&slot, &self.registry.env);
     }
@@ -172,10 +175,10 @@ impl ReplicaServer {
     /// Follows a newer configuration in which this host is still a member. Told again, it changes nothing.
     ///
     /// # Errors
-    /// [`ServerError::Unknown`].
+    /// [`ServerError::Unknown`]; [`ServerError::Busy`] if its disk hangs.
     pub fn adopt(&self, view: View) -> Result<(), ServerError> {
         let slot = self.registry.slot(view.vm)?;
-        if slot.adopt(view) {
+        if slot.adopt(view)? {
             successor::connect(&slot, &self.registry.env);
         }
         Ok(())
@@ -185,7 +188,7 @@ impl ReplicaServer {
     pub fn remove(&self, vm: VmId, generation: Generation) {
         self.registry.refuse(vm, generation);
         if let Some(slot) = self.registry.take(vm) {
-            slot.retire(generation);
+            slot.end(End::Retired(generation));
         }
     }
 
@@ -214,7 +217,7 @@ impl ReplicaServer {
     /// what the tail ever acks is contained in what this replica has (invariants I2 and I5).
     ///
     /// # Errors
-    /// [`ServerError::Unknown`]; [`ServerError::Failed`], [`ServerError::Joining`] or [`StoreError::Empty`] if there is
+    /// [`ServerError::Unknown`]; [`ServerError::Failed`], [`ServerError::Joining`], [`ServerError::Busy`] or [`StoreError::Empty`] if there is
     /// nothing to resume from.
     pub fn freeze(&self, vm: VmId) -> Result<Mark, ServerError> {
         self.registry.slot(vm)?.freeze()
@@ -223,11 +226,10 @@ impl ReplicaServer {
     /// The master refused and nothing has changed.
     ///
     /// # Errors
-    /// [`ServerError::Unknown`].
+    /// [`ServerError::Unknown`]; [`ServerError::Busy`] if its disk hangs.
     pub fn unfreeze(&self, vm: VmId) -> Result<(), ServerError> {
         let slot = self.registry.slot(vm)?;
-        slot.unfreeze(&self.registry.env);
-        Ok(())
+        slot.unfreeze(&self.registry.env)
     }
 
     /// The master gave this host the VM in `view`: takes the replica apart and hands its state over.
@@ -258,7 +260,7 @@ impl Drop for ReplicaServer {
             let _ = socket.send_to(&[], self.addr);
         }
         for slot in self.registry.take_all() {
-            slot.close();
+            slot.end(End::Closed);
         }
     }
 }

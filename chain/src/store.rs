@@ -17,7 +17,6 @@ use std::path::PathBuf;
 use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
 
 use crate::image::ImageError;
-use crate::kept::Kept;
 use crate::mark::Mark;
 pub use choose::{StoreOptions, create, reopen};
 pub(crate) use copy::{CUT_PAGES, Changes, Cut, Source};
@@ -144,12 +143,10 @@ impl StoreError {
     }
 }
 
-/// A VM's state, handed over to the process that will run it.
+/// A VM's state, taken out of a store to be run from.
 #[derive(Debug)]
-pub struct Handover {
+pub struct Taken {
     /// The checkpoint.
-    pub epoch: Epoch,
-    /// Exactly which one: a chain whose replicas hold the same can go on from it.
     pub mark: Mark,
     /// Encoded machine state.
     pub machine: Vec<u8>,
@@ -157,8 +154,6 @@ pub struct Handover {
     pub disks: Vec<PathBuf>,
     /// The image's files; the standby has them already.
     pub ram: Vec<OwnedFd>,
-    /// What those after this replica may lack: see [`crate::bridge`].
-    pub kept: Kept,
 }
 
 /// A copy that has begun: what it is read from. Opaque to whoever implements a store over [`VmStore`].
@@ -312,5 +307,5 @@ pub trait ReplicaStore: Send {
     ///
     /// # Errors
     /// [`StoreError::Empty`] without a complete checkpoint.
-    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError>;
+    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Taken, StoreError>;
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, HostId, VmId};
 
+use crate::kept::Kept;
+use crate::mark::Mark;
 use crate::replica::State;
 use crate::store::{Filled, StoreError};
 use crate::view::View;
@@ -70,12 +73,17 @@ pub enum ServerError {
     /// The replica is still joining.
     #[error("{0}")]
     Joining(String),
-    /// A frame has been handled for so long that the replica cannot be stopped: its disk hangs, most likely.
+    /// The replica has been waited for so long, and its disk hangs, most likely.
     #[error(
-        "this host's replica has been busy with one frame for {} ms: its disk hangs, or is very slow",
+        "this host's replica is busy with its disk, for more than {} ms now: the disk hangs, or is very slow",
         .0.as_millis()
     )]
     Busy(Duration),
+    /// There is another replica in that directory, whose disk hangs.
+    #[error(
+        "{0}: an earlier replica is still busy with its disk, which hangs: it has to come back before another one can be made"
+    )]
+    Hangs(String),
     /// A name that cannot be a directory's.
     #[error("a VM cannot be named {0:?}: its disks' directory bears that name")]
     Name(String),
@@ -103,6 +111,23 @@ pub struct ReplicaStatus {
     pub filled: Option<Filled>,
     /// How long the frame in hand has been handled, in milliseconds; 0: none is.
     pub busy_ms: u64,
+}
+
+/// A VM's state, handed over to the process that will run it.
+#[derive(Debug)]
+pub struct Handover {
+    /// The checkpoint.
+    pub epoch: Epoch,
+    /// Exactly which one: a chain whose replicas hold the same can go on from it.
+    pub mark: Mark,
+    /// Encoded machine state.
+    pub machine: Vec<u8>,
+    /// The mirrors' files.
+    pub disks: Vec<PathBuf>,
+    /// The image's files; the standby has them already.
+    pub ram: Vec<OwnedFd>,
+    /// What those after this replica may lack: see [`crate::bridge`].
+    pub kept: Kept,
 }
 
 /// What a replica's driver needs of the server it belongs to.

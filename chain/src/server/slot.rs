@@ -1,22 +1,22 @@
 //! One VM's replica at this host, as the rest of the server sees it: each operation takes the replica's lock once.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Generation, VmId, codec};
 
 use super::board::Board;
-use super::env::{Env, ServerError, ServerOptions, lock};
+use super::env::{Env, Handover, ServerError, ServerOptions, lock, spawn};
 use super::pulses::Pulses;
-use super::state::{Beat, Lack, State};
+use super::state::{Beat, End, Lack, State};
 use crate::greet::{Hello, Role};
 use crate::kept::Buffers;
 use crate::link::{HELLO_LIMIT, Link, WRITE_TIMEOUT};
 use crate::mark::Mark;
 use crate::query::{Query, answer_payload};
 use crate::replica::{Event, FreezeError, Replica};
-use crate::store::{self, Handover, ReplicaStore, Rewound, StoreError};
+use crate::store::{self, ReplicaStore, Rewound, StoreError, Taken};
 use crate::view::{View, VmShape};
 use crate::wire::{Frame, Kind, Payload, WireError};
 
@@ -30,6 +30,11 @@ const OUT_PAUSE: Duration = Duration::from_micros(200);
 const JOINER_PATIENCE: Duration = Duration::from_secs(1);
 /// Owners that are told of acknowledgements: there is one, and perhaps connections that it has given up.
 const OWNERS_MAX: usize = 8;
+
+/// Whoever needs the replica waits for the frame in hand for so long. A disk that takes longer hangs.
+const HANGS: Duration = Duration::from_secs(2);
+/// Between two tries to get the lock.
+const TRY: Duration = Duration::from_micros(50);
 
 pub(super) struct Slot {
     vm: VmId,
@@ -66,50 +71,46 @@ impl Slot {
         })
     }
 
+    /// The replica, unless its disk hangs.
+    fn patiently(&self) -> Result<MutexGuard<'_, State>, ServerError> {
+        let since = Instant::now();
+        loop {
+            match self.state.try_lock() {
+                Ok(state) => return Ok(state),
+                Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if since.elapsed() > HANGS => {
+                    return Err(ServerError::Busy(since.elapsed()));
+                }
+                Err(TryLockError::WouldBlock) => std::thread::sleep(TRY),
+            }
+        }
+    }
+
+    /// Ends what there is of it: now or, if its disk hangs, on a thread once that is over. Whether it has been done.
+    pub(super) fn end(self: Arc<Self>, how: End) -> bool {
+        if let Ok(mut state) = self.patiently() {
+            state.end(how);
+            return true;
+        }
+        let later = move || lock(&self.state).end(how);
+        if let Err(e) = spawn("chain-end", later) {
+            tracing::error!("{e}");
+        }
+        false
+    }
+
     /// Follows a newer configuration; false if it is none.
-    pub(super) fn adopt(&self, view: View) -> bool {
-        let mut state = lock(&self.state);
+    pub(super) fn adopt(&self, view: View) -> Result<bool, ServerError> {
+        let mut state = self.patiently()?;
         let newer = view.generation > state.replica.generation();
         if newer {
             state.adopt(view);
         }
-        newer
-    }
-
-    pub(super) fn retire(&self, generation: Generation) {
-        let mut state = lock(&self.state);
-        if generation <= state.replica.generation()
-            && let Some(up) = state.up.take()
-        {
-            // Still a member, but without a replica: the predecessor has to notice. After a newer decision it stays
-            // connected instead, to be told of it.
-            up.close();
-        }
-        let view = View {
-            generation,
-            chain: Vec::new(),
-            joining: None,
-            ..state.view.clone()
-        };
-        state.replica.adopt(&view);
-        state.note();
-        state.store = None;
-        state.kept.clear();
-        state.hang_up();
-    }
-
-    pub(super) fn close(&self) {
-        let mut state = lock(&self.state);
-        state.hang_up();
-        state.store = None;
-        let up = state.up.take();
-        for link in up.into_iter().chain(state.owners.drain(..)) {
-            link.close();
-        }
+        Ok(newer)
     }
 
     pub(super) fn freeze(&self) -> Result<Mark, ServerError> {
-        let mut state = lock(&self.state);
+        let mut state = self.patiently()?;
         let frozen = state.replica.freeze();
         state.note();
         frozen.map_err(|e| match e {
@@ -119,18 +120,19 @@ impl Slot {
         })
     }
 
-    pub(super) fn unfreeze(&self, env: &Env) {
-        let mut state = lock(&self.state);
+    pub(super) fn unfreeze(&self, env: &Env) -> Result<(), ServerError> {
+        let mut state = self.patiently()?;
         let result = state.run(env, Event::Unfreeze, None);
         state.note();
         if let Err(e) = result {
             tracing::warn!("VM {}: {e}", self.vm);
         }
+        Ok(())
     }
 
     pub(super) fn hand_over(&self, view: &View) -> Result<Handover, ServerError> {
         let (store, mut kept) = {
-            let mut state = lock(&self.state);
+            let mut state = self.patiently()?;
             let kept = std::mem::take(&mut state.kept);
             // From here on the old owner's frames are answered with a refusal.
             state.replica.adopt(view);
@@ -140,9 +142,20 @@ impl Slot {
             (state.store.take().ok_or(StoreError::Empty)?, kept)
         };
         kept.abandon();
-        let mut handover = store.hand_over(view.generation)?;
-        handover.kept = kept;
-        Ok(handover)
+        let Taken {
+            mark,
+            machine,
+            disks,
+            ram,
+        } = store.hand_over(view.generation)?;
+        Ok(Handover {
+            epoch: mark.epoch,
+            mark,
+            machine,
+            disks,
+            ram,
+            kept,
+        })
     }
 
     pub(super) fn rewind(

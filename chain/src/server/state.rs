@@ -6,7 +6,7 @@ mod filling;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use checkpoint::{Epoch, codec};
+use checkpoint::{Epoch, Generation, codec};
 
 use super::board::Board;
 use super::env::{Env, ServerEvent, lock};
@@ -70,6 +70,15 @@ impl Lack {
             is_final: false,
         }
     }
+}
+
+/// How a replica ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// This host is no member any more since that generation, or has no replica in it: whoever speaks is told so.
+    Retired(Generation),
+    /// With all its connections: another one takes its place, or the server ends.
+    Closed,
 }
 
 /// The frame that an event is about.
@@ -180,6 +189,42 @@ impl State {
         }
         let mut actions = VecDeque::new();
         self.replica.step(Event::NextDown, &mut actions);
+    }
+
+    /// The replica is over.
+    pub(super) fn end(&mut self, how: End) {
+        match how {
+            End::Retired(generation) => self.retire(generation),
+            End::Closed => {
+                self.hang_up();
+                self.store = None;
+                let up = self.up.take();
+                for link in up.into_iter().chain(self.owners.drain(..)) {
+                    link.close();
+                }
+            }
+        }
+    }
+
+    fn retire(&mut self, generation: Generation) {
+        if generation <= self.replica.generation()
+            && let Some(up) = self.up.take()
+        {
+            // Still a member, but without a replica: the predecessor has to notice. After a newer decision it stays
+            // connected instead, to be told of it.
+            up.close();
+        }
+        let view = View {
+            generation,
+            chain: Vec::new(),
+            joining: None,
+            ..self.view.clone()
+        };
+        self.replica.adopt(&view);
+        self.note();
+        self.store = None;
+        self.kept.clear();
+        self.hang_up();
     }
 
     pub(super) fn own_frame(&self, kind: Kind, epoch: Epoch) -> Frame {

@@ -13,7 +13,7 @@ use diskbuf::{Durability, ReplicaDisks, Role};
 
 use super::log::{Log, LogError, Options, gfns};
 use super::query::{Files, Memory, Past};
-use super::{Copying, Handover, History, ReplicaStore, Retention, StoreError, VmStore};
+use super::{Copying, History, ReplicaStore, Retention, StoreError, Taken, VmStore};
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -293,7 +293,7 @@ impl ReplicaStore for DurableStore {
         })
     }
 
-    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Taken, StoreError> {
         let handover = Box::new(self.inner).hand_over(generation);
         // What is being folded is of no use any more. It stops at its next step, and the VM does not wait for that.
         self.log.abandon();

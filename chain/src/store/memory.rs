@@ -9,7 +9,7 @@ use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder, 
 use diskbuf::Durability;
 
 use super::query::{Back, Files, Memory, Past};
-use super::{Handover, History, ReplicaStore, Retention, StoreError, VmStore};
+use super::{History, ReplicaStore, Retention, StoreError, Taken, VmStore};
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -187,7 +187,7 @@ impl ReplicaStore for MemoryStore {
         self.inner.copy_past(past, files)
     }
 
-    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Taken, StoreError> {
         Box::new(self.inner).hand_over(generation)
     }
 }

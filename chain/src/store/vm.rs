@@ -12,9 +12,8 @@ use diskbuf::{Durability, Mirror, ReplicaDisks};
 use super::copy::{Copy, Cut};
 use super::out::{CopiedOut, CopyOut};
 use super::query::{Files, Past};
-use super::{Changes, Copying, Handover, ReplicaStore, Source, StoreError};
+use super::{Changes, Copying, ReplicaStore, Source, StoreError, Taken};
 use crate::image::Image;
-use crate::kept::Kept;
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -323,7 +322,7 @@ impl ReplicaStore for VmStore {
         self.machine.as_ref().map(|(_, machine)| machine.as_slice())
     }
 
-    fn hand_over(mut self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(mut self: Box<Self>, generation: Generation) -> Result<Taken, StoreError> {
         self.image.discard();
         let (mark, machine) = self.machine.take().ok_or(StoreError::Empty)?;
         let disks = self
@@ -336,13 +335,11 @@ impl ReplicaStore for VmStore {
             .into_iter()
             .map(|fd| fd.try_clone_to_owned())
             .collect::<Result<_, _>>()?;
-        Ok(Handover {
-            epoch: mark.epoch,
+        Ok(Taken {
             mark,
             machine,
             disks,
             ram,
-            kept: Kept::default(),
         })
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use chain::{ChainClient, ClientEvent, Handover, Mark, ReplicaStore, ServerEvent, StoreError};
+use chain::{ChainClient, ClientEvent, Mark, ReplicaStore, ServerEvent, StoreError, Taken};
 use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder};
 
 use crate::cluster::{Cluster, Owner, PATIENCE, VM, Vm, committed, host, trouble};
@@ -164,7 +164,7 @@ impl ReplicaStore for Failing {
     fn machine_state(&self) -> Option<&[u8]> {
         None
     }
-    fn hand_over(self: Box<Self>, _: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(self: Box<Self>, _: Generation) -> Result<Taken, StoreError> {
         Err(StoreError::Empty)
     }
 }

@@ -6,6 +6,7 @@ mod faults;
 mod first;
 mod flow;
 mod hostile;
+mod hung;
 mod joining;
 mod known;
 mod links;

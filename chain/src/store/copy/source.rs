@@ -217,7 +217,10 @@ impl Source {
         }
         let mut any = false;
         while out.len() < PIECE && self.filled.looked < until {
-            let Some(gfn) = self.next_page()? else { break };
+            let Some(gfn) = self.next_page()? else {
+                self.pages_done();
+                break;
+            };
             any = true;
             let n = self.memory.read(gfn, &mut self.pages).map_err(memory)?;
             self.filled.looked += (n * PAGE_SIZE) as u64;
@@ -264,6 +267,17 @@ impl Source {
         match &self.round {
             Round::First { gfn, .. } => self.memory.next_data(*gfn).map_err(memory),
             Round::Changed { .. } => Ok(None),
+        }
+    }
+
+    /// No page is left of the first round.
+    fn pages_done(&mut self) {
+        if let Round::First { gfn, .. } = &mut self.round {
+            let ends = self
+                .ram
+                .iter()
+                .map(|r| (r.start + r.len) / PAGE_SIZE as u64);
+            *gfn = ends.max().unwrap_or(*gfn);
         }
     }
 

@@ -355,7 +355,7 @@ impl Vm {
         &self.disks[n]
     }
 
-    fn equals(&self, image: &Image, machine: &[u8], what: &str) -> Result<(), String> {
+    pub(super) fn equals(&self, image: &Image, machine: &[u8], what: &str) -> Result<(), String> {
         for (gfn, want) in GFNS.iter().zip(&self.pages) {
             if image.page(*gfn).unwrap() != want {
                 return Err(format!("{what} {}: frame {gfn:#x} is wrong", self.mark));
