@@ -1,11 +1,11 @@
 //! Heartbeats on a path of their own: datagrams, which no bulk data delays and no retransmission holds up.
 //!
 //! ```text
-//!  0            4             6              8        16               24         32      40               44
-//! | magic u32  | version u16 | reserved u16 | vm u64 | generation u64 | from u64 | n u64 | reserved u32=0 | CRC u32 |
+//!  0            4             6              8         24               32         40      48               52
+//! | magic u32  | version u16 | reserved u16 | vm u128 | generation u64 | from u64 | n u64 | reserved u32=0 | CRC u32 |
 //! ```
 //!
-//! All little endian; the checksum is CRC32C of the 44 bytes before it. A connection's packets that are lost hold up
+//! All little endian; the checksum is CRC32C of the 52 bytes before it. A connection's packets that are lost hold up
 //! everything behind them for a fifth of a second and more; a datagram that is lost is followed by the next one. What a
 //! datagram says is that its sender lives, nothing else: one too many delays a suspicion, one too few leaves it to the
 //! heartbeats of the connection. So nothing is ever answered, and what is not understood or not expected is dropped.
@@ -20,7 +20,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::view::View;
 
 /// Bytes of a datagram.
-pub const PULSE: usize = 48;
+pub const PULSE: usize = 56;
 const MAGIC: u32 = u32::from_le_bytes(*b"UPLS");
 const VERSION: u16 = 1;
 /// Ticks without a pulse after which older numbers may be those of a sender that has been started anew, on a clock that
@@ -55,12 +55,14 @@ impl Pulse {
         let mut out = [0; PULSE];
         out[..4].copy_from_slice(&MAGIC.to_le_bytes());
         out[4..6].copy_from_slice(&VERSION.to_le_bytes());
-        let words = [self.vm.0, self.generation.0, self.from, self.n];
-        for (to, word) in out[8..40].chunks_exact_mut(8).zip(words) {
+        let vm: u128 = self.vm.0 as _;
+        out[8..24].copy_from_slice(&vm.to_le_bytes());
+        let words = [self.generation.0, self.from, self.n];
+        for (to, word) in out[24..48].chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        let crc = crc32c::crc32c(&out[..44]);
-        out[44..].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32c::crc32c(&out[..52]);
+        out[52..].copy_from_slice(&crc.to_le_bytes());
         out
     }
 
@@ -74,17 +76,20 @@ impl Pulse {
                 .map_or(0, |b| u64::from_le_bytes(*b))
         };
         let begins = u64::from(MAGIC) | u64::from(VERSION) << 32;
-        let crc = u64::from(crc32c::crc32c(&bytes[..44])) << 32;
+        let crc = u64::from(crc32c::crc32c(&bytes[..52])) << 32;
         // The reserved fields are zero, as part of these two words.
-        if word(0) != begins || word(40) != crc {
+        if word(0) != begins || word(48) != crc {
             return None;
         }
-        Some(Pulse {
-            vm: VmId(word(8)),
-            generation: Generation(word(16)),
-            from: word(24),
-            n: word(32),
-        })
+        let vm = bytes[8..].first_chunk();
+        let pulse = Pulse {
+            vm: VmId(vm.map_or(0, |b| u128::from_le_bytes(*b)) as _),
+            generation: Generation(word(24)),
+            from: word(32),
+            n: word(40),
+        };
+        // A number too large for a VM's would be cut to another one's.
+        (pulse.to_bytes() == *bytes).then_some(pulse)
     }
 }
 
@@ -248,20 +253,23 @@ mod tests {
         assert_eq!(bytes[..8], *b"UPLS\x01\0\0\0");
         assert_eq!(
             bytes[8..24],
-            [7, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]
+            [7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
         );
-        assert_eq!(bytes[24..32], [1, 2, 3, 4, 5, 6, 7, 8]);
-        assert_eq!(bytes[32..44], [9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(bytes[44..], crc32c::crc32c(&bytes[..44]).to_le_bytes());
+        assert_eq!(
+            bytes[24..40],
+            [3, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+        );
+        assert_eq!(bytes[40..52], [9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes[52..], crc32c::crc32c(&bytes[..52]).to_le_bytes());
     }
 
     #[test]
     fn another_version_and_reserved_fields_are_not_guessed_at() {
-        for at in [0, 4, 6, 7, 40, 43] {
+        for at in [0, 4, 6, 7, 48, 51] {
             let mut bytes = pulse(3, 5, 9).to_bytes();
             bytes[at] ^= 0x40;
-            let crc = crc32c::crc32c(&bytes[..44]);
-            bytes[44..].copy_from_slice(&crc.to_le_bytes());
+            let crc = crc32c::crc32c(&bytes[..52]);
+            bytes[52..].copy_from_slice(&crc.to_le_bytes());
             assert_eq!(Pulse::from_bytes(&bytes), None, "byte {at}");
         }
     }
@@ -370,7 +378,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_pulse_comes_back(vm: u64, generation: u64, from: u64, n: u64) {
-            let pulse = Pulse { vm: VmId(vm), generation: Generation(generation), from, n };
+            let pulse = Pulse { vm: VmId(vm as _), generation: Generation(generation), from, n };
             prop_assert_eq!(Pulse::from_bytes(&pulse.to_bytes()), Some(pulse));
         }
 
