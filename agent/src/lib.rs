@@ -11,7 +11,10 @@ mod entry;
 pub mod epoch;
 #[doc(hidden)]
 pub mod fault;
+pub mod host;
 pub mod ipc;
+pub mod lab;
 pub mod probe;
+pub mod rank;
 
 pub use entry::main;

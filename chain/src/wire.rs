@@ -11,6 +11,7 @@
 //! any other (invariant I4). Payloads are described in docs/wire-format.md.
 
 use std::io::{self, IoSlice, Read, Write};
+use std::sync::Arc;
 
 use checkpoint::{Epoch, Generation, VmId};
 
@@ -186,19 +187,34 @@ fn header(frame: &Frame, length: usize, crc: u32) -> [u8; HEADER] {
     h
 }
 
-/// A payload as received, with the checksum that it bears and that has been verified. Reused from frame to frame.
+/// A payload as received, with the checksum that it bears and that has been verified. Reused from frame to frame; a clone
+/// shares the content, so that a frame may be kept and wait to be sent without a copy.
 #[derive(Clone, Debug, Default)]
 pub struct Payload {
-    bytes: Vec<u8>,
+    bytes: Arc<Vec<u8>>,
     crc: u32,
 }
 
 impl Payload {
+    /// The buffer, empty, for another content; a new one if somebody still needs the one there is.
+    fn empty(&mut self) -> &mut Vec<u8> {
+        if Arc::get_mut(&mut self.bytes).is_none() {
+            self.bytes = Arc::default();
+        }
+        let bytes = Arc::make_mut(&mut self.bytes);
+        bytes.clear();
+        bytes
+    }
+
     /// Replaces the content by one that is to be sent.
     pub fn fill(&mut self, content: &[u8]) {
-        self.bytes.clear();
-        self.bytes.extend_from_slice(content);
+        self.empty().extend_from_slice(content);
         self.crc = crc32c::crc32c(content);
+    }
+
+    /// The checksum that it bears.
+    pub(crate) fn crc(&self) -> u32 {
+        self.crc
     }
 
     /// Memory it takes, in bytes.
@@ -234,22 +250,10 @@ pub fn forward(to: &mut impl Write, frame: &Frame, payload: &Payload) -> io::Res
 }
 
 fn write_parts(to: &mut impl Write, frame: &Frame, payload: &[u8], crc: u32) -> io::Result<()> {
-    if payload.len() > PAYLOAD_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            WireError::TooLong(payload.len()),
-        ));
-    }
-    let header = header(frame, payload.len(), crc);
-    let total = HEADER + payload.len();
+    let header = Header::new(frame, payload.len(), crc)?;
     let mut done = 0;
-    while done < total {
-        let slices = if done < HEADER {
-            [IoSlice::new(&header[done..]), IoSlice::new(payload)]
-        } else {
-            [IoSlice::new(&payload[done - HEADER..]), IoSlice::new(&[])]
-        };
-        match to.write_vectored(&slices) {
+    while done < HEADER + payload.len() {
+        match to.write_vectored(&header.rest(payload, done)) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => done += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -257,6 +261,30 @@ fn write_parts(to: &mut impl Write, frame: &Frame, payload: &[u8], crc: u32) -> 
         }
     }
     Ok(())
+}
+
+/// A frame's header, ready to be sent.
+#[derive(Clone, Debug)]
+pub(crate) struct Header([u8; HEADER]);
+
+impl Header {
+    /// For a payload of that length and checksum.
+    pub(crate) fn new(frame: &Frame, length: usize, crc: u32) -> io::Result<Self> {
+        if length > PAYLOAD_MAX {
+            let long = WireError::TooLong(length);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, long));
+        }
+        Ok(Self(header(frame, length, crc)))
+    }
+
+    /// What is left of header and payload once `done` bytes of both have been sent.
+    pub(crate) fn rest<'a>(&'a self, payload: &'a [u8], done: usize) -> [IoSlice<'a>; 2] {
+        if done < HEADER {
+            [IoSlice::new(&self.0[done..]), IoSlice::new(payload)]
+        } else {
+            [IoSlice::new(&payload[done - HEADER..]), IoSlice::new(&[])]
+        }
+    }
 }
 
 /// Reads one frame; `payload` is replaced by its payload, verified.
@@ -276,9 +304,9 @@ pub fn read(from: &mut impl Read, payload: &mut Payload) -> Result<Frame, WireEr
         }
     }
     let (frame, length, crc) = parse(&h)?;
-    payload.bytes.clear();
-    payload.bytes.reserve(length);
-    let read = from.take(length as u64).read_to_end(&mut payload.bytes)?;
+    let bytes = payload.empty();
+    bytes.reserve(length);
+    let read = from.take(length as u64).read_to_end(bytes)?;
     if read != length {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
@@ -404,7 +432,7 @@ mod tests {
         let mut out = Vec::new();
         forward(&mut out, &frame, &payload).unwrap();
         assert_eq!(out, bytes(b"hello"));
-        payload.bytes[2] ^= 1;
+        Arc::make_mut(&mut payload.bytes)[2] ^= 1;
         out.clear();
         forward(&mut out, &frame, &payload).unwrap();
         assert!(matches!(

@@ -6,9 +6,15 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::child::proto::{FromChild, Start, ToChild};
 use crate::ipc::{self, IpcError};
+
+/// Between looks whether a killed process is gone: at first, and at most.
+const POLL: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(50));
+/// How long the last holder of a handle waits for its process to be gone.
+const REAP: Duration = Duration::from_secs(2);
 
 /// A running VM process.
 #[derive(Debug)]
@@ -82,16 +88,39 @@ impl ChildHandle {
         )
     }
 
-    /// Ends it at once and waits for it: afterwards its descriptors (taps, images) are free again.
+    /// Ends it at once, without waiting: a process in the middle of a disk's I/O may take its time.
     pub fn kill(&self) {
         let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = process.kill();
-        let _ = process.wait();
+    }
+
+    /// Waits, after [`ChildHandle::kill`], until it is gone: its descriptors (taps, images) are free again then. False if it
+    /// is not within `patience`.
+    #[must_use]
+    pub fn wait_gone(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut pause = POLL.0;
+        loop {
+            let gone = {
+                let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+                process.try_wait()
+            };
+            match gone {
+                Ok(None) if Instant::now() < deadline => {
+                    std::thread::sleep(pause);
+                    pause = POLL.1.min(pause * 2);
+                }
+                Ok(None) => return false,
+                Ok(Some(_)) | Err(_) => return true,
+            }
+        }
     }
 }
 
 impl Drop for ChildHandle {
     fn drop(&mut self) {
         self.kill();
+        // Reaped, unless it hangs: then this process's end does so.
+        let _ = self.wait_gone(REAP);
     }
 }

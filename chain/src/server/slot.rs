@@ -12,7 +12,7 @@ use super::pulses::Pulses;
 use super::state::{Beat, Lack, State};
 use crate::greet::{Hello, Role};
 use crate::kept::Buffers;
-use crate::link::{HELLO_LIMIT, Link};
+use crate::link::{HELLO_LIMIT, Link, WRITE_TIMEOUT};
 use crate::mark::Mark;
 use crate::query::{Query, answer_payload};
 use crate::replica::{Event, FreezeError, Replica};
@@ -24,6 +24,12 @@ use crate::wire::{Frame, Kind, Payload, WireError};
 const OUT_PIECE: usize = 1 << 20;
 /// ... and in between somebody else may have the lock.
 const OUT_PAUSE: Duration = Duration::from_micros(200);
+
+/// A joining replica for which so much waits that the chain is held up may take nothing for this long; nobody else waits
+/// for it.
+const JOINER_PATIENCE: Duration = Duration::from_secs(1);
+/// Owners that are told of acknowledgements: there is one, and perhaps connections that it has given up.
+const OWNERS_MAX: usize = 8;
 
 pub(super) struct Slot {
     vm: VmId,
@@ -199,7 +205,7 @@ impl Slot {
                 generation: mine,
                 ..state.own_frame(Kind::Refused, Epoch::ZERO)
             };
-            link.send(&refusal, &[])?;
+            link.post(&refusal, &[])?;
             return Ok(false);
         }
         if let Some(lack) = obstacle(&state, env, frame.generation, hello) {
@@ -208,7 +214,7 @@ impl Slot {
                 true => Kind::Declined,
                 false => Kind::NotReady,
             };
-            link.send(&state.own_frame(kind, Epoch::ZERO), &payload)?;
+            link.post(&state.own_frame(kind, Epoch::ZERO), &payload)?;
             return Ok(false);
         }
         let holds = match hello.role {
@@ -217,7 +223,7 @@ impl Slot {
         };
         let holds = holds.map(|mark| mark.to_bytes());
         let payload = holds.as_ref().map_or(&[][..], |bytes| &bytes[..]);
-        link.send(&state.own_frame(Kind::HelloOk, Epoch::ZERO), payload)?;
+        link.post(&state.own_frame(Kind::HelloOk, Epoch::ZERO), payload)?;
         // What was acknowledged while nobody listened must not be lost with the old connection.
         let acked = match hello.role {
             Role::Update => state.replica.acked_up(),
@@ -225,14 +231,19 @@ impl Slot {
             Role::Query | Role::Look | Role::Probe => None,
         };
         if let Some(acked) = acked {
-            link.send(&state.own_frame(Kind::Ack, acked), &[])?;
+            link.post(&state.own_frame(Kind::Ack, acked), &[])?;
         }
         match hello.role {
             Role::Update => {
                 state.up = Some(link.clone());
                 state.tell_refusal();
             }
-            Role::Acks => state.owners.push(link.clone()),
+            Role::Acks => {
+                if state.owners.len() == OWNERS_MAX {
+                    state.owners.remove(0).close();
+                }
+                state.owners.push(link.clone());
+            }
             Role::Query | Role::Look | Role::Probe => {}
         }
         Ok(true)
@@ -255,9 +266,40 @@ impl Slot {
         link: &Arc<Link>,
     ) -> Result<(), WireError> {
         self.board.busy(env.now_ms());
-        let result = lock(&self.state).frame(env, frame, payload, link);
+        let handled = self.handle(env, frame, payload, link);
         self.board.idle();
-        result
+        let (down, patience) = handled?;
+        // A next replica that is slow holds up who feeds this one, and nobody who needs its lock.
+        if let Some(down) = down {
+            down.wait_for_room(patience);
+        }
+        Ok(())
+    }
+
+    /// The next replica, and for how long it may take nothing.
+    fn handle(
+        &self,
+        env: &Env,
+        frame: &Frame,
+        payload: Payload,
+        link: &Arc<Link>,
+    ) -> Result<(Option<Arc<Link>>, Duration), WireError> {
+        let jobs = {
+            let mut state = lock(&self.state);
+            let handled = state.frame(env, frame, payload, link);
+            let jobs = std::mem::take(&mut state.jobs);
+            handled.map(|()| jobs)?
+        };
+        for job in jobs {
+            let done = job.run(|| self.board.busy(env.now_ms()));
+            lock(&self.state).done(env, done, link)?;
+        }
+        let state = lock(&self.state);
+        let patience = match state.replica.is_tail() {
+            true => JOINER_PATIENCE,
+            false => WRITE_TIMEOUT,
+        };
+        Ok((state.down.clone(), patience))
     }
 
     /// The owner does not run the VM any more.
@@ -294,7 +336,7 @@ impl Slot {
                     generation: replica.generation(),
                     ..state.own_frame(Kind::Refused, Epoch::ZERO)
                 };
-                return Ok(link.send(&refusal, &[])?);
+                return Ok(link.post(&refusal, &[])?);
             }
             let newest = replica.hist();
             let kept = state.store.as_mut().and_then(|store| store.history());

@@ -1,22 +1,23 @@
 //! What a replica's lock protects: the state machine, its store and its links; carries out the machine's actions.
 
 mod content;
+mod filling;
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use checkpoint::{Epoch, codec};
 
 use super::board::Board;
 use super::env::{Env, ServerEvent, lock};
-use super::joiner::{self, Feeding};
 use crate::kept::{Buffers, KEPT_MAX, Kept, base_of, end_of};
 use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::replica::{Action, Event, Replica};
 use crate::store::ReplicaStore;
 use crate::view::View;
 use crate::wire::{FLAG_DECLINED, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
+pub(super) use content::Job;
+pub(super) use filling::{Copier, Feeding};
 
 /// Where heartbeats go and what they say.
 pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
@@ -37,10 +38,8 @@ pub(super) struct State {
     keep: bool,
     /// Somebody fills a joining replica, and waits for the moment between two checkpoints.
     pub(super) feeding: Option<Feeding>,
-    /// The joining replica has said all that its disks hold.
-    pub(super) compared: bool,
-    /// In so many frames so far.
-    pub(super) digest_frames: u64,
+    /// What is to be done before the next frame, without the lock.
+    pub(super) jobs: Vec<Job>,
     /// Why there is no next replica yet.
     pub(super) lack: Option<Lack>,
     /// What the predecessor has been told of a host that declines: once more for one that connects later.
@@ -132,8 +131,7 @@ impl State {
             buffers,
             keep: false,
             feeding: None,
-            compared: false,
-            digest_frames: 0,
+            jobs: Vec::new(),
             lack: None,
             refusal: None,
             owners: Vec::new(),
@@ -176,12 +174,7 @@ impl State {
     pub(super) fn hang_up(&mut self) {
         *lock(&self.beat) = None;
         self.found_next();
-        if self.feeding.take().is_some()
-            && let Some(store) = &mut self.store
-        {
-            store.copy_end();
-            self.board.note_filling(None);
-        }
+        self.stop_filling();
         if let Some(down) = self.down.take() {
             down.close();
         }
@@ -218,10 +211,16 @@ impl State {
             self.refusal = Some((*frame, payload.to_vec()));
         }
         if let Some(up) = &self.up
-            && up.send(frame, payload).is_err()
+            && up.post(frame, payload).is_err()
         {
             self.up = None;
         }
+    }
+
+    /// Tells whoever waits for this tail's acknowledgements.
+    fn tell_owners(&mut self, frame: &Frame, payload: &[u8]) {
+        self.owners
+            .retain(|owner| owner.post(frame, payload).is_ok());
     }
 
     /// Somebody has connected as the predecessor.
@@ -287,7 +286,7 @@ impl State {
         } else {
             self.buffers.give(payload);
         }
-        joiner::send_the_rest(self, env);
+        self.cut_if_due(env);
         result
     }
 
@@ -363,7 +362,7 @@ impl State {
         match action {
             Action::Forward => {
                 if let (Some(down), Some(hand)) = (&self.down, hand)
-                    && let Err(e) = down.forward(hand.frame, hand.payload)
+                    && let Err(e) = down.post_on(hand.frame, hand.payload)
                 {
                     self.lost_next(&e.to_string());
                 }
@@ -371,11 +370,12 @@ impl State {
             Action::Keep => self.keep = true,
             Action::Resend { after } => {
                 let generation = self.replica.generation();
-                let joins = self.replica.is_tail();
+                let mut frames = self.kept.after(after, generation);
                 if let Some(down) = &self.down
-                    && let Err(e) = if joins { down.set_queued() } else { Ok(()) }
-                        .and_then(|()| self.kept.resend(down, after, generation))
+                    && let Err(e) =
+                        frames.try_for_each(|(frame, payload)| down.post_on(&frame, payload))
                 {
+                    drop(frames);
                     self.lost_next(&e.to_string());
                 }
             }
@@ -384,7 +384,7 @@ impl State {
             Action::SayComplete(epoch) => {
                 let frame = self.own_frame(Kind::Complete, epoch);
                 if let Some(down) = &self.down
-                    && let Err(e) = down.send(&frame, &[])
+                    && let Err(e) = down.post(&frame, &[])
                 {
                     self.lost_next(&e.to_string());
                 }
@@ -397,10 +397,10 @@ impl State {
                 let flags = hand.map_or(0, |hand| hand.frame.flags);
                 if flags & (FLAG_INSTALL | FLAG_KEEP) != 0 {
                     let failed = self.on_store(|store| store.begin_install(generation, epoch));
-                    return Ok(match flags & FLAG_INSTALL != 0 {
-                        true => failed.or_else(|| self.say_digests(hand)),
-                        false => failed,
-                    });
+                    if failed.is_none() && flags & FLAG_INSTALL != 0 {
+                        self.say_digests(hand);
+                    }
+                    return Ok(failed);
                 }
                 return Ok(self.on_store(|store| store.begin(generation, epoch, full)));
             }
@@ -415,7 +415,7 @@ impl State {
             }
             Action::Compare => {
                 if let Some(hand) = hand {
-                    return self.compare(hand);
+                    self.compare(hand)?;
                 }
             }
             Action::Prepare { .. } => {
@@ -427,11 +427,13 @@ impl State {
                 if let Some(store) = &mut self.store {
                     store.commit(mark);
                 }
+                // Whoever hears the acknowledgement may ask.
+                self.note();
             }
             Action::AckUp(epoch) => self.tell_up(Kind::Ack, epoch, &[]),
             Action::AckOwner(epoch) => {
                 let frame = self.own_frame(Kind::Ack, epoch);
-                self.owners.retain(|owner| owner.send(&frame, &[]).is_ok());
+                self.tell_owners(&frame, &[]);
             }
             Action::Refuse(generation) => {
                 if let Some(hand) = hand {
@@ -439,7 +441,7 @@ impl State {
                         generation,
                         ..self.own_frame(Kind::Refused, Epoch::ZERO)
                     };
-                    hand.link.send(&refusal, &[])?;
+                    hand.link.post(&refusal, &[])?;
                 }
             }
             Action::Suspect(silence_ms) => {
@@ -461,9 +463,4 @@ impl State {
         let vm = self.view.vm;
         let _ = env.events.send(ServerEvent::Failed { vm, why });
     }
-}
-
-/// Why a frame that should not come ends a connection, as an I/O error.
-pub(super) fn other(why: impl std::fmt::Display) -> io::Error {
-    io::Error::other(why.to_string())
 }

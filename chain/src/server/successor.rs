@@ -145,8 +145,11 @@ fn listen(slot: &Arc<Slot>, env: &Arc<Env>, view: &View, peer: Greeted) -> bool 
                 }
             }
             Kind::Digests => {
-                if let Err(e) = state.digests(&payload) {
-                    break e.to_string();
+                // Whoever copies may take a while to look at them: not with the lock.
+                let copier = state.copier().cloned();
+                drop(state);
+                if let Some(copier) = copier {
+                    let _ = copier.digests.send(payload.to_vec());
                 }
             }
             Kind::Broken | Kind::JoinerReady => state.pass_up(&frame, &payload),
@@ -156,7 +159,7 @@ fn listen(slot: &Arc<Slot>, env: &Arc<Env>, view: &View, peer: Greeted) -> bool 
                     ..state.own_frame(Kind::Refused, Epoch::ZERO)
                 };
                 if let Some(up) = &state.up {
-                    let _ = up.send(&newer, &[]);
+                    let _ = up.post(&newer, &[]);
                 }
             }
             _ => break format!("it sent an unexpected frame ({:?})", frame.kind),

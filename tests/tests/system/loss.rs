@@ -16,12 +16,9 @@ const HOSTS: [&str; 2] = ["a", "b"];
 const ANSWERS: u64 = 3000;
 
 fn iptables(cluster: &Cluster, host: &str, rule: &str) {
-    let namespace = cluster.network().namespace(host);
-    let output = Command::new("ip")
-        .args(["netns", "exec", &namespace, "iptables"])
-        .args(rule.split(' '))
-        .output()
-        .unwrap_or_else(|e| panic!("ip netns exec: {e}"));
+    let run = || Command::new("iptables").args(rule.split(' ')).output();
+    let output = cluster.network().within(host, run);
+    let output = output.unwrap_or_else(|e| panic!("iptables: {e}"));
     assert!(
         output.status.success(),
         "iptables {rule}: {}",

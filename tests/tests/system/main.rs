@@ -19,6 +19,7 @@ mod processor;
 mod rejoin;
 mod rewind;
 mod several;
+mod soak;
 mod superseded;
 mod switch;
 mod total;

@@ -1,0 +1,60 @@
+//! What all parts of an agent share. Nothing here changes, or it locks itself.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use chain::ReplicaServer;
+use chain::master::Master;
+use checkpoint::HostId;
+
+use super::events::EventLog;
+use crate::config::HostConfig;
+
+/// Of one agent.
+pub(super) struct Env {
+    pub config: HostConfig,
+    pub host: HostId,
+    /// The other hosts' chain servers.
+    pub peers: Arc<BTreeMap<HostId, SocketAddr>>,
+    pub master: Arc<dyn Master>,
+    /// The master, or its member, on this host.
+    pub serving: Option<Arc<dyn Master>>,
+    pub replicas: ReplicaServer,
+    pub events: EventLog,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A thread that panics ends the process (see `vital`), so a poisoned lock is never met.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends the process if the thread that holds it panics.
+struct Vital(&'static str);
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("the agent cannot go on without its thread {:?}", self.0);
+            std::process::abort();
+        }
+    }
+}
+
+/// Starts a thread that the agent cannot do without: if it panics the process ends, and whoever watches over it starts it
+/// again. A VM that its agent silently hears no more is worse.
+///
+/// # Errors
+/// When there is no thread to be had.
+pub(super) fn vital(
+    name: &'static str,
+    run: impl FnOnce() + Send + 'static,
+) -> std::io::Result<()> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(move || {
+            let _vital = Vital(name);
+            run();
+        })
+        .map(drop)
+}
