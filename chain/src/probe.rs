@@ -5,6 +5,7 @@
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Generation, HostId, VmId, codec};
@@ -16,6 +17,11 @@ use crate::wire::{self, Kind, Payload, WireError};
 
 /// Longest encoded [`Alive`], in bytes.
 pub(crate) const ALIVE_LIMIT: usize = 16 << 10;
+/// A host that has not answered after this is asked once more, besides.
+const AGAIN: Duration = Duration::from_millis(100);
+/// ... so many times in all, at most.
+const QUESTIONS_MAX: u32 = 8;
+const MOMENT: Duration = Duration::from_millis(20);
 /// Longest text in it, in bytes: what fails may say much.
 const TEXT_MAX: usize = 4 << 10;
 
@@ -91,11 +97,34 @@ pub enum ProbeError {
     Stranger(Stranger),
 }
 
+impl ProbeError {
+    /// Nothing has come at all, yet.
+    fn is_late(&self) -> bool {
+        let late = |e: &io::Error| {
+            matches!(
+                e.kind(),
+                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+            )
+        };
+        match self {
+            Self::Connect { source, .. } => late(source),
+            Self::Silent {
+                source: WireError::Io(source),
+                ..
+            } => late(source),
+            _ => false,
+        }
+    }
+}
+
 /// Asks `member`'s host how its replica of `vm` gets on, for the host `from`, which follows `generation`; has the answer
 /// within `patience` in all.
 ///
+/// Asked again every 100 ms over another connection, as long as there is no answer: one lost packet can hold up a connection
+/// for longer than anybody's patience, and is no sign of death.
+///
 /// # Errors
-/// [`ProbeError`], which says how far it got.
+/// [`ProbeError`], which says how far the last one got that ended.
 pub fn probe(
     member: &Member,
     vm: VmId,
@@ -104,7 +133,48 @@ pub fn probe(
     patience: Duration,
 ) -> Result<Alive, ProbeError> {
     let until = Instant::now() + patience;
-    let connected = TcpStream::connect_timeout(&member.addr, patience);
+    let (sender, answers) = channel();
+    let (mut asked, mut open) = (0, 0);
+    let mut last = silent(member, io::ErrorKind::TimedOut.into());
+    loop {
+        let now = Instant::now();
+        if now < until && asked < QUESTIONS_MAX {
+            let (to, from, sender) = (member.clone(), from.clone(), sender.clone());
+            let ask = move || {
+                let _ = sender.send(probe_once(&to, vm, generation, &from, until));
+            };
+            match std::thread::Builder::new().name("probe".into()).spawn(ask) {
+                Ok(_) => (asked, open) = (asked + 1, open + 1),
+                Err(e) => last = silent(member, e),
+            }
+        }
+        // Each question ends by itself when the time is over; it may take a moment to say so.
+        let left = until.saturating_duration_since(now);
+        match answers.recv_timeout(left.min(AGAIN).max(MOMENT)) {
+            Ok(Err(e)) if e.is_late() && open > 1 => (open, last) = (open - 1, e),
+            Ok(answer) => return answer,
+            Err(_) if now < until => {}
+            Err(_) => return Err(last),
+        }
+    }
+}
+
+fn silent(member: &Member, source: io::Error) -> ProbeError {
+    ProbeError::Silent {
+        host: member.host.clone(),
+        addr: member.addr,
+        source: source.into(),
+    }
+}
+
+fn probe_once(
+    member: &Member,
+    vm: VmId,
+    generation: Generation,
+    from: &HostId,
+    until: Instant,
+) -> Result<Alive, ProbeError> {
+    let connected = left(until).and_then(|left| TcpStream::connect_timeout(&member.addr, left));
     let stream = connected.map_err(|source| ProbeError::Connect {
         host: member.host.clone(),
         addr: member.addr,

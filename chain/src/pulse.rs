@@ -80,12 +80,15 @@ impl Pulse {
         if word(0) != begins || word(48) != crc {
             return None;
         }
-        Some(Pulse {
-            vm: VmId(u128::from(word(8)) | u128::from(word(16)) << 64),
+        let vm = bytes[8..].first_chunk();
+        let pulse = Pulse {
+            vm: VmId(vm.map_or(0, |b| u128::from_le_bytes(*b))),
             generation: Generation(word(24)),
             from: word(32),
             n: word(40),
-        })
+        };
+        // A number too large for a VM's would be cut to another one's.
+        (pulse.to_bytes() == *bytes).then_some(pulse)
     }
 }
 
@@ -251,8 +254,10 @@ mod tests {
             bytes[8..24],
             [7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
         );
-        assert_eq!(bytes[24..32], [3, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(bytes[32..40], [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(
+            bytes[24..40],
+            [3, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+        );
         assert_eq!(bytes[40..52], [9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(bytes[52..], crc32c::crc32c(&bytes[..52]).to_le_bytes());
     }
@@ -371,8 +376,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_pulse_comes_back(vm: u128, generation: u64, from: u64, n: u64) {
-            let pulse = Pulse { vm: VmId(vm), generation: Generation(generation), from, n };
+        fn every_pulse_comes_back(vm: u64, generation: u64, from: u64, n: u64) {
+            let pulse = Pulse { vm: VmId(vm as _), generation: Generation(generation), from, n };
             prop_assert_eq!(Pulse::from_bytes(&pulse.to_bytes()), Some(pulse));
         }
 

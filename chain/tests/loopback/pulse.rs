@@ -186,3 +186,47 @@ fn h19_the_same_datagrams_unspoilt_are_heard() {
     suspects(&cluster, 1);
     has_not_suspected(&cluster, 0);
 }
+
+/// A way to `target` on which the first connections are made and then stand still.
+fn stalling(target: std::net::SocketAddr, mut still: usize) -> std::net::SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut held = Vec::new();
+        for client in listener.incoming().flatten() {
+            if still > 0 {
+                still -= 1;
+                held.push(client);
+                continue;
+            }
+            let server = std::net::TcpStream::connect(target).unwrap();
+            let ends = [&client, &server].map(|end| end.try_clone().unwrap());
+            for (mut from, mut to) in [
+                (client, server),
+                (ends[1].try_clone().unwrap(), ends[0].try_clone().unwrap()),
+            ] {
+                std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+            }
+        }
+    });
+    addr
+}
+
+#[test]
+fn h19_a_host_is_alive_if_any_of_several_questions_is_answered() {
+    let (cluster, _owner) = begun(1);
+    let mut member = cluster.hosts[0].member.clone();
+    let target = cluster.hosts[0].server().addr();
+    let from = host("owner");
+    member.addr = stalling(target, 2);
+    let alive = chain::probe(&member, VM, Generation(2), &from, PATIENCE).unwrap();
+    assert_eq!(alive.host, member.host);
+    // One that never answers is silent, however often it is asked.
+    member.addr = stalling(target, usize::MAX);
+    let patience = Duration::from_millis(450);
+    let silent = chain::probe(&member, VM, Generation(2), &from, patience).unwrap_err();
+    assert!(
+        matches!(silent, chain::ProbeError::Silent { .. }),
+        "{silent}"
+    );
+}
