@@ -17,8 +17,7 @@ fn soak(args: &[&str]) -> (bool, serde_json::Value, String) {
         .expect("running the soak");
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     let text = String::from_utf8_lossy(&output.stdout);
-    let report =
-        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{errors}"));
+    let report = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{errors}"));
     (output.status.success(), report, errors)
 }
 
