@@ -393,8 +393,9 @@ impl Lab {
     pub fn log_tail(&self, name: &str, lines: usize) -> String {
         let text = fs::read(self.path(&format!("{name}.log"))).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let lines: Vec<&str> = text.lines().rev().take(lines).collect();
-        lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
+        let mut lines: Vec<String> = text.lines().rev().take(lines).map(plain).collect();
+        lines.reverse();
+        lines.join("\n  ")
     }
 
     /// `why`, with the ends of all hosts' logs, which are kept.
@@ -403,12 +404,12 @@ impl Lab {
             .options
             .hosts
             .iter()
-            .map(|name| format!("{name}: {}", self.log_tail(name, LOG_LINES)))
+            .map(|name| format!("\n{name}:\n  {}", self.log_tail(name, LOG_LINES)))
             .collect();
         LabError::Logs {
             why: why.to_string(),
             dir: self.keep_logs().into(),
-            tails: tails.join("; "),
+            tails: tails.concat(),
         }
     }
 
@@ -416,6 +417,16 @@ impl Lab {
     #[must_use]
     pub fn is_running(&self, name: &str) -> bool {
         self.with(name, |h| h.state == State::On).unwrap_or(false)
+    }
+
+    /// How an agent has ended that nobody here ended.
+    #[must_use]
+    pub fn ended_by_itself(&self, name: &str) -> Option<String> {
+        let ended = |host: &mut Host| {
+            let agent = host.agent.as_mut().filter(|_| host.state == State::On)?;
+            agent.try_wait().ok().flatten().map(|s| s.to_string())
+        };
+        self.with(name, ended).ok().flatten()
     }
 
     /// A connection to the agent of `name`.
@@ -735,6 +746,14 @@ impl Lab {
     }
 }
 
+/// A line without the colours of a terminal.
+fn plain(line: &str) -> String {
+    let mut parts = line.split("\x1b[");
+    let first = parts.next().unwrap_or_default();
+    let rest = parts.map(|part| part.split_once('m').map_or(part, |(_, text)| text));
+    std::iter::once(first).chain(rest).collect()
+}
+
 impl Drop for Lab {
     fn drop(&mut self) {
         for name in &self.names {
@@ -746,5 +765,17 @@ impl Drop for Lab {
         if !self.keep.load(Ordering::Relaxed) {
             let _ = fs::remove_dir_all(&self.dir);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn colours_are_taken_out_of_a_log() {
+        assert_eq!(
+            super::plain("\x1b[2m12:00\x1b[0m \x1b[32mINFO\x1b[0m up"),
+            "12:00 INFO up"
+        );
+        assert_eq!(super::plain("no colours"), "no colours");
     }
 }

@@ -53,7 +53,7 @@ pub enum LabError {
         seconds: u64,
     },
     /// An agent does not start.
-    #[error("host {host}: {why}; its log ends with: {log}")]
+    #[error("host {host}: {why}; its log ends with\n  {log}")]
     Agent {
         /// Whose.
         host: String,
@@ -66,7 +66,7 @@ pub enum LabError {
     #[error(transparent)]
     InVain(#[from] InVain),
     /// The same, with what the hosts' logs say.
-    #[error("{why}; logs in {}: {tails}", dir.display())]
+    #[error("{why}\nlogs in {}, which end with{tails}", dir.display())]
     Logs {
         /// What went wrong.
         why: String,

@@ -219,7 +219,12 @@ impl Soak {
     fn settle(&self) -> Result<(), SoakError> {
         for (vm, clients) in self.vms.iter().zip(&self.clients) {
             let mut last = None;
+            let mut dead = None;
             let whole = wait_for(&format!("{vm} to be protected again"), PROTECTED, || {
+                dead = self.dead_agent();
+                if dead.is_some() {
+                    return Some(());
+                }
                 let (_, status) = self.lab.owner(vm)?;
                 let whole = status.protected
                     && status.pid != 0
@@ -228,6 +233,9 @@ impl Soak {
                 whole.then_some(())
             });
             whole.map_err(|e| SoakError::Found(format!("{e}; its owner says {last:?}")))?;
+            if let Some(dead) = dead {
+                return Err(SoakError::Found(dead));
+            }
             let target = clients.answers() + ANSWERS;
             let answers = wait_for(&format!("answers of {vm}"), SETTLED, || {
                 // A machine that has forgotten its connections answers nothing any more: why is in the history.
@@ -237,6 +245,13 @@ impl Soak {
             answers.map_err(|e| SoakError::Found(e.to_string()))?;
         }
         Ok(())
+    }
+
+    fn dead_agent(&self) -> Option<String> {
+        self.lab.hosts().iter().find_map(|host| {
+            let how = self.lab.ended_by_itself(host)?;
+            Some(format!("the agent of {host} ended by itself: {how}"))
+        })
     }
 
     fn check_connections(&self, may: Option<usize>) -> Result<(), SoakError> {
@@ -259,20 +274,21 @@ impl Soak {
         Ok(())
     }
 
+    /// What is left over goes away soon, or is a leak.
     fn check_leaks(&self) -> Result<(), SoakError> {
-        let mut last = None;
+        let mut last = String::new();
         let placed = wait_for("nothing to be left over", SETTLED, || {
-            last = leaks::out_of_place(&self.lab, self.vms.len()).ok()?;
-            last.is_none().then_some(())
+            let odd = leaks::out_of_place(&self.lab, self.vms.len()).ok()?;
+            let grown = Fullest::now(&self.lab).ok()?.beyond(&self.first);
+            match odd.or(grown) {
+                Some(what) => {
+                    last = what;
+                    None
+                }
+                None => Some(()),
+            }
         });
-        if placed.is_err() {
-            let what = last.unwrap_or_default();
-            return Err(SoakError::Found(format!("something is left over: {what}")));
-        }
-        match Fullest::now(&self.lab)?.beyond(&self.first) {
-            Some(what) => Err(SoakError::Found(what)),
-            None => Ok(()),
-        }
+        placed.map_err(|e| SoakError::Found(format!("{e}: {last}")))
     }
 
     fn report(&self, found: Option<&SoakError>) -> Report {
