@@ -76,7 +76,11 @@ fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
         Request::HandOver { vm } => return switch::hand_over(daemon, &vm).map(Reply::Switched),
         Request::Drill { vm } => return switch::drill(daemon, &vm).map(Reply::Switched),
         Request::Leads => {
-            let leads = daemon.serving.as_ref().is_some_and(|master| master.leads());
+            let leads = daemon
+                .serving
+                .engine
+                .as_ref()
+                .is_some_and(|master| master.leads());
             return Ok(Reply::Leads(leads));
         }
         Request::Rewind {

@@ -26,7 +26,8 @@ use chain::{ReplicaServer, ServerError, ServerOptions};
 use checkpoint::{HostId, VmId};
 
 use crate::config::{ConfigError, HostConfig};
-use crate::engine::{self, EngineError};
+use crate::control::EventKind;
+use crate::engine::{self, EngineError, Served};
 use crate::identity::{Identity, IdentityError};
 use events::EventLog;
 use vms::Vms;
@@ -73,7 +74,7 @@ struct Daemon {
     host: HostId,
     master: Arc<dyn Master>,
     /// The master, or its member, on this host.
-    serving: Option<Arc<dyn Master>>,
+    serving: Served,
     replicas: ReplicaServer,
     vms: Mutex<Vms>,
     events: EventLog,
@@ -138,6 +139,11 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         daemon.host,
         daemon.replicas.addr()
     );
+    if let Some(out) = &daemon.serving.out {
+        daemon
+            .events
+            .add(EventKind::Failed, daemon.host.as_str(), out.clone());
+    }
     let reconciling = daemon.clone();
     std::thread::Builder::new()
         .name("reconcile".into())

@@ -81,7 +81,7 @@ impl PaxosMaster {
         };
         let record = match file.load().map_err(|e| fail(e.to_string()))? {
             Some(bytes) => Record::parse(&bytes).map_err(|why| {
-                fail(format!("{why}; this member must not take part without it, it has promised what it does not know any more: the others decide as long as they are a majority; to be complete again, set the master up anew, with empty data directories, when no VM of this cluster runs"))
+                fail(format!("{why}; this member must not take part without it, it has promised what it does not know any more: the others decide as long as they are a majority, and this host goes on as a backup. To have all members again, stop all VMs, move `paxos.record` and `identity`, and nothing else, away from the data_dir of each member (the VMs' disks are there too), and begin a new cluster"))
             })?,
             None if begin == Begin::New => Record::new(identity.clone(), ClusterId::random()),
             None => {
