@@ -18,13 +18,20 @@ use crate::config::{Durability, VmConfig};
 use crate::control::EventKind;
 use crate::fault::{self, Fault};
 
+const WATCH: Duration = Duration::from_secs(5);
+/// How long an order to start a VM waits for the master to know this host.
+const ENROLLED_WITHIN: Duration = Duration::from_secs(10);
+
 /// Follows the master's decisions until the process ends.
 pub(super) fn run(daemon: &Arc<Daemon>) {
     let mut follower = Follower::new(lock(&daemon.identity).cluster());
-    let mut reachable = true;
+    let (mut reachable, mut applied) = (true, None);
     loop {
         let before = follower.revision();
-        match daemon.master.watch(before, Duration::from_secs(5)) {
+        // A host that is not known yet has something to say first, and to look whose master it is.
+        let known = lock(&daemon.stranger).is_none();
+        let wait = if known { WATCH } else { Duration::ZERO };
+        match daemon.master.watch(before, wait) {
             Ok(snapshot) => {
                 reachable = true;
                 let news = follower.snapshot(&snapshot);
@@ -33,7 +40,8 @@ pub(super) fn run(daemon: &Arc<Daemon>) {
                 follow(daemon, news);
                 if !ours {
                     std::thread::sleep(Duration::from_secs(1));
-                } else if enrolled(daemon) && snapshot.revision != before {
+                } else if enrolled(daemon) && applied != Some(snapshot.revision) {
+                    applied = Some(snapshot.revision);
                     for record in &snapshot.records {
                         apply(daemon, record);
                     }
@@ -267,8 +275,12 @@ pub(super) fn start_vm(daemon: &Arc<Daemon>, toml: &str, name: &str) -> Result<(
         shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
     };
     taps(daemon, &config, VmId::NIL)?;
-    if let Some(why) = &*lock(&daemon.stranger) {
-        return Err(why.clone());
+    let deadline = Instant::now() + ENROLLED_WITHIN;
+    while let Some(why) = lock(&daemon.stranger).clone() {
+        if Instant::now() > deadline {
+            return Err(why);
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
     let _changing = lock(&daemon.changing);
     let register = Command::Register {
