@@ -21,6 +21,9 @@ pub enum Command {
         /// The host's configuration.
         #[arg(long, value_name = "HOST.TOML")]
         config: PathBuf,
+        /// This host's name, whatever the file says; so one file can be given to all hosts.
+        #[arg(long, value_name = "NAME")]
+        host: Option<String>,
         /// Begin a new cluster: where this host is to serve the master and there is no record of one, begin one.
         #[arg(long)]
         init: bool,

@@ -31,11 +31,49 @@ fn permission(config: &HostConfig) -> Begin {
     }
 }
 
-/// Starts the master, or its member, that the configuration has this host serve.
+/// The master's half of this host.
+#[derive(Default)]
+pub struct Served {
+    /// The master, or its member, if there is one here.
+    pub engine: Option<Arc<dyn Master>>,
+    /// Why the member that should be here is not: the others decide without it, and this host is a backup as before.
+    pub out: Option<String>,
+}
+
+impl Served {
+    /// What keeps the master from deciding here, in words.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        let engine = self.engine.as_ref();
+        self.out
+            .clone()
+            .or_else(|| engine.and_then(|e| e.trouble()))
+    }
+}
+
+/// Starts the master, or its member, that the configuration has this host serve. A member whose record is damaged is left
+/// out, with the reason.
 ///
 /// # Errors
-/// [`EngineError`]: nothing is served then.
-pub fn serve(
+/// [`EngineError`]: this host must not run like this.
+pub fn serve(config: &HostConfig, identity: &mut Identity) -> Result<Served, EngineError> {
+    match open(config, identity) {
+        Ok(engine) => Ok(Served { engine, out: None }),
+        Err(EngineError::Master(e @ MasterError::Storage { .. }))
+            if !config.master.members.is_empty() =>
+        {
+            let out = format!("this host's member of the master is out: {e}");
+            tracing::error!("{out}");
+            Ok(Served {
+                engine: None,
+                out: Some(out),
+            })
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn open(
     config: &HostConfig,
     identity: &mut Identity,
 ) -> Result<Option<Arc<dyn Master>>, EngineError> {

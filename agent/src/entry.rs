@@ -38,8 +38,8 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> Outcome {
     match command {
-        Command::Agent { config, init } => {
-            let mut config = HostConfig::load(&config)?;
+        Command::Agent { config, host, init } => {
+            let mut config = HostConfig::load_as(&config, host.as_deref())?;
             config.master.begin |= init;
             Ok(daemon::run_agent(config)?)
         }

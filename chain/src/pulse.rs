@@ -376,8 +376,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_pulse_comes_back(vm: u64, generation: u64, from: u64, n: u64) {
-            let pulse = Pulse { vm: VmId(vm as _), generation: Generation(generation), from, n };
+        fn every_pulse_comes_back(vm: u128, generation: u64, from: u64, n: u64) {
+            let pulse = Pulse { vm: VmId(vm), generation: Generation(generation), from, n };
             prop_assert_eq!(Pulse::from_bytes(&pulse.to_bytes()), Some(pulse));
         }
 

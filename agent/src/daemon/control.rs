@@ -100,7 +100,7 @@ impl Service {
             Request::HandOver { vm } => return self.switch(&vm, Order::HandOver),
             Request::Drill { vm } => return self.switch(&vm, Order::Drill),
             Request::Leads => {
-                let serving = self.env.serving.as_ref();
+                let serving = self.env.serving.engine.as_ref();
                 return Ok(Reply::Leads(serving.is_some_and(|master| master.leads())));
             }
             Request::Rewind {

@@ -12,6 +12,7 @@ use checkpoint::{HostId, VmId};
 use super::events::EventLog;
 use super::found::Found;
 use crate::config::HostConfig;
+use crate::engine::Served;
 use crate::identity::Identity;
 
 /// Of one agent.
@@ -22,7 +23,7 @@ pub(super) struct Env {
     pub peers: Arc<BTreeMap<HostId, SocketAddr>>,
     pub master: Arc<dyn Master>,
     /// The master, or its member, on this host.
-    pub serving: Option<Arc<dyn Master>>,
+    pub serving: Served,
     pub replicas: ReplicaServer,
     pub events: EventLog,
     pub identity: Mutex<Identity>,

@@ -31,6 +31,7 @@ use chain::{ReplicaServer, ServerError, ServerEvent, ServerOptions};
 use checkpoint::HostId;
 
 use crate::config::{ConfigError, HostConfig};
+use crate::control::EventKind;
 use crate::engine::{self, EngineError};
 use crate::identity::{Identity, IdentityError};
 use env::{Env, vital};
@@ -98,7 +99,7 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     })?;
     let found = found::scan(&run_dir, &config.id());
     let peers = config.peers.iter().filter_map(|(name, addr)| {
-        let host = HostId::new(name).ok()?;
+        let host = HostId::new(name).ok().filter(|host| *host != config.id())?;
         Some((host, *addr))
     });
     let env = Arc::new(Env {
@@ -118,6 +119,10 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         env.host,
         env.replicas.addr()
     );
+    if let Some(out) = &env.serving.out {
+        let events = &env.events;
+        events.add(EventKind::Failed, env.host.as_str(), out.clone());
+    }
     let table = Table::new(env.clone());
     vital("decisions", {
         let (env, table) = (env.clone(), table.clone());

@@ -5,10 +5,10 @@
 //! ```
 //!
 //! A change is decided once the new file is synced and renamed over the old one and the directory is synced. A failed
-//! sync leaves unknown what is on the disk: the engine then stops deciding for good.
+//! sync leaves unknown what is on the disk: the engine then stops deciding for good. While there is no room for the new
+//! file, changes are refused.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use checkpoint::{ClusterId, codec};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::record::{OsFiles, RecordFile, StoreError};
 use super::{Begin, Master, MasterError, MasterState, Reply, Request, Snapshot, Wanted};
 
 const MAGIC: &[u8; 8] = b"UMASTER3";
@@ -35,7 +36,10 @@ pub struct LocalMaster {
 
 #[derive(Debug)]
 struct Inner {
+    file: RecordFile,
     state: MasterState,
+    /// Why there was no room for the last record that was to be written.
+    no_room: Option<String>,
     poisoned: Option<String>,
 }
 
@@ -62,33 +66,36 @@ impl LocalMaster {
                 why: "it is that of one of several members of a master: what they decided would be forgotten; name `[master] members` as before, or remove it only if no VM of this cluster runs".into(),
             });
         }
-        let found = match fs::read(&path) {
-            Ok(bytes) => Some(parse(&bytes).map_err(|why| {
+        let mut file = RecordFile::new(Box::new(OsFiles), dir, RECORD);
+        let state = match file.load().map_err(|e| fail(e.to_string()))? {
+            Some(bytes) => parse(&bytes).map_err(|why| {
                 fail(format!("{why}; restore it from a backup, or remove it only if no VM of this cluster runs"))
-            })?),
-            Err(e) if e.kind() == io::ErrorKind::NotFound && begin == Begin::New => None,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            })?,
+            None if begin == Begin::Existing => {
                 let place = path.display().to_string();
                 return Err(MasterError::NotBegun { place });
             }
+            None => MasterState::new(ClusterId::random()),
+        };
+        // The first record; afterwards what was read may be in the page cache only.
+        let bytes = encode(&state).map_err(fail)?;
+        let no_room = match file.store(&bytes) {
+            Ok(()) => None,
+            // The old one is there.
+            Err(e @ StoreError::NoRoom(_)) if path.exists() => Some(e.to_string()),
             Err(e) => return Err(fail(e.to_string())),
         };
-        let begun = found.is_none();
-        let state = found.unwrap_or_else(|| MasterState::new(ClusterId::random()));
-        let master = Self {
+        Ok(Self {
             _lock: lock,
             path,
             inner: Mutex::new(Inner {
-                state: state.clone(),
+                file,
+                state,
+                no_room,
                 poisoned: None,
             }),
             changed: Condvar::new(),
-        };
-        if begun {
-            let stored = master.store(&state);
-            stored.map_err(|e| master.storage(&e.to_string()))?;
-        }
-        Ok(master)
+        })
     }
 
     /// Whose decisions these are.
@@ -98,17 +105,11 @@ impl LocalMaster {
         inner.state.cluster()
     }
 
-    fn store(&self, state: &MasterState) -> io::Result<()> {
-        let body = codec::to_bytes(state, LIMIT).map_err(io::Error::other)?;
-        let temporary = self.path.with_extension("new");
-        let mut file = File::create(&temporary)?;
-        file.write_all(MAGIC)?;
-        file.write_all(&(body.len() as u32).to_le_bytes())?;
-        file.write_all(&crc32c::crc32c(&body).to_le_bytes())?;
-        file.write_all(&body)?;
-        file.sync_data()?;
-        fs::rename(&temporary, &self.path)?;
-        File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    fn no_room(&self, why: &str) -> MasterError {
+        MasterError::NoRoom {
+            path: self.path.clone(),
+            why: why.to_string(),
+        }
     }
 
     fn storage(&self, why: &str) -> MasterError {
@@ -141,6 +142,16 @@ pub(super) fn lock_dir(dir: &Path, path: &Path) -> Result<Flock<File>, MasterErr
         synced.map_err(|e| fail(e.to_string()))?;
     }
     Ok(lock)
+}
+
+fn encode(state: &MasterState) -> Result<Vec<u8>, String> {
+    let body = codec::to_bytes(state, LIMIT).map_err(|e| e.to_string())?;
+    let mut out = Vec::with_capacity(HEADER + body.len());
+    out.extend_from_slice(MAGIC);
+    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+    out.extend_from_slice(&body);
+    Ok(out)
 }
 
 fn parse(bytes: &[u8]) -> Result<MasterState, String> {
@@ -176,20 +187,33 @@ impl Master for LocalMaster {
         let mut next = inner.state.clone();
         let reply = next.answer(request);
         if next.has_decided_since(&inner.state) {
-            if let Err(e) = self.store(&next) {
-                let why = format!(
-                    "{e}; it is unknown what is on the disk, so this master has stopped deciding"
-                );
-                inner.poisoned = Some(why.clone());
-                return Err(MasterError::Unknown {
-                    id: request.id,
-                    why: self.storage(&why).to_string(),
-                });
+            let bytes = encode(&next).map_err(|why| self.storage(&why))?;
+            match inner.file.store(&bytes) {
+                Ok(()) => inner.no_room = None,
+                Err(e @ StoreError::NoRoom(_)) => {
+                    inner.no_room = Some(e.to_string());
+                    return Err(self.no_room(&e.to_string()));
+                }
+                Err(e) => {
+                    let why = format!("{e}, so this master has stopped deciding");
+                    inner.poisoned = Some(why.clone());
+                    return Err(MasterError::Unknown {
+                        id: request.id,
+                        why: self.storage(&why).to_string(),
+                    });
+                }
             }
             self.changed.notify_all();
         }
         inner.state = next;
         Ok(reply?)
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let poisoned = inner.poisoned.as_ref().map(|why| self.storage(why));
+        let no_room = inner.no_room.as_ref().map(|why| self.no_room(why));
+        poisoned.or(no_room).map(|e| e.to_string())
     }
 
     fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {

@@ -8,6 +8,7 @@ mod etcd;
 mod follower;
 mod local;
 mod paxos;
+mod record;
 mod server;
 mod state;
 mod wanted;
@@ -102,6 +103,14 @@ pub enum MasterError {
         /// Why.
         why: String,
     },
+    /// There is no room for the master's record: it decides nothing until there is.
+    #[error("the master's record {path}: {why}")]
+    NoRoom {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        why: String,
+    },
     /// Too few members of the master answer each other, or not soon enough: nothing is known of the change.
     #[error("no decision: {answering} of {members} members of the master answer{}", majority(*answering, *members))]
     NoDecision {
@@ -166,6 +175,11 @@ pub trait Master: Send + Sync {
     /// Whether decisions are made here: always, except by a member of several that does not lead them now.
     fn leads(&self) -> bool {
         true
+    }
+
+    /// What keeps it from deciding here, in words; `None`: nothing that it knows of.
+    fn trouble(&self) -> Option<String> {
+        None
     }
 
     /// Everything decided so far.

@@ -135,7 +135,8 @@ fn a_chain_that_does_not_come_up_names_who_is_missing() {
         why = said;
         who == host("r2")
     });
-    assert!(why.contains("holds no replica of VM 1 yet"), "{why}");
+    let wanted = format!("holds no replica of VM {VM} yet");
+    assert!(why.contains(&wanted), "{why}");
     // However late it comes, it is taken.
     cluster.create([2]);
     let owner = cluster.connect();

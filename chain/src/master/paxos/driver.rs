@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use checkpoint::ClusterId;
@@ -13,8 +14,8 @@ use nix::fcntl::Flock;
 
 use super::entry::Pid;
 use super::node::{Answer, Event, Node, Output, Ticket};
-use super::record::RecordFile;
 use super::transport::{Heard, Transport};
+use crate::master::record::{RecordFile, StoreError};
 use crate::master::{MasterError, Request, Wanted};
 
 /// Length of a tick. Late ticks are not made up for: a member that stood still must not believe the others did.
@@ -25,6 +26,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 const EVENTS: usize = 256;
 /// Events that share one write.
 const BATCH: usize = 64;
+
+/// Between attempts to write a record that there is no room for.
+const NO_ROOM_PAUSE: Duration = Duration::from_millis(100);
 
 /// Of a client.
 #[derive(Clone, Debug)]
@@ -47,11 +51,19 @@ struct Shared {
     answering: AtomicUsize,
     members: usize,
     ended: AtomicBool,
+    /// Where and why there is no room for its record at present.
+    no_room: Mutex<Option<(PathBuf, String)>>,
+    /// Why it does not take part any more.
+    stopped: OnceLock<String>,
 }
 
 impl Shared {
     fn revision(&self) -> MutexGuard<'_, u64> {
         self.revision.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn no_room(&self) -> MutexGuard<'_, Option<(PathBuf, String)>> {
+        self.no_room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is applied here, and that somebody may have reason to look.
@@ -73,7 +85,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Starts it; `output` is what the node has to say already.
+    /// Starts it; `output` is what the node has to say already, with its record if that is not on disk yet.
     ///
     /// # Errors
     /// [`MasterError::Bind`].
@@ -113,7 +125,7 @@ impl Driver {
         let thread = std::thread::Builder::new()
             .name("paxos".into())
             .spawn(move || {
-                member.perform(output);
+                member.carry_out(output);
                 member.run(&receiver);
             })
             .map_err(fail)?;
@@ -142,6 +154,9 @@ impl Driver {
             if self.shared.ended.load(Ordering::SeqCst) {
                 return Err(stopped());
             }
+            if let Some((path, why)) = self.shared.no_room().clone() {
+                return Err(MasterError::NoRoom { path, why });
+            }
             match self.input.try_send(input) {
                 Ok(()) => break,
                 Err(TrySendError::Disconnected(_)) => return Err(stopped()),
@@ -153,6 +168,7 @@ impl Driver {
             }
         }
         match answered.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            // It may have been under way when the disk became full: whether it counts is decided once there is room.
             Ok(answer) => Ok(answer),
             Err(RecvTimeoutError::Disconnected) if !wanted.still() => Err(MasterError::GivenUp),
             Err(RecvTimeoutError::Disconnected) => Err(stopped()),
@@ -174,6 +190,16 @@ impl Driver {
             let waited = self.shared.changed.wait_timeout(revision, left);
             revision = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// What keeps this member from taking part.
+    pub fn trouble(&self) -> Option<String> {
+        let stopped = self.shared.stopped.get().cloned();
+        let no_room = || {
+            let (path, why) = self.shared.no_room().clone()?;
+            Some(MasterError::NoRoom { path, why }.to_string())
+        };
+        stopped.or_else(no_room)
     }
 
     /// Whether this member leads.
@@ -275,13 +301,17 @@ impl Member {
     }
 
     fn act(&mut self) {
-        let was = self.node.stopped().is_some();
-        let mut output = self.node.take();
+        let output = self.node.take();
+        self.carry_out(output);
+    }
+
+    fn carry_out(&mut self, mut output: Output) {
+        let was = self.shared.stopped.get().is_some();
         if let Some(record) = output.record.take()
-            && let Err(e) = self.file.store(&record)
+            && let Err(e) = self.store(&record)
         {
             let why = format!(
-                "{}: {e}; it is unknown what is on the disk, so this member has stopped taking part",
+                "{}: {e}, so this member has stopped taking part",
                 self.file.path().display()
             );
             self.node.stop(&why);
@@ -296,8 +326,42 @@ impl Member {
         }
         if let (false, Some(why)) = (was, self.node.stopped()) {
             tracing::error!("master: {why}");
+            let _ = self.shared.stopped.set(why.into());
         }
         self.perform(output);
+    }
+
+    /// Writes the record. While there is no room for it the member stands still: what the record is to cover has not left
+    /// it, and to the others it is one that does not answer.
+    fn store(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        loop {
+            let no_room = match self.file.store(record) {
+                Err(StoreError::NoRoom(e)) if !self.shared.ended.load(Ordering::SeqCst) => {
+                    StoreError::NoRoom(e)
+                }
+                other => {
+                    if self.shared.no_room().take().is_some() && other.is_ok() {
+                        tracing::info!("master: there is room for its record again");
+                    }
+                    return other;
+                }
+            };
+            let why = no_room.to_string();
+            let path = self.file.path();
+            if self
+                .shared
+                .no_room()
+                .replace((path.clone(), why.clone()))
+                .is_none()
+            {
+                tracing::error!(
+                    "master: {}: {why}; it stands still until then",
+                    path.display()
+                );
+            }
+            self.shared.leads.store(false, Ordering::Relaxed);
+            std::thread::sleep(NO_ROOM_PAUSE);
+        }
     }
 
     fn perform(&mut self, output: Output) {

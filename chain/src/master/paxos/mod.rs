@@ -1,7 +1,7 @@
 //! The master's engine for several hosts: Paxos among three or five members, each with its own record.
 //!
 //! Decides as long as a majority of the members answers each other, whichever they are; without one it refuses, saying
-//! so. The consensus is omnipaxos; ours are its storage ([`storage`], [`record`]), what is agreed on ([`entry`]), the
+//! so. The consensus is omnipaxos; ours are its storage ([`storage`], [`super::record`]), what is agreed on ([`entry`]), the
 //! member as a state machine around it ([`node`]) and the connections ([`transport`]).
 //!
 //! Reads are linearizable because they have a place in the log: a marker is proposed after the read came, and the state
@@ -12,7 +12,6 @@ mod entry;
 mod node;
 #[cfg(test)]
 mod node_tests;
-mod record;
 #[cfg(test)]
 mod record_tests;
 #[cfg(test)]
@@ -27,10 +26,10 @@ use std::time::{Duration, Instant};
 
 use checkpoint::{ClusterId, HostId};
 
+use super::record::{OsFiles, RecordFile, StoreError};
 use super::{Begin, Master, MasterError, Reply, Request, Snapshot, Wanted, local};
 use driver::{Driver, Question};
 use node::{Answer, Node, Refusal};
-use record::{OsFiles, RecordFile};
 use storage::{Identity, Record};
 
 const NAME: &str = "paxos.record";
@@ -82,7 +81,7 @@ impl PaxosMaster {
         };
         let record = match file.load().map_err(|e| fail(e.to_string()))? {
             Some(bytes) => Record::parse(&bytes).map_err(|why| {
-                fail(format!("{why}; this member must not take part without it, it has promised what it does not know any more: the others decide as long as they are a majority; to be complete again, set the master up anew, with empty data directories, when no VM of this cluster runs"))
+                fail(format!("{why}; this member must not take part without it, it has promised what it does not know any more: the others decide as long as they are a majority, and this host goes on as a backup. To have all members again, stop all VMs, move `paxos.record` and `identity`, and nothing else, away from the data_dir of each member (the VMs' disks are there too), and begin a new cluster"))
             })?,
             None if begin == Begin::New => Record::new(identity.clone(), ClusterId::random()),
             None => {
@@ -104,9 +103,15 @@ impl PaxosMaster {
         let known = record.snapshot.state.cluster();
         let mut node = Node::new(record).map_err(MasterError::Membership)?;
         // Its incarnation must not be used again; and a disk that cannot be written shows now.
-        let output = node.take();
-        let first = output.record.as_deref().unwrap_or_default();
-        file.store(first).map_err(|e| fail(e.to_string()))?;
+        let mut output = node.take();
+        if let Some(first) = output.record.take() {
+            match file.store(&first) {
+                Ok(()) => {}
+                // It stands still until there is.
+                Err(StoreError::NoRoom(_)) => output.record = Some(first),
+                Err(e) => return Err(fail(e.to_string())),
+            }
+        }
         let list: Vec<(String, SocketAddr)> = members
             .iter()
             .map(|(name, addr)| (name.to_string(), *addr))
@@ -170,6 +175,10 @@ fn check_members(me: &HostId, members: &BTreeMap<HostId, SocketAddr>) -> Result<
 impl Master for PaxosMaster {
     fn leads(&self) -> bool {
         self.driver.leads()
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.driver.trouble()
     }
 
     fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
