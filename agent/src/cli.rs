@@ -37,10 +37,11 @@ pub enum Command {
         #[arg(long, hide = true, conflicts_with = "config")]
         child_fd: Option<i32>,
     },
-    /// Boot a VM on this host without protecting it yet.
+    /// Boot a VM on this host without protecting it yet: a configuration file defines a new one; a name means one that is off,
+    /// which boots from its newest disks.
     Start {
-        /// The VM's configuration.
-        #[arg(value_name = "VM.TOML")]
+        /// The VM's configuration, or its name.
+        #[arg(value_name = "VM.TOML|NAME")]
         config: PathBuf,
         /// How the agent is reached.
         #[command(flatten)]
@@ -57,7 +58,18 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
-    /// End a VM that runs on this host, on all hosts.
+    /// Forget a VM that is off. Its disks stay where they are.
+    Delete {
+        /// The VM's name.
+        vm: String,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Stop a VM that runs on this host, at once, as a power cut would. Its disks stay its newest: `start NAME` boots it again.
     Stop {
         /// The VM's name.
         vm: String,

@@ -57,6 +57,7 @@ fn run(command: Command) -> Outcome {
             backups,
             control,
         } => protect(&control.control, &vm, backups),
+        Command::Delete { vm, yes, control } => delete(&control.control, &vm, yes),
         Command::Stop { vm, control } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Stop { vm })?)
         }
@@ -123,7 +124,31 @@ fn run(command: Command) -> Outcome {
     }
 }
 
+fn delete(control: &Path, vm: &str, yes: bool) -> Outcome {
+    if !yes {
+        eprint!("forget {vm} for good? Its disks stay, but nothing knows them any more [y/N] ");
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer)?;
+        if !matches!(answer.trim(), "y" | "Y" | "yes") {
+            return Err("nothing was done".into());
+        }
+    }
+    let request = Request::Delete { vm: vm.into() };
+    ControlClient::connect(control)?.order(&request)?;
+    println!("{vm} is forgotten");
+    Ok(())
+}
+
 fn start(control: &Path, config: &Path) -> Result<String, Box<dyn std::error::Error>> {
+    let name = config.to_string_lossy();
+    if !config.exists() && checkpoint::HostId::new(&name).is_ok() && !name.ends_with(".toml") {
+        let request = Request::StartAgain {
+            vm: name.to_string(),
+        };
+        ControlClient::connect(control)?.order(&request)?;
+        println!("{name} runs");
+        return Ok(name.to_string());
+    }
     // Read and checked here, so that a typo is shown to whoever made it and relative paths mean this directory.
     let (mut parsed, text) = VmConfig::load(config)?;
     let mut toml = text;

@@ -345,7 +345,11 @@ impl Child {
                     };
                     match self.orphaned(door, owner, &protector, view.as_ref())? {
                         Some(next) => agent = next,
-                        None => return Ok(()),
+                        None => {
+                            // Nothing of this VM is this process's any more, and nobody waits for its threads.
+                            tracing::warn!("another host has the VM: this process ends");
+                            std::process::exit(0);
+                        }
                     }
                     continue;
                 }

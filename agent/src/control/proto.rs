@@ -22,7 +22,17 @@ pub enum Request {
         /// Host names, head first.
         backups: Vec<String>,
     },
-    /// End a VM of this host everywhere.
+    /// Boot a VM that is off, from its newest disks, which are on this host.
+    StartAgain {
+        /// The VM.
+        vm: String,
+    },
+    /// The cluster forgets a VM that is off. Its disks stay.
+    Delete {
+        /// The VM.
+        vm: String,
+    },
+    /// A VM of this host is to run nowhere from now on; its disks stay its newest.
     Stop {
         /// The VM.
         vm: String,
@@ -259,6 +269,8 @@ pub enum EventKind {
     Orphaned,
     /// The guest ended.
     GuestEnded,
+    /// The VM is off, by somebody's wish.
+    PoweredOff,
     /// The guest was reset and boots again in place.
     Rebooted,
     /// The owner's own disk refuses, or does not answer, requests.

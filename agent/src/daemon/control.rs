@@ -88,6 +88,8 @@ impl Service {
                     self.order(&vm, Order::Stop)?;
                 }
             }
+            Request::StartAgain { vm } => drop(self.order(&vm, Order::Start)?),
+            Request::Delete { vm } => drop(self.order(&vm, Order::Delete)?),
             Request::Status => {
                 let mut all = status::status(&self.env, &self.table);
                 all.extend(self.clones.status());
@@ -124,7 +126,31 @@ impl Service {
     }
 
     fn order(&self, name: &str, order: Order) -> Result<Answered, String> {
+        if self.table.shown(name).is_none() {
+            return Err(self.elsewhere(name));
+        }
         self.table.order(name, order, ORDER_PATIENCE)
+    }
+
+    /// Where a VM is that this host has no part in.
+    fn elsewhere(&self, name: &str) -> String {
+        let found = match self.env.master.read() {
+            Ok(snapshot) => snapshot.records.into_iter().find(|r| r.view.name == name),
+            Err(e) => return format!("this host has no part in a VM named {name:?}; {e}"),
+        };
+        match found {
+            None => {
+                format!("there is no VM named {name:?} (`understudy status` lists this host's)")
+            }
+            Some(record) if record.life == Life::Off => format!(
+                "{name} is off, and its newest disks are on {}: give the order there",
+                record.disks.host
+            ),
+            Some(record) => format!(
+                "{name} runs on {}; ask that host's agent",
+                record.view.owner
+            ),
+        }
     }
 
     fn switch(&self, name: &str, order: Order) -> Result<Reply, String> {
@@ -138,6 +164,9 @@ impl Service {
     /// before that.
     fn start(&self, toml: &str, name: &str) -> Result<(), String> {
         let config = VmConfig::from_text(Path::new(name), toml).map_err(|e| e.to_string())?;
+        if let Some(known) = self.known(&config.name)? {
+            return self.start_known(&known, toml);
+        }
         let shape: VmShape = {
             let disks = open_disks(&config).map_err(|e| e.to_string())?;
             shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
@@ -156,6 +185,33 @@ impl Service {
             registered.map_err(|e| e.to_string())
         };
         self.table.start(register, START_PATIENCE)
+    }
+
+    /// The record of a VM of that name, if there is one.
+    fn known(&self, name: &str) -> Result<Option<VmRecord>, String> {
+        let snapshot = self.env.master.read().map_err(|e| e.to_string())?;
+        let mut records = snapshot.records.into_iter();
+        Ok(records.find(|record| record.view.name == name))
+    }
+
+    /// A VM that exists boots from its newest disks, whatever images its configuration names: those may be older.
+    fn start_known(&self, record: &VmRecord, toml: &str) -> Result<(), String> {
+        let (view, name) = (&record.view, &record.view.name);
+        if record.life == Life::On {
+            return Err(format!(
+                "a VM named {name:?} runs on {} already",
+                view.owner
+            ));
+        }
+        if record.disks.host != self.env.host {
+            return Err(self.elsewhere(name));
+        }
+        if record.shape.config_toml != toml {
+            return Err(format!(
+                "{name} exists, is off, and is configured otherwise than in this file: `understudy start {name}` boots it as it is; `understudy delete {name}` forgets it, and its disks stay"
+            ));
+        }
+        self.order(name, Order::Start).map(drop)
     }
 
     /// Waits, briefly, until the master knows this host.

@@ -12,6 +12,7 @@ use chain::{
     ClientError, Held, Kept, Mark, Member, ProbeError, Progress, StoreOptions, View, VmRecord,
 };
 use checkpoint::HostId;
+use diskbuf::{DiskbufError, ReplicaDisks};
 
 use super::child::ChildHandle;
 use super::env::Env;
@@ -223,6 +224,7 @@ fn open_replica(
 ) -> Result<Vec<OwnedFd>, String> {
     let (view, shape) = (&record.view, &record.shape);
     let name = &view.name;
+    put_aside(env, record, options)?;
     if view.position(&env.host).is_some() {
         match env.replicas.reopen(view.clone(), shape.clone(), options) {
             Ok((ram, held)) => {
@@ -240,4 +242,28 @@ fn open_replica(
     }
     let created = env.replicas.create(view.clone(), shape.clone(), options);
     created.map_err(|e| e.to_string())
+}
+
+/// What another VM of that name has left here, or this one when its disks were of other sizes, is put aside: it is in nobody's
+/// way, and is not lost.
+fn put_aside(env: &Env, record: &VmRecord, options: StoreOptions) -> Result<(), String> {
+    let (view, shape) = (&record.view, &record.shape);
+    let replicas = env.config.data_dir.join("replicas");
+    let dir = replicas.join(&view.name);
+    if !dir.join("activation").exists() {
+        return Ok(());
+    }
+    let why = match ReplicaDisks::open(&dir, view.vm, &shape.disks, options.durability) {
+        Err(e @ (DiskbufError::OtherVm { .. } | DiskbufError::OtherSize { .. })) => e.to_string(),
+        _ => return Ok(()),
+    };
+    let free = (1..1000)
+        .map(|n| replicas.join(format!("{}.aside-{n}", view.name)))
+        .find(|path| !path.exists())
+        .ok_or_else(|| format!("{}: too much was put aside already", dir.display()))?;
+    std::fs::rename(&dir, &free)
+        .map_err(|e| format!("{}: cannot be put aside: {e}", dir.display()))?;
+    let text = format!("{why}: put aside as {}", free.display());
+    env.events.add(EventKind::Returned, &view.name, text);
+    Ok(())
 }

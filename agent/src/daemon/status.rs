@@ -43,6 +43,11 @@ fn of(env: &Env, shown: &Shown) -> Option<VmStatus> {
             state: format!("Cannot stand by: {}", summary.trouble.unwrap_or_default()),
             ..base
         },
+        Role::Off => VmStatus {
+            role: "off".into(),
+            state: "Off; its newest disks are here".into(),
+            ..base
+        },
         Role::Orphan => VmStatus {
             role: "owner".into(),
             state: format!("Not running: {}", summary.trouble.unwrap_or_default()),

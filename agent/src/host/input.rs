@@ -165,6 +165,10 @@ pub enum Order {
         /// In this order.
         backups: Vec<HostId>,
     },
-    /// End the VM everywhere.
+    /// Of an owner: the VM is to run nowhere. Its newest disks stay here.
     Stop,
+    /// Of a VM that is off, whose newest disks are here: boot it.
+    Start,
+    /// Of a VM that is off, or runs nowhere: the cluster forgets it.
+    Delete,
 }

@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use chain::master::Command;
-use chain::{Member, View, VmRecord};
+use chain::{Life, Member, View, VmRecord};
 use checkpoint::{Generation, HostId, VmId};
 
+use super::off::Off;
 use super::orphan::Orphan;
 use super::owner::Owner;
 use super::standby::Standby;
@@ -31,6 +32,8 @@ pub(super) enum Part {
     Owner(Box<Owner>),
     /// The VM is this host's, and runs nowhere.
     Orphan(Orphan),
+    /// The same, by somebody's wish.
+    Off(Off),
 }
 
 /// What a question to the master is for.
@@ -46,7 +49,11 @@ pub(super) enum Purpose {
     Choose,
     /// Boot from this host's disks.
     Restart,
-    /// The VM ends everywhere.
+    /// The VM is to run nowhere.
+    PowerOff(Option<Ticket>),
+    /// Boot a VM that is off.
+    Start,
+    /// The cluster forgets it.
     Remove(Option<Ticket>),
 }
 
@@ -180,7 +187,7 @@ impl Machine {
             });
         }
         match self.part {
-            Part::Nothing { .. } | Part::Standby(_) => {}
+            Part::Nothing { .. } | Part::Standby(_) | Part::Off(_) => {}
             Part::Owner(_) => self.settle_owner(now, out),
             Part::Orphan(_) => self.settle_orphan(now, out),
         }
@@ -191,7 +198,7 @@ impl Machine {
     pub fn wake_at(&self) -> Option<Micros> {
         let retry = self.ask.as_ref().and_then(|ask| ask.retry_at);
         let part = match &self.part {
-            Part::Nothing { .. } | Part::Standby(_) => None,
+            Part::Nothing { .. } | Part::Standby(_) | Part::Off(_) => None,
             Part::Owner(_) => self.owner_wakes_at(),
             Part::Orphan(orphan) => Some(orphan.wakes_at()),
         };
@@ -209,7 +216,22 @@ impl Machine {
         self.policy = Policy::of(&record);
         let mine = record.view.owner == self.me;
         let member = record.view.holds(&self.me);
+        if mine && record.life == Life::Off && !matches!(self.part, Part::Nothing { .. }) {
+            return match self.part {
+                Part::Off(_) => self.record = record,
+                _ => self.powered_off(record, out),
+            };
+        }
         match &mut self.part {
+            // It is started by somebody's order, whose answer this is.
+            Part::Off(_) if mine => self.started(record, out),
+            Part::Off(_) => {
+                self.record = record;
+                self.part = Part::Nothing { declined: None };
+                if member {
+                    self.become_standby(out);
+                }
+            }
             Part::Owner(_) if mine => self.owner_follows(record, out),
             Part::Owner(_) => self.superseded(now, record, out),
             Part::Standby(standby) if mine => {
@@ -338,6 +360,20 @@ impl Machine {
                 self.not_booted(now, why, out);
                 out.push(Effect::Read);
             }
+            (Purpose::PowerOff(ticket), Ok(record)) => {
+                if let Some(ticket) = ticket {
+                    out.push(Effect::Answer(ticket, Ok(Answered::Done)));
+                }
+                self.decided(now, record, out);
+            }
+            (Purpose::PowerOff(ticket), Err(why)) => {
+                if let Some(ticket) = ticket {
+                    out.push(Effect::Answer(ticket, Err(why.text())));
+                }
+                out.push(Effect::Read);
+            }
+            (Purpose::Start, Ok(record)) => self.started(record, out),
+            (Purpose::Start, Err(why)) => self.start_refused(&why, out),
             (Purpose::Remove(ticket), Ok(_)) => {
                 if let Some(ticket) = ticket {
                     out.push(Effect::Answer(ticket, Ok(Answered::Done)));
@@ -360,9 +396,11 @@ impl Machine {
         const ORDER_ATTEMPTS: u32 = 1;
         self.ask.as_ref().is_some_and(|ask| match ask.purpose {
             Purpose::TakeOver | Purpose::Refill | Purpose::Restart => ask.attempts > ATTEMPTS,
-            Purpose::Remove(_) => ask.attempts >= ORDER_ATTEMPTS,
+            Purpose::Remove(_) | Purpose::Start | Purpose::PowerOff(Some(_)) => {
+                ask.attempts >= ORDER_ATTEMPTS
+            }
             // The VM's output is held until the master decides; nothing else may decide in its place.
-            Purpose::Chain | Purpose::Choose => false,
+            Purpose::Chain | Purpose::Choose | Purpose::PowerOff(None) => false,
         })
     }
 
@@ -374,6 +412,8 @@ impl Machine {
             Order::Recover { resumable } => self.order_recover(now, ticket, resumable, out),
             Order::Protect { backups } => self.order_protect(now, ticket, backups, out),
             Order::Stop => self.order_stop(ticket, out),
+            Order::Start => self.order_start(ticket, out),
+            Order::Delete => self.order_delete(ticket, out),
         };
         if let Err(why) = done {
             out.push(Effect::Answer(ticket, Err(why)));
@@ -384,7 +424,7 @@ impl Machine {
         match self.part {
             Part::Owner(_) => self.owner_report(now, report, out),
             Part::Standby(_) => self.standby_report(&report, out),
-            Part::Nothing { .. } | Part::Orphan(_) => {}
+            Part::Nothing { .. } | Part::Orphan(_) | Part::Off(_) => {}
         }
     }
 

@@ -12,12 +12,15 @@
 //!      |  +---------------------------+                                            v
 //!      +--------------------------------------------------------------------->  Orphan
 //!                     Decided (owner), and no process of it here
+//!
+//!   Owner -- Ordered(Stop), or the guest has powered itself off --> Off -- Ordered(Start) --> Owner
 //! ```
 
 mod chain_care;
 mod effect;
 mod input;
 mod machine;
+mod off;
 mod orders;
 mod orphan;
 mod owner;

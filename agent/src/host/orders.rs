@@ -42,6 +42,10 @@ impl Machine {
         let view = &self.record.view;
         match self.part {
             Part::Owner(_) => Ok(()),
+            Part::Off(_) => Err(format!(
+                "{} is off (`understudy start {}` boots it)",
+                view.name, view.name
+            )),
             Part::Orphan(_) => Err(format!(
                 "{} runs nowhere at the moment (`understudy status` says why)",
                 view.name
@@ -165,7 +169,11 @@ impl Machine {
     ) -> Result<(), String> {
         match self.part {
             Part::Owner(_) | Part::Orphan(_) => {
-                self.remove(Some(ticket), out);
+                self.power_off(Some(ticket), out);
+                Ok(())
+            }
+            Part::Off(_) => {
+                out.push(Effect::Answer(ticket, Ok(Answered::Done)));
                 Ok(())
             }
             _ => self.owned(),

@@ -166,6 +166,9 @@ impl Machine {
         result: Result<(), String>,
         out: &mut Vec<Effect>,
     ) {
+        if let Part::Off(_) = self.part {
+            return self.start_disks_found(result, out);
+        }
         if let Err(why) = result {
             return self.not_booted(now, why, out);
         }
@@ -248,6 +251,7 @@ impl Machine {
                 Ok(())
             }
             Part::Owner(_) => Err(format!("{name} runs on this host already")),
+            Part::Off(_) => Err(format!("{name} is off: `understudy start {name}` boots it")),
             Part::Nothing { .. } => Err(format!(
                 "this host has no copy of {name:?} (`understudy status` lists what it has)"
             )),

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use chain::{Mark, VmRecord};
+use chain::{Life, Mark, VmRecord};
 use checkpoint::{Generation, HostId};
 
 use super::chain_care::Probing;
 use super::machine::{Ask, Part, Purpose};
+use super::off::Off;
 use super::{Answered, Effect, Loss, MS, Machine, Micros, Report, SECOND, Tell, Ticket};
-use crate::child::proto::Owns;
+use crate::child::proto::{GuestEnd, Owns};
 use crate::control::{EventKind, FailoverReport, Switched};
 
 /// How long a process may take to boot a guest.
@@ -215,9 +216,11 @@ impl Machine {
         self.record = record;
         let asked = self.ask.take();
         let view = self.record.view.clone();
-        if let Some(Purpose::Remove(ticket)) = asked.map(|ask| ask.purpose) {
-            // It was based on the configuration before.
-            self.remove(ticket, out);
+        match asked.map(|ask| ask.purpose) {
+            // These were based on the configuration before.
+            Some(Purpose::Remove(ticket)) => self.remove(ticket, out),
+            Some(Purpose::PowerOff(ticket)) => self.power_off(ticket, out),
+            _ => {}
         }
         let Some(owner) = self.owner() else { return };
         owner.trouble = None;
@@ -261,7 +264,9 @@ impl Machine {
             }
         }
         self.record = record;
-        if let Some(Purpose::Remove(Some(ticket))) = self.ask.take().map(|ask| ask.purpose) {
+        if let Some(Purpose::Remove(Some(ticket)) | Purpose::PowerOff(Some(ticket))) =
+            self.ask.take().map(|ask| ask.purpose)
+        {
             out.push(Effect::Answer(ticket, Err(text)));
         }
         match self.record.view.holds(&self.me) {
@@ -273,6 +278,12 @@ impl Machine {
     /// The agent has been started again, and the VM is this host's: its process runs, or it is an orphan.
     pub(super) fn adopted(&mut self, now: Micros, found: Option<Owns>, out: &mut Vec<Effect>) {
         if !matches!(self.part, Part::Nothing { .. }) {
+            return;
+        }
+        if self.record.life == Life::Off {
+            // It was stopped, and its process not told.
+            out.push(Effect::Kill);
+            self.part = Part::Off(Off::default());
             return;
         }
         let Some(found) = found else {
@@ -349,9 +360,13 @@ impl Machine {
                     out.push(Effect::Say(EventKind::HandedOver, text));
                 }
             }
-            Report::Ended { how, .. } => {
+            Report::Ended { end, how } => {
                 out.push(Effect::Say(EventKind::GuestEnded, how.clone()));
                 owner.phase = Phase::Ended(how);
+                if end == GuestEnd::PoweredOff {
+                    // By its own wish: nobody is to resume it.
+                    self.power_off(None, out);
+                }
             }
             Report::GiveUp { why } => {
                 out.push(Effect::Say(EventKind::Failed, why.clone()));

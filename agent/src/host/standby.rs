@@ -314,7 +314,7 @@ impl Machine {
             Part::Standby(_) => self.standby_spawned(now, result, out),
             Part::Owner(_) => self.owner_spawned(now, result, out),
             // It is of no use any more.
-            Part::Nothing { .. } | Part::Orphan(_) => out.push(Effect::Kill),
+            Part::Nothing { .. } | Part::Orphan(_) | Part::Off(_) => out.push(Effect::Kill),
         }
     }
 }

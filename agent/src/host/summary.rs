@@ -17,6 +17,8 @@ pub enum Role {
     Standby,
     /// The VM is this host's, and runs nowhere.
     Orphan,
+    /// The VM is off, and its newest disks are here.
+    Off,
     /// It should hold a replica, and cannot.
     Declined,
     /// None.
@@ -69,6 +71,7 @@ impl Machine {
                 summary.trouble.clone_from(declined);
             }
             Part::Standby(_) => summary.role = Role::Standby,
+            Part::Off(_) => summary.role = Role::Off,
             Part::Orphan(orphan) => {
                 summary.role = Role::Orphan;
                 summary.trouble = Some(orphan.state.clone());

@@ -11,6 +11,7 @@ mod etcd;
 mod first;
 mod inspect;
 mod kill;
+mod life;
 mod loss;
 mod members;
 mod output_commit;
