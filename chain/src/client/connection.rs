@@ -1,15 +1,16 @@
 //! A connection to head and tail of a chain, in one generation.
 
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{Epoch, Generation, HostId, VmId, codec};
 
+use super::acks::Acks;
 use super::{ClientError, ClientEvent};
 use crate::blocks;
 use crate::link::{HELLO_LIMIT, Link, Trouble};
+use crate::loss::{Loss, LossKind};
 use crate::view::Member;
 use crate::wire::{self, Frame, Kind, Payload, WireError};
 
@@ -20,9 +21,9 @@ pub struct Connection {
     pub(super) generation: Generation,
     pub(super) head: Member,
     pub(super) up: Link,
-    pub(super) acks: Link,
+    pub(super) acks_link: Link,
     pub(super) events: Mutex<Receiver<ClientEvent>>,
-    pub(super) acked: Arc<AtomicU64>,
+    pub(super) acks: Arc<Acks>,
 }
 
 impl Connection {
@@ -75,7 +76,7 @@ impl Connection {
         if let ClientEvent::Ack { epoch, generation } = &event
             && *generation == self.generation
         {
-            self.acked.fetch_max(epoch.0, Ordering::AcqRel);
+            self.acks.note(*generation, *epoch);
         }
         Some(event)
     }
@@ -83,7 +84,7 @@ impl Connection {
     /// Ends it.
     pub fn close(&self) {
         self.up.close();
-        self.acks.close();
+        self.acks_link.close();
     }
 }
 
@@ -97,9 +98,18 @@ impl Drop for Connection {
 pub(super) fn listen(
     mut stream: &TcpStream,
     host: &HostId,
+    generation: Generation,
     is_acks: bool,
     events: &Sender<ClientEvent>,
 ) {
+    let lost = |named: Option<HostId>, kind, why| {
+        ClientEvent::Lost(Loss {
+            generation,
+            host: named,
+            kind,
+            why,
+        })
+    };
     let mut payload = Payload::default();
     loop {
         let read = wire::read(&mut stream, &mut payload);
@@ -130,7 +140,7 @@ pub(super) fn listen(
             Ok(Frame {
                 kind: Kind::JoinerReady,
                 ..
-            }) => ClientEvent::JoinerReady,
+            }) => ClientEvent::JoinerReady { generation },
             Ok(Frame {
                 kind: Kind::Compared,
                 epoch,
@@ -142,31 +152,22 @@ pub(super) fn listen(
                     epoch,
                     answer,
                 },
-                None => ClientEvent::Lost {
-                    host: Some(host.clone()),
-                    why: WireError::Payload(Kind::Compared).to_string(),
-                },
+                None => {
+                    let why = WireError::Payload(Kind::Compared).to_string();
+                    lost(Some(host.clone()), LossKind::Failed, why)
+                }
             },
             Ok(Frame {
                 kind: Kind::Broken, ..
             }) => match codec::from_bytes::<Trouble>(&payload, HELLO_LIMIT) {
-                Ok((host, why)) => ClientEvent::Lost {
-                    host: Some(host),
-                    why,
-                },
-                Err(e) => ClientEvent::Lost {
-                    host: None,
-                    why: e.to_string(),
-                },
+                Ok((named, why)) => lost(Some(named), LossKind::Failed, why),
+                Err(e) => lost(None, LossKind::Failed, e.to_string()),
             },
-            Ok(frame) => ClientEvent::Lost {
-                host: Some(host.clone()),
-                why: format!("it sent an unexpected frame ({:?})", frame.kind),
-            },
-            Err(e) => ClientEvent::Lost {
-                host: Some(host.clone()),
-                why: e.to_string(),
-            },
+            Ok(frame) => {
+                let why = format!("it sent an unexpected frame ({:?})", frame.kind);
+                lost(Some(host.clone()), LossKind::Failed, why)
+            }
+            Err(e) => lost(Some(host.clone()), LossKind::Silent, e.to_string()),
         };
         if events.send(event).is_err() || over {
             return;

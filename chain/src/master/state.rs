@@ -391,6 +391,7 @@ mod tests {
             generation: Generation(generation),
             epoch: checkpoint::Epoch(epoch),
             digest: 0,
+            held: true,
         }
     }
 

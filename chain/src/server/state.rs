@@ -15,7 +15,7 @@ use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::replica::{Action, Event, Replica};
 use crate::store::{Filled, ReplicaStore};
 use crate::view::View;
-use crate::wire::{FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
+use crate::wire::{FLAG_HELD, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
 
 /// Where heartbeats go and what they say.
 pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
@@ -70,6 +70,7 @@ fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
             generation,
             epoch,
             base: base_of(frame.flags, payload).ok_or(WireError::Payload(Kind::Begin))?,
+            held: frame.flags & FLAG_HELD != 0,
         },
         Kind::Complete => Event::Complete { generation, epoch },
         Kind::Yield => Event::Yield { generation, epoch },
@@ -224,7 +225,8 @@ impl State {
     }
 
     fn keep_frame(&mut self, frame: &Frame, payload: Payload) {
-        if self.kept.push(*frame, payload).is_err() {
+        self.kept.push(*frame, payload);
+        if self.kept.bytes() > KEPT_MAX {
             tracing::warn!(
                 "{}: more than {} MiB are not acknowledged by the next replica: not kept any more",
                 self.view.name,

@@ -20,6 +20,8 @@ use crate::wire::{self, Frame, Kind, Payload, WireError};
 const RETRY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(320));
 /// A replica that is to join has this long to get ready, then the owner is told that it does not.
 const JOINER_PATIENCE: Duration = Duration::from_secs(15);
+/// A successor has this long to answer again when the connection to it was ended to ask it for what was missed.
+const SUCCESSOR_PATIENCE: Duration = Duration::from_secs(1);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const GREETING_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -55,8 +57,13 @@ pub(super) fn connect(slot: &Arc<Slot>, shared: &Arc<Shared>) {
                     tracing::debug!("next replica {}: {e}", member.host);
                     let mut state = lock(&slot.state);
                     let trouble = e.blame(&member.host);
-                    // A successor is missed by those who wait for the chain; for a joining replica nobody waits.
-                    if state.replica.is_tail() && waited >= JOINER_PATIENCE {
+                    // A successor is missed by those who wait for the chain. But for a joining replica nobody waits, nor for
+                    // one that was there when the predecessor connected.
+                    let patience = match state.replica.is_tail() {
+                        true => JOINER_PATIENCE,
+                        false => SUCCESSOR_PATIENCE,
+                    };
+                    if waited >= patience {
                         waited = Duration::ZERO;
                         state.tell_trouble(&trouble);
                     }

@@ -10,6 +10,7 @@ mod joining;
 mod known;
 mod links;
 mod lost;
+mod pressure;
 mod proxy;
 mod repair;
 mod takeover;

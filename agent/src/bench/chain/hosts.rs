@@ -119,6 +119,7 @@ impl Hosts {
             host("owner")?,
             generation,
             None,
+            chain::KEPT_MAX,
         ))
     }
 
