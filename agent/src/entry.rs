@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 
-use crate::cli::{BenchCommand, Cli, Command};
+use crate::cli::{BenchCommand, Cli, Command, LabCommand};
 use crate::config::{HostConfig, VmConfig};
 use crate::control::{ControlClient, ControlError, FailoverReport, Reply, Request, VmStatus};
-use crate::{bench, child, daemon, demo};
+use crate::{bench, child, daemon, demo, lab};
 
 /// Between two looks of `status --watch` and `events --follow`.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -38,7 +38,11 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> Outcome {
     match command {
-        Command::Agent { config } => Ok(daemon::run_agent(HostConfig::load(&config)?)?),
+        Command::Agent { config, init } => {
+            let mut config = HostConfig::load(&config)?;
+            config.master.begin |= init;
+            Ok(daemon::run_agent(config)?)
+        }
         Command::Vmm {
             config: Some(config),
             ..
@@ -100,6 +104,10 @@ fn run(command: Command) -> Outcome {
             control,
         } => events(&control.control, json, follow),
         Command::Demo(args) => demo::run(&args),
+        Command::Lab {
+            lab: LabCommand::Up(args),
+        } => lab::up(&args),
+        Command::Soak(args) => lab::soak::run(&args),
         Command::Bench {
             bench: BenchCommand::Pause(args),
         } => bench::pause::run(&args),
@@ -149,20 +157,23 @@ fn protect(control: &Path, vm: &str, backups: Vec<String>) -> Outcome {
             .into_iter()
             .find(|s| s.name == name)
             .ok_or_else(|| format!("{name} has ended while it was being protected"))?;
-        if status.protected {
+        let by = |status: &VmStatus| {
             let chain: Vec<&str> = status.chain.iter().map(|m| m.host.as_str()).collect();
-            println!(
+            format!(
                 "{name} is protected by {} (generation {})",
                 chain.join(" -> "),
                 status.generation
-            );
-            return Ok(());
+            )
+        };
+        if status.protected && !status.pending {
+            println!("{}", by(&status));
+            return match status.lacking.is_empty() {
+                true => Ok(()),
+                false => Err(status.state.into()),
+            };
         }
-        if let Some(trouble) = status.state.strip_prefix("Not protected: ")
-            && status.sync.is_none()
-            && !trouble.contains("on its way")
-        {
-            return Err(format!("{name} runs on, but is not protected: {trouble}").into());
+        if !status.protected && !status.pending && status.sync.is_none() {
+            return Err(format!("{name} runs on, but: {}", status.state).into());
         }
         if let Some(sync) = status.sync
             && said.elapsed() >= PERIOD

@@ -13,12 +13,13 @@ use checkpoint::{
 };
 
 use crate::blocks::{self, Answer, Digest};
+use crate::greet::{GreetError, Greeted, Role, greet};
 use crate::kept::{Buffers, Kept, begin_payload};
-use crate::link::{HELLO_LIMIT, Role};
+use crate::link::HELLO_LIMIT;
 use crate::loss::{Loss, LossKind};
 use crate::mark::Mark;
 use crate::owner::{BeginError, Joined, Sender};
-use crate::server::{GreetError, Greeted, greet};
+use crate::pulse::Voice;
 use crate::view::{Member, View};
 use crate::wire::{FLAG_HELD, FLAG_KEEP, Frame, Kind, Payload};
 use acks::Acks;
@@ -113,7 +114,7 @@ fn said(mark: &Option<Mark>) -> String {
 
 /// Connects to a replica; the error names whoever is to blame, perhaps one further down.
 fn reach(member: &Member, view: &View, role: Role, from: &HostId) -> Result<Greeted, ClientError> {
-    greet(member.addr, view, role, from).map_err(|e| match e {
+    greet(member, view, role, from).map_err(|e| match e {
         GreetError::Refused(generation) => ClientError::Refused {
             host: member.host.clone(),
             generation,
@@ -270,6 +271,7 @@ impl ChainClient {
         let connection = Arc::new(Connection {
             vm: self.vm,
             generation: view.generation,
+            voice: Voice::new(head.addr, &self.from, view).ok(),
             head,
             up: up.link,
             acks_link: acks.link,

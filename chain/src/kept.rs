@@ -125,6 +125,25 @@ impl Kept {
         sent
     }
 
+    /// Everything after `after`, as of `generation`; the unfinished checkpoint last.
+    pub(crate) fn after(
+        &self,
+        after: Mark,
+        generation: Generation,
+    ) -> impl Iterator<Item = (Frame, &Payload)> {
+        let known = self.whole.iter().position(|(mark, _)| *mark == after);
+        let from = known.map_or(0, |position| position + 1);
+        let whole = self.whole.range(from..).flat_map(|(_, frames)| frames);
+        let frames = whole.chain(self.open.iter().flatten());
+        frames.map(move |(frame, payload)| {
+            let frame = Frame {
+                generation,
+                ..*frame
+            };
+            (frame, payload)
+        })
+    }
+
     /// Sends everything after `after`, as of `generation`; the unfinished checkpoint last.
     pub(crate) fn resend(
         &self,
@@ -132,17 +151,8 @@ impl Kept {
         after: Mark,
         generation: Generation,
     ) -> io::Result<()> {
-        let known = self.whole.iter().position(|(mark, _)| *mark == after);
-        let from = known.map_or(0, |position| position + 1);
-        let whole = self.whole.range(from..).flat_map(|(_, frames)| frames);
-        for (frame, payload) in whole.chain(self.open.iter().flatten()) {
-            let frame = Frame {
-                generation,
-                ..*frame
-            };
-            link.forward(&frame, payload)?;
-        }
-        Ok(())
+        let mut frames = self.after(after, generation);
+        frames.try_for_each(|(frame, payload)| link.forward(&frame, payload))
     }
 
     /// Whole checkpoints kept.

@@ -7,6 +7,7 @@
 
 pub mod blocks;
 pub mod client;
+pub mod greet;
 pub mod image;
 pub(crate) mod kept;
 pub(crate) mod link;
@@ -15,6 +16,8 @@ pub mod loss;
 pub mod mark;
 pub mod master;
 pub mod owner;
+pub mod probe;
+pub mod pulse;
 pub mod query;
 mod queue;
 pub mod replica;
@@ -26,10 +29,12 @@ pub mod view;
 pub mod wire;
 
 pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
+pub use greet::Stranger;
 pub use kept::{KEPT_MAX, Kept, owner_keeps};
-pub use look::{Held, look, yield_to};
+pub use look::{Held, look, newer_generation, yield_to};
 pub use loss::{Loss, LossKind};
 pub use mark::Mark;
+pub use probe::{Alive, ProbeError, Progress, probe};
 pub use query::{Query, QueryError, query};
 pub use server::{ReplicaServer, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
 pub use store::{
@@ -37,4 +42,4 @@ pub use store::{
     StoreError, StoreOptions, VmStore,
 };
 pub use urgent::{UrgentSection, urgent_section, urgent_thread};
-pub use view::{Fork, History, Member, View, VmRecord, VmShape};
+pub use view::{DiskPlace, Fork, History, Life, Member, View, VmRecord, VmShape};

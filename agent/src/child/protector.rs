@@ -136,6 +136,18 @@ impl Protector {
         }
     }
 
+    /// The newest configuration that this process was told.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation(self.newest.load(Ordering::Acquire))
+    }
+
+    /// Whether there is a chain, of which a replica may take over.
+    #[must_use]
+    pub fn has_chain(&self) -> bool {
+        self.client.is_some()
+    }
+
     /// Stops the guest at the end of an epoch; once that is committed, the head is asked to take over.
     ///
     /// # Errors

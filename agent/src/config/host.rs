@@ -34,6 +34,9 @@ pub struct HostConfig {
     /// How soon silence becomes suspicion.
     #[serde(default)]
     pub detection: Detection,
+    /// How long a VM's process waits for its agent to come back, in seconds, before a backup is asked to take over.
+    #[serde(default = "default_agent_return_s")]
+    pub agent_return_s: u64,
 }
 
 /// How a VM's network card is attached on this host.
@@ -43,10 +46,13 @@ pub struct Network {
     /// An existing bridge to put the tap on; without it the tap stands alone.
     #[serde(default)]
     pub bridge: Option<String>,
-    /// The tap's name is this, then the VM's number and the card's: at most 15 bytes in all.
+    /// The tap's name is this, then eight hex digits of the VM's id and the card's number: at most 15 bytes in all.
     #[serde(default = "default_tap_prefix")]
     pub tap_prefix: String,
 }
+
+/// Longest prefix: eight digits, `n` and a card's number follow, and the kernel takes 15 bytes.
+const TAP_PREFIX_MAX: usize = 5;
 
 /// Failure detection on the data path.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
@@ -71,6 +77,9 @@ impl Default for Detection {
 
 fn default_control() -> PathBuf {
     "/run/understudy/control.sock".into()
+}
+fn default_agent_return_s() -> u64 {
+    30
 }
 fn default_tap_prefix() -> String {
     "us".into()
@@ -120,11 +129,11 @@ impl HostConfig {
             return Err(value_error(path, "detection.missed", "must be 2 to 1000"));
         }
         for (name, network) in &self.networks {
-            if network.tap_prefix.is_empty() || network.tap_prefix.len() > 8 {
+            if network.tap_prefix.is_empty() || network.tap_prefix.len() > TAP_PREFIX_MAX {
                 return Err(value_error(
                     path,
                     format!("networks.{name}.tap_prefix"),
-                    "must be 1 to 8 bytes",
+                    format!("must be 1 to {TAP_PREFIX_MAX} bytes"),
                 ));
             }
         }

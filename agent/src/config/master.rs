@@ -18,6 +18,9 @@ pub struct MasterConfig {
     /// If set, this agent also serves the master at this address: a single one, or one of `members`.
     #[serde(default)]
     pub serve: Option<SocketAddr>,
+    /// Whether a record may be begun where there is none: for the first start of a new cluster, as `--init`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub begin: bool,
     /// Where the master is reached: one address, or those of several members, of which any will do.
     #[serde(default, skip_serializing_if = "Addresses::is_empty")]
     pub connect: Addresses,

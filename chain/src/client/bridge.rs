@@ -7,8 +7,9 @@ use std::time::Duration;
 use checkpoint::{Epoch, HostId};
 
 use super::{ClientError, reach};
+use crate::greet::Role;
 use crate::kept::Kept;
-use crate::link::{Link, Role};
+use crate::link::Link;
 use crate::mark::Mark;
 use crate::owner::{Joined, Sender};
 use crate::view::View;

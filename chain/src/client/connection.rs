@@ -11,8 +11,9 @@ use super::{ClientError, ClientEvent};
 use crate::blocks;
 use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::loss::{Loss, LossKind};
+use crate::pulse::Voice;
 use crate::view::Member;
-use crate::wire::{self, Frame, Kind, Payload, WireError};
+use crate::wire::{self, FLAG_DECLINED, Frame, Kind, Payload, WireError};
 
 /// A connection to a chain, in one generation.
 #[derive(Debug)]
@@ -24,6 +25,8 @@ pub struct Connection {
     pub(super) acks_link: Link,
     pub(super) events: Mutex<Receiver<ClientEvent>>,
     pub(super) acks: Arc<Acks>,
+    /// None: the connection's own heartbeats have to do.
+    pub(super) voice: Option<Voice>,
 }
 
 impl Connection {
@@ -52,11 +55,14 @@ impl Connection {
             .map_err(|e| ClientError::Send(self.head.host.clone(), e))
     }
 
-    /// The owner lives. Sent only if nothing else is on its way.
+    /// The owner lives: by datagram, and by the connection if nothing else is on its way there.
     ///
     /// # Errors
     /// [`ClientError::Send`] once the connection is gone.
     pub fn heartbeat(&self) -> Result<(), ClientError> {
+        if let Some(voice) = &self.voice {
+            voice.beat();
+        }
         let frame = Frame {
             kind: Kind::Heartbeat,
             vm: self.vm,
@@ -158,8 +164,13 @@ pub(super) fn listen(
                 }
             },
             Ok(Frame {
-                kind: Kind::Broken, ..
+                kind: Kind::Broken,
+                flags,
+                ..
             }) => match codec::from_bytes::<Trouble>(&payload, HELLO_LIMIT) {
+                Ok((named, why)) if flags & FLAG_DECLINED != 0 => {
+                    lost(Some(named), LossKind::Declined, why)
+                }
                 Ok((named, why)) => lost(Some(named), LossKind::Failed, why),
                 Err(e) => lost(None, LossKind::Failed, e.to_string()),
             },

@@ -1,7 +1,7 @@
 //! The single-node engine: the state in one file, replaced atomically.
 //!
 //! ```text
-//! | magic "UMASTER2" | length u32 | CRC32C u32 | bincode MasterState |      all little endian
+//! | magic "UMASTER3" | length u32 | CRC32C u32 | bincode MasterState |      all little endian
 //! ```
 //!
 //! A change is decided once the new file is synced and renamed over the old one and the directory is synced. A failed
@@ -13,14 +13,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use checkpoint::codec;
+use checkpoint::{ClusterId, codec};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Command, Master, MasterError, MasterState, Snapshot};
-use crate::view::VmRecord;
+use super::{Begin, Master, MasterError, MasterState, Reply, Request, Snapshot, Wanted};
 
-const MAGIC: &[u8; 8] = b"UMASTER2";
+const MAGIC: &[u8; 8] = b"UMASTER3";
 const HEADER: usize = 16;
 const LIMIT: usize = 64 << 20;
 
@@ -41,12 +40,15 @@ struct Inner {
 }
 
 impl LocalMaster {
-    /// Opens the record `master.record` in `dir`, or begins with none.
+    /// The record's name in its directory.
+    pub const RECORD: &str = RECORD;
+
+    /// Opens the record `master.record` in `dir`; where there is none, `begin` says whether one may be begun.
     ///
     /// # Errors
-    /// [`MasterError::Storage`] if the record is damaged or cannot be read: a master that forgot its decisions could
+    /// [`MasterError::NotBegun`] if there is no record and none may be begun. [`MasterError::Storage`] if the record is damaged or cannot be read: a master that forgot its decisions could
     /// give a VM to two owners, so it does not start. [`MasterError::InUse`] if another process decides from it.
-    pub fn open(dir: &Path) -> Result<Self, MasterError> {
+    pub fn open(dir: &Path, begin: Begin) -> Result<Self, MasterError> {
         let path = dir.join(RECORD);
         let fail = |why: String| MasterError::Storage {
             path: path.clone(),
@@ -60,22 +62,40 @@ impl LocalMaster {
                 why: "it is that of one of several members of a master: what they decided would be forgotten; name `[master] members` as before, or remove it only if no VM of this cluster runs".into(),
             });
         }
-        let state = match fs::read(&path) {
-            Ok(bytes) => parse(&bytes).map_err(|why| {
+        let found = match fs::read(&path) {
+            Ok(bytes) => Some(parse(&bytes).map_err(|why| {
                 fail(format!("{why}; restore it from a backup, or remove it only if no VM of this cluster runs"))
-            })?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => MasterState::default(),
+            })?),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && begin == Begin::New => None,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let place = path.display().to_string();
+                return Err(MasterError::NotBegun { place });
+            }
             Err(e) => return Err(fail(e.to_string())),
         };
-        Ok(Self {
+        let begun = found.is_none();
+        let state = found.unwrap_or_else(|| MasterState::new(ClusterId::random()));
+        let master = Self {
             _lock: lock,
             path,
             inner: Mutex::new(Inner {
-                state,
+                state: state.clone(),
                 poisoned: None,
             }),
             changed: Condvar::new(),
-        })
+        };
+        if begun {
+            let stored = master.store(&state);
+            stored.map_err(|e| master.storage(&e.to_string()))?;
+        }
+        Ok(master)
+    }
+
+    /// Whose decisions these are.
+    #[must_use]
+    pub fn cluster(&self) -> ClusterId {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.state.cluster()
     }
 
     fn store(&self, state: &MasterState) -> io::Result<()> {
@@ -126,7 +146,10 @@ pub(super) fn lock_dir(dir: &Path, path: &Path) -> Result<Flock<File>, MasterErr
 fn parse(bytes: &[u8]) -> Result<MasterState, String> {
     let (header, body) = bytes.split_at_checked(HEADER).ok_or("it is cut off")?;
     if header.starts_with(&MAGIC[..7]) && header[7] != MAGIC[7] {
-        return Err("it was written by another version of this program".into());
+        return Err(
+            "it was written by another version of understudy: run that one, or, to begin a new cluster with this one, stop all VMs, move the data directories away and use `understudy init`"
+                .into(),
+        );
     }
     if &header[..8] != MAGIC {
         return Err("it is not a master's record".into());
@@ -141,25 +164,32 @@ fn parse(bytes: &[u8]) -> Result<MasterState, String> {
 }
 
 impl Master for LocalMaster {
-    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
+    fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(why) = &inner.poisoned {
             return Err(self.storage(why));
         }
+        // Asked with the lock held: a decision that the disk delays must not make those behind it come too late.
+        if !wanted.still() {
+            return Err(MasterError::GivenUp);
+        }
         let mut next = inner.state.clone();
-        let record = next.apply(command)?;
-        if next != inner.state {
+        let reply = next.answer(request);
+        if next.has_decided_since(&inner.state) {
             if let Err(e) = self.store(&next) {
                 let why = format!(
                     "{e}; it is unknown what is on the disk, so this master has stopped deciding"
                 );
                 inner.poisoned = Some(why.clone());
-                return Err(self.storage(&why));
+                return Err(MasterError::Unknown {
+                    id: request.id,
+                    why: self.storage(&why).to_string(),
+                });
             }
-            inner.state = next;
             self.changed.notify_all();
         }
-        Ok(record)
+        inner.state = next;
+        Ok(reply?)
     }
 
     fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {
@@ -185,8 +215,9 @@ impl Master for LocalMaster {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::VmShape;
-    use checkpoint::HostId;
+    use crate::master::Command;
+    use crate::view::{Life, VmShape};
+    use checkpoint::{HostId, VmId};
 
     fn register(name: &str) -> Command {
         let shape = VmShape {
@@ -197,21 +228,26 @@ mod tests {
             config_toml: "x".repeat(100),
         };
         Command::Register {
+            vm: VmId(name.bytes().fold(1, |n, b| n * 31 + u128::from(b))),
             name: name.into(),
             owner: HostId::new("a").unwrap(),
             shape,
+            life: Life::On,
         }
     }
 
     #[test]
     fn decisions_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         master.propose(&register("one")).unwrap();
         let before = master.read().unwrap();
         drop(master);
         assert_eq!(
-            LocalMaster::open(dir.path()).unwrap().read().unwrap(),
+            LocalMaster::open(dir.path(), Begin::New)
+                .unwrap()
+                .read()
+                .unwrap(),
             before
         );
     }
@@ -219,7 +255,7 @@ mod tests {
     #[test]
     fn a_damaged_record_is_never_taken_for_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
-        LocalMaster::open(dir.path())
+        LocalMaster::open(dir.path(), Begin::New)
             .unwrap()
             .propose(&register("one"))
             .unwrap();
@@ -229,30 +265,33 @@ mod tests {
             let mut bad = good.clone();
             bad[at] ^= 0x10;
             fs::write(&path, &bad).unwrap();
-            let error = LocalMaster::open(dir.path())
+            let error = LocalMaster::open(dir.path(), Begin::New)
                 .expect_err("damage must be found")
                 .to_string();
             assert!(error.contains("master.record"), "{error}");
             fs::write(&path, &good[..at]).unwrap();
-            assert!(LocalMaster::open(dir.path()).is_err(), "cut at {at}");
+            assert!(
+                LocalMaster::open(dir.path(), Begin::New).is_err(),
+                "cut at {at}"
+            );
         }
     }
 
     #[test]
     fn what_a_crash_left_half_written_counts_for_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         master.propose(&register("one")).unwrap();
         let before = master.read().unwrap();
         drop(master);
         let good = fs::read(dir.path().join("master.record")).unwrap();
         for cut in 0..good.len() {
             fs::write(dir.path().join("master.new"), &good[..cut]).unwrap();
-            let master = LocalMaster::open(dir.path()).unwrap();
+            let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
             assert_eq!(master.read().unwrap(), before);
         }
         // And the next decision is taken over it.
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         master.propose(&register("two")).unwrap();
         assert_eq!(master.read().unwrap().records.len(), 2);
     }
@@ -260,23 +299,23 @@ mod tests {
     #[test]
     fn i4_only_one_engine_decides_from_a_record() {
         let dir = tempfile::tempdir().unwrap();
-        let first = LocalMaster::open(dir.path()).unwrap();
-        let error = LocalMaster::open(dir.path()).unwrap_err();
+        let first = LocalMaster::open(dir.path(), Begin::New).unwrap();
+        let error = LocalMaster::open(dir.path(), Begin::New).unwrap_err();
         assert!(matches!(error, MasterError::InUse { .. }), "{error}");
         assert!(error.to_string().contains("data directory"), "{error}");
         drop(first);
-        LocalMaster::open(dir.path()).unwrap();
+        LocalMaster::open(dir.path(), Begin::New).unwrap();
     }
 
     #[test]
     fn a_failed_write_stops_the_master_for_good() {
         let dir = tempfile::tempdir().unwrap();
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         // A directory in the temporary file's place makes the write fail, also for root.
         fs::create_dir(dir.path().join("master.new")).unwrap();
         assert!(matches!(
             master.propose(&register("one")),
-            Err(MasterError::Storage { .. })
+            Err(MasterError::Unknown { .. })
         ));
         fs::remove_dir(dir.path().join("master.new")).unwrap();
         assert!(matches!(

@@ -44,9 +44,11 @@ impl Config {
             config_toml: String::new(),
         };
         let register = Command::Register {
+            vm: VmId(1),
             name: "vm".into(),
             owner: host("a"),
             shape,
+            life: crate::view::Life::On,
         };
         let view = master.apply(&register).unwrap().view;
         let mut config = Self { master, view };

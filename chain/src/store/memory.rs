@@ -9,7 +9,7 @@ use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder, 
 use diskbuf::Durability;
 
 use super::query::{Back, Files, Memory, Past};
-use super::{Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore};
+use super::{Handover, History, ReplicaStore, Retention, StoreError, VmStore};
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -168,22 +168,6 @@ impl ReplicaStore for MemoryStore {
             }
         }
         self.inner.commit(mark);
-    }
-
-    fn copy_begin(&mut self) -> Result<(), StoreError> {
-        self.inner.copy_begin()
-    }
-
-    fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError> {
-        self.inner.copy_next(limit)
-    }
-
-    fn copy_left(&self) -> u64 {
-        self.inner.copy_left()
-    }
-
-    fn copy_end(&mut self) {
-        self.inner.copy_end();
     }
 
     fn holds(&self) -> Option<Mark> {

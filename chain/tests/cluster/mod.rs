@@ -304,6 +304,9 @@ impl Hash for Asked {
                 ..
             } => (expect, chain, joining, anew).hash(state),
             Command::Register { .. }
+            | Command::Start { .. }
+            | Command::PowerOff { .. }
+            | Command::Update { .. }
             | Command::Remove { .. }
             | Command::Restart { .. }
             | Command::Choose { .. } => {}
@@ -381,9 +384,11 @@ impl World {
             config_toml: String::new(),
         };
         let register = Command::Register {
+            vm: checkpoint::VmId(1),
             name: "vm".into(),
             owner: name(0),
             shape,
+            life: chain::Life::On,
         };
         let view = Arc::new(master.apply(&register).expect("the first VM").view);
         let mut hosts = vec![

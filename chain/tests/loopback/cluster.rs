@@ -141,9 +141,11 @@ impl Cluster {
     fn servers(count: usize, missed: u32, shape: VmShape) -> Self {
         let mut master = MasterState::default();
         let register = Command::Register {
+            vm: VM,
             name: "vm".into(),
             owner: host("owner"),
             shape: shape.clone(),
+            life: chain::Life::On,
         };
         let view = master.apply(&register).unwrap().view;
         assert_eq!(view.vm, VM);
@@ -216,6 +218,24 @@ impl Cluster {
     pub fn anew(&mut self, chain: &[usize]) {
         self.decide_chain(chain, None, true);
         self.tell();
+    }
+
+    /// The master decides, and nobody is told yet.
+    pub fn reconfigure_silently(&mut self, chain: &[usize], joining: Option<usize>) {
+        self.decide_chain(chain, joining, false);
+    }
+
+    /// As [`Cluster::anew`], and nobody is told yet.
+    pub fn anew_silently(&mut self, chain: &[usize]) {
+        self.decide_chain(chain, None, true);
+    }
+
+    /// These, which have replicas, are told what has been decided.
+    pub fn tell_only(&self, which: &[usize]) {
+        for i in which {
+            let server = self.hosts[*i].server();
+            server.adopt(self.view.clone()).unwrap();
+        }
     }
 
     /// This host takes over. The others are not told yet.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use chain::store::Piece;
 use chain::{
     ChainClient, ClientEvent, Handover, Loss, Mark, ReplicaStore, ServerEvent, StoreError,
 };
@@ -162,16 +161,6 @@ impl ReplicaStore for Failing {
     fn commit(&mut self, mark: Mark) {
         self.committed.store(mark.epoch.0, Ordering::SeqCst);
     }
-    fn copy_begin(&mut self) -> Result<(), StoreError> {
-        Err(StoreError::Empty)
-    }
-    fn copy_next(&mut self, _: usize) -> Result<Option<Piece>, StoreError> {
-        Err(StoreError::Empty)
-    }
-    fn copy_left(&self) -> u64 {
-        0
-    }
-    fn copy_end(&mut self) {}
     fn holds(&self) -> Option<Mark> {
         None
     }

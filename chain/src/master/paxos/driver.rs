@@ -8,13 +8,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use checkpoint::ClusterId;
 use nix::fcntl::Flock;
 
 use super::entry::Pid;
 use super::node::{Answer, Event, Node, Output, Ticket};
 use super::record::RecordFile;
 use super::transport::{Heard, Transport};
-use crate::master::{Command, MasterError};
+use crate::master::{MasterError, Request, Wanted};
 
 /// Length of a tick. Late ticks are not made up for: a member that stood still must not believe the others did.
 const TICK: Duration = Duration::from_millis(20);
@@ -28,13 +29,13 @@ const BATCH: usize = 64;
 /// Of a client.
 #[derive(Clone, Debug)]
 pub enum Question {
-    Propose(Command),
+    Propose(Box<Request>),
     Read,
 }
 
 enum Input {
     Heard(Heard),
-    Asked(Question, SyncSender<Answer>),
+    Asked(Question, Wanted, SyncSender<Answer>),
     Stop,
 }
 
@@ -92,7 +93,8 @@ impl Driver {
         let (sender, receiver) = sync_channel(EVENTS);
         let hearing = sender.clone();
         let hear = Arc::new(move |heard| hearing.send(Input::Heard(heard)).is_ok());
-        let transport = Transport::start(me, members, hear).map_err(fail)?;
+        let cluster = Arc::new(Mutex::new(node.cluster()));
+        let transport = Transport::start(me, members, cluster.clone(), hear).map_err(fail)?;
         let shared = Arc::new(Shared {
             members: members.len(),
             ..Shared::default()
@@ -101,6 +103,7 @@ impl Driver {
             node,
             file,
             transport,
+            cluster,
             shared: shared.clone(),
             sessions: BTreeMap::new(),
             tickets: BTreeMap::new(),
@@ -121,11 +124,11 @@ impl Driver {
         })
     }
 
-    /// Asks, and waits for the answer.
+    /// Asks, and waits for the answer. A question that has waited in vain is not taken up later.
     ///
     /// # Errors
-    /// [`MasterError::Stopped`] if the member has ended, [`MasterError::NoDecision`] if it does not come to answering.
-    pub fn ask(&self, question: Question) -> Result<Answer, MasterError> {
+    /// [`MasterError::GivenUp`] if nobody waited for it when its turn came. [`MasterError::Stopped`] if the member has ended, [`MasterError::NoDecision`] if it does not come to answering.
+    pub fn ask(&self, question: Question, wanted: &Wanted) -> Result<Answer, MasterError> {
         let stopped = || MasterError::Stopped("this member has been stopped".into());
         // Its thread is stuck, in a slow disk most likely, or the machine is.
         let late = || MasterError::NoDecision {
@@ -134,7 +137,7 @@ impl Driver {
         };
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         let (answer, answered) = sync_channel(1);
-        let mut input = Input::Asked(question, answer);
+        let mut input = Input::Asked(question, wanted.clone(), answer);
         loop {
             if self.shared.ended.load(Ordering::SeqCst) {
                 return Err(stopped());
@@ -151,8 +154,12 @@ impl Driver {
         }
         match answered.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Disconnected) if !wanted.still() => Err(MasterError::GivenUp),
             Err(RecvTimeoutError::Disconnected) => Err(stopped()),
-            Err(RecvTimeoutError::Timeout) => Err(late()),
+            Err(RecvTimeoutError::Timeout) => {
+                wanted.give_up();
+                Err(late())
+            }
         }
     }
 
@@ -196,6 +203,8 @@ struct Member {
     node: Node,
     file: RecordFile,
     transport: Transport,
+    /// What its connections say it is of.
+    cluster: Arc<Mutex<ClusterId>>,
     shared: Arc<Shared>,
     /// The newest connection of each member: what an earlier one still brings would come out of order.
     sessions: BTreeMap<Pid, u64>,
@@ -250,12 +259,13 @@ impl Member {
                 Event::Message(from, message)
             }
             Input::Heard(Heard::Reached(peer)) => Event::Reconnected(peer),
-            Input::Asked(question, answer) => {
+            Input::Asked(_, wanted, _) if !wanted.still() => return true,
+            Input::Asked(question, _, answer) => {
                 let ticket = self.next_ticket;
                 self.next_ticket += 1;
                 self.tickets.insert(ticket, answer);
                 match question {
-                    Question::Propose(command) => Event::Propose(ticket, Box::new(command)),
+                    Question::Propose(request) => Event::Propose(ticket, request),
                     Question::Read => Event::Read(ticket),
                 }
             }
@@ -294,6 +304,9 @@ impl Member {
         for message in &output.messages {
             self.transport.send(message);
         }
+        let mut cluster = self.cluster.lock().unwrap_or_else(PoisonError::into_inner);
+        *cluster = self.node.cluster();
+        drop(cluster);
         let leads = self.node.leader() == Some(self.node.me()) && self.node.stopped().is_none();
         self.shared.leads.store(leads, Ordering::Relaxed);
         let answering = self.node.answering();

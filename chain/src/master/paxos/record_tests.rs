@@ -18,7 +18,7 @@ fn record(incarnation: u64) -> Record {
     };
     Record {
         incarnation,
-        ..Record::new(identity)
+        ..Record::new(identity, checkpoint::ClusterId(7))
     }
 }
 
