@@ -246,6 +246,43 @@ fn a_successor_that_cannot_be_asked_again_is_named() {
     assert!(!named(&failed_while_its_predecessor_asks_again(mutant)));
 }
 
+/// A replica in the middle fails while its predecessor has nobody to tell it to.
+fn failed_while_nobody_listened(mutant: Mutant) -> World {
+    let mut world = world(mutant);
+    wish(&mut world, Plan::Anew(vec![1, 2, 3])).unwrap();
+    settle(&mut world, all).unwrap();
+    for _ in 0..2 {
+        apply(&mut world, Step::Run(0)).unwrap();
+        settle(&mut world, all).unwrap();
+    }
+    let doom = Step::Doom {
+        host: 2,
+        damaged: false,
+    };
+    apply(&mut world, doom).unwrap();
+    apply(&mut world, Step::Run(0)).unwrap();
+    let to = |host| move |s: &Step| matches!(s, Step::Down(link) if link.to == host);
+    settle(&mut world, to(1)).unwrap();
+    let up = world.up_link(1).unwrap();
+    apply(&mut world, Step::Cut(up)).unwrap();
+    settle(&mut world, to(2)).unwrap();
+    assert!(world.standby(2).unwrap().machine.failed().is_some());
+    settle(&mut world, |s| matches!(s, Step::Up(_))).unwrap();
+    settle(&mut world, |s| !matches!(s, Step::ListenToTail(_))).unwrap();
+    world
+}
+
+#[test]
+fn a_failure_that_nobody_heard_is_said_again() {
+    let named = |world: &World| {
+        let owner = world.hosts[0].owner.as_ref().unwrap();
+        assert!(owner.connected(), "all of the chain takes its connection");
+        owner.troubles.contains(&2)
+    };
+    assert!(named(&failed_while_nobody_listened(Mutant::None)));
+    assert!(!named(&failed_while_nobody_listened(Mutant::FailedOnce)));
+}
+
 /// FIELD H16: while the first checkpoint is on its way output flows, so what has it cannot be resumed from; with the first
 /// after its acknowledgement output is held.
 #[test]
