@@ -185,6 +185,7 @@ mod tests {
             generation: Generation(2),
             epoch: Epoch(epoch),
             digest: 7,
+            held: true,
         };
         epochs.map(mark).collect()
     }

@@ -14,6 +14,8 @@
 //! * after [`Replica::freeze`] nothing is taken, forwarded or acknowledged;
 //! * what is held outside of the master's [`History`] of the VM is forgotten: an unacknowledged suffix that a new owner
 //!   does not have, or checkpoints from before output was let out unprotected;
+//! * what the owner sent while it did not hold its output yet is not resumed from ([`Mark::held`]): a chain that begins
+//!   protects only once a checkpoint after that has been processed;
 //! * a new member is not resumed from before its predecessor has said that it has everything
 //!   ([`Event::Complete`]): what was acknowledged before it came is in it then (I5).
 
@@ -29,9 +31,9 @@ use std::collections::VecDeque;
 use checkpoint::{Epoch, Generation, HostId};
 
 use crate::mark::Mark;
+use crate::sent::Sent;
 use crate::view::{History, View};
 pub use event::{Action, Base, Event, FreezeError, State};
-use next::Sent;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Failure {
@@ -53,6 +55,8 @@ const SAY_FAILED: u32 = 50;
 struct Open {
     epoch: Epoch,
     what: What,
+    /// The owner's output is held from the end of the epoch before on.
+    held: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -214,7 +218,8 @@ impl Replica {
             Part::Nothing => State::Offline,
             Part::Joiner => State::Joining,
             Part::Member { .. } if self.hist.is_none() => State::Syncing,
-            Part::Member { .. } if !self.is_complete() => State::Joining,
+            Part::Member { .. } if !self.has_everything() => State::Joining,
+            Part::Member { .. } if !self.holds_output() => State::Syncing,
             Part::Member { .. } if self.length == 1 => State::LastSurvivor,
             Part::Member { .. } => State::Serving,
         }
@@ -251,11 +256,12 @@ impl Replica {
     /// The name that the checkpoint being received will have if that is its digest.
     #[must_use]
     pub fn name_of_open(&self, digest: u32) -> Option<Mark> {
-        let Open { epoch, what } = self.open?;
+        let Open { epoch, what, held } = self.open?;
         let name = |generation| Mark {
             generation,
             epoch,
             digest,
+            held,
         };
         match what {
             What::Duplicate | What::Install(None) => None,
@@ -265,11 +271,17 @@ impl Replica {
         }
     }
 
-    fn is_complete(&self) -> bool {
+    /// Whether what was acknowledged before this replica became a member is in what it has.
+    fn has_everything(&self) -> bool {
         match self.part {
             Part::Member { since, .. } => self.complete_in.is_some_and(|then| then >= since),
             _ => false,
         }
+    }
+
+    /// Whether what it holds is from a time at which the owner held its output: otherwise the outside may have seen more.
+    fn holds_output(&self) -> bool {
+        self.hist.is_some_and(|mark| mark.held)
     }
 
     /// Takes one event; what is to be done is added to `actions`.
@@ -279,10 +291,11 @@ impl Replica {
                 generation,
                 epoch,
                 base,
+                held,
             } => {
                 self.missed_while_frozen.sent |= self.misses(generation);
                 if self.accepts(generation, actions) {
-                    self.begin(epoch, base, actions);
+                    self.begin(epoch, base, held, actions);
                 }
             }
             Event::Data { generation, epoch } => {
@@ -295,11 +308,8 @@ impl Replica {
                 }
             }
             Event::Compare { generation, epoch } => {
-                let full = Open {
-                    epoch,
-                    what: What::Full,
-                };
-                if self.accepts(generation, actions) && self.open == Some(full) {
+                let asks = |open: Open| open.epoch == epoch && open.what == What::Full;
+                if self.accepts(generation, actions) && self.open.is_some_and(asks) {
                     actions.push_back(Action::Compare);
                 }
             }

@@ -216,6 +216,7 @@ mod tests {
             generation: Generation(generation),
             epoch: Epoch(epoch),
             digest: 0,
+            held: true,
         }
     }
 

@@ -20,7 +20,7 @@ pub const HEADER: usize = 64;
 /// Longest payload in bytes.
 pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
 const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
-const VERSION: u16 = 6;
+const VERSION: u16 = 7;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub enum Kind {
     Refused = 4,
     /// A checkpoint begins. With [`FLAG_FULL`] it replaces the whole image, with [`FLAG_INSTALL`] that of a joining
     /// replica. Otherwise the payload says what it is applied to, a [`crate::Mark`], and the generation in which it
-    /// was first sent (u64).
+    /// was first sent (u64). With [`FLAG_HELD`] the owner held its output from the end of the epoch before on.
     Begin = 5,
     /// Page records.
     Pages = 6,
@@ -88,6 +88,9 @@ pub const FLAG_KEEP: u32 = 4;
 pub const FLAG_INSTALL: u32 = 2;
 /// [`Kind::Broken`]: the replica's host has declined to have one, and will not in this generation.
 pub const FLAG_DECLINED: u32 = 8;
+
+/// [`Kind::Begin`]: from the end of the epoch before this checkpoint's on the owner's output is held.
+pub const FLAG_HELD: u32 = 16;
 
 impl Kind {
     fn from_u16(n: u16) -> Option<Self> {
@@ -341,7 +344,7 @@ fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
     }
     let flags = word(40);
     let known = match kind {
-        Kind::Begin => FLAG_FULL | FLAG_KEEP | FLAG_INSTALL,
+        Kind::Begin => FLAG_FULL | FLAG_KEEP | FLAG_INSTALL | FLAG_HELD,
         Kind::End => FLAG_INSTALL,
         Kind::Broken => FLAG_DECLINED,
         _ => 0,

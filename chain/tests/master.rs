@@ -55,6 +55,7 @@ fn checkpoint_of(generation: Generation) -> Mark {
         generation,
         epoch: Epoch(7),
         digest: 0,
+        held: true,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The VMs of this host, each with a mailbox and a thread.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -149,7 +149,10 @@ impl Table {
             .mail
             .send(Mail::Order(order, sender))
             .map_err(|_| format!("{name} has just ended"))?;
-        outcome.recv_timeout(patience).unwrap_or_else(|_| {
+        outcome.recv_timeout(patience).unwrap_or_else(|e| {
+            if e == RecvTimeoutError::Disconnected {
+                return Err(format!("{name} has just ended"));
+            }
             Err(format!(
                 "no outcome within {} s: `understudy status` and `events` show what became of it",
                 patience.as_secs()

@@ -278,6 +278,10 @@ impl Machine {
     fn removed(&mut self, out: &mut Vec<Effect>) {
         out.push(Effect::RemoveReplica(self.generation().next()));
         out.push(Effect::Kill);
+        // The news may be here before the answer.
+        if let Some(Purpose::Remove(Some(ticket))) = self.ask.take().map(|ask| ask.purpose) {
+            out.push(Effect::Answer(ticket, Ok(Answered::Done)));
+        }
         let tickets = match &mut self.part {
             Part::Owner(owner) => owner.tickets(),
             _ => Vec::new(),
@@ -287,7 +291,6 @@ impl Machine {
             out.push(Effect::Answer(ticket, Err(why)));
         }
         self.part = Part::Nothing { declined: None };
-        self.ask = None;
         out.push(Effect::Forget);
     }
 

@@ -324,6 +324,7 @@ mod tests {
             generation: Generation(3),
             epoch: Epoch(9),
             digest: 1,
+            held: true,
         };
         let answers = |list: &[(&str, Held)]| {
             let list: Vec<(HostId, Held)> = list

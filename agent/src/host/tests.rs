@@ -23,6 +23,7 @@ fn mark(generation: u64, epoch: u64) -> Mark {
         generation: Generation(generation),
         epoch: Epoch(epoch),
         digest: 7,
+        held: true,
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Event {
         epoch: Epoch,
         /// What it is applied to.
         base: Base,
+        /// From the end of the epoch before on the owner's output is held.
+        held: bool,
     },
     /// Part of a checkpoint: pages, disk writes, machine state.
     Data {
@@ -194,7 +196,7 @@ pub enum State {
     Offline,
     /// Being filled by the tail, or just made a member and not sure to have everything acknowledged so far.
     Joining,
-    /// A member that holds no checkpoint of this history yet.
+    /// A member that holds no checkpoint of this history yet, or none before which the owner began to hold its output.
     Syncing,
     /// Could resume the VM.
     Serving,
@@ -223,6 +225,9 @@ pub enum FreezeError {
     /// It is empty, or being filled.
     #[error("this replica holds no complete checkpoint")]
     Empty,
+    /// The chain has just begun: the owner lets output out that this checkpoint does not know of.
+    #[error("this replica holds checkpoint {0}, but the VM's output was not held yet then")]
+    Flowing(Mark),
     /// Not a member, or not for long enough.
     #[error(
         "this replica holds checkpoint {0}, but it is still joining: newer ones may have been acknowledged without it"

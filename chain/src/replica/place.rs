@@ -28,7 +28,7 @@ impl Replica {
         if holds.generation >= since {
             back.complete_in = Some(holds.generation);
         }
-        if back.is_tail() && back.is_complete() {
+        if back.is_tail() && back.has_everything() {
             back.acked = Some(holds.epoch);
         }
         back.silence.heard = true;
@@ -76,7 +76,7 @@ impl Replica {
                 self.sent = Sent::default();
             }
             Some(mark) => {
-                if self.is_tail() && self.is_complete() {
+                if self.is_tail() && self.has_everything() {
                     // Nobody is left who has to process it still.
                     self.acked = Some(mark.epoch);
                 }
@@ -107,8 +107,11 @@ impl Replica {
             return Err(FreezeError::Failed(failure.why.clone()));
         }
         let held = self.hist.ok_or(FreezeError::Empty)?;
-        if !self.is_complete() {
+        if !self.has_everything() {
             return Err(FreezeError::Joining(held));
+        }
+        if !self.holds_output() {
+            return Err(FreezeError::Flowing(held));
         }
         self.frozen = true;
         self.missed_while_frozen.sent |= self.open.take().is_some();

@@ -1,6 +1,7 @@
 //! The machine alone, event by event. Its views come from the master's own state machine: no configuration is tested that
 //! cannot come.
 
+mod flowing;
 mod joining;
 mod leaving;
 mod next;
@@ -119,10 +120,21 @@ impl Bench {
     }
 
     fn begin(&mut self, generation: Generation, epoch: u64, base: Base) -> Vec<Action> {
+        self.begin_with(generation, epoch, base, true)
+    }
+
+    fn begin_with(
+        &mut self,
+        generation: Generation,
+        epoch: u64,
+        base: Base,
+        held: bool,
+    ) -> Vec<Action> {
         self.step(Event::Begin {
             generation,
             epoch: Epoch(epoch),
             base,
+            held,
         })
     }
 
@@ -219,6 +231,7 @@ fn mark(generation: Generation, epoch: u64) -> Mark {
         generation,
         epoch: Epoch(epoch),
         digest: epoch as u32,
+        held: true,
     }
 }
 

@@ -116,7 +116,9 @@ impl Slot {
         frozen.map_err(|e| match e {
             FreezeError::Failed(why) => ServerError::Failed(why),
             FreezeError::Empty => StoreError::Empty.into(),
-            joining @ FreezeError::Joining(_) => ServerError::Joining(joining.to_string()),
+            not_yet @ (FreezeError::Joining(_) | FreezeError::Flowing(_)) => {
+                ServerError::Joining(not_yet.to_string())
+            }
         })
     }
 

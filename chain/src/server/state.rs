@@ -15,7 +15,9 @@ use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::replica::{Action, Event, Replica};
 use crate::store::ReplicaStore;
 use crate::view::View;
-use crate::wire::{FLAG_DECLINED, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
+use crate::wire::{
+    FLAG_DECLINED, FLAG_HELD, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError,
+};
 pub(super) use content::Job;
 pub(super) use filling::{Copier, Feeding};
 
@@ -100,6 +102,7 @@ fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
             generation,
             epoch,
             base: base_of(frame.flags, payload).ok_or(WireError::Payload(Kind::Begin))?,
+            held: frame.flags & FLAG_HELD != 0,
         },
         Kind::Complete => Event::Complete { generation, epoch },
         Kind::Yield => Event::Yield { generation, epoch },
@@ -336,7 +339,8 @@ impl State {
     }
 
     fn keep_frame(&mut self, frame: &Frame, payload: Payload) {
-        if self.kept.push(*frame, payload).is_err() {
+        self.kept.push(*frame, payload);
+        if self.kept.bytes() > KEPT_MAX {
             tracing::warn!(
                 "{}: more than {} MiB are not acknowledged by the next replica: not kept any more",
                 self.view.name,

@@ -17,6 +17,8 @@ use crate::wire::{self, Frame, Kind, Payload};
 const RETRY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
 /// A replica that is to join has this long to get ready, then the owner is told that it does not.
 const JOINER_PATIENCE: Duration = Duration::from_secs(15);
+/// A successor that was there has this long to answer again, once the connection to it was ended to ask it for what was missed.
+const SUCCESSOR_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Connects to the next replica, if there is one, for as long as this configuration is followed: it may still be creating
 /// its image, and however late it comes, it must not be left out for good. A connection that breaks is made again.
@@ -43,7 +45,7 @@ pub(super) fn connect(slot: &Arc<Slot>, env: &Arc<Env>) {
 /// Connects to `member`, again and again, for as long as this configuration is followed.
 fn keep_up(slot: &Arc<Slot>, env: &Arc<Env>, view: &View, member: &Member) {
     let mut pause = RETRY.0;
-    // Since it was last said that a joining replica cannot be reached.
+    // Since it was last said that it cannot be reached.
     let mut unsaid = Duration::ZERO;
     while follows(slot, view.generation) {
         match greet(member, view, Role::Update, &env.options.host) {
@@ -56,7 +58,7 @@ fn keep_up(slot: &Arc<Slot>, env: &Arc<Env>, view: &View, member: &Member) {
             }
             Err(e) => {
                 tracing::debug!("next replica {}: {e}", member.host);
-                if lacks(slot, view.generation, member, e, unsaid >= JOINER_PATIENCE) {
+                if lacks(slot, view.generation, member, e, unsaid) {
                     unsaid = Duration::ZERO;
                 }
             }
@@ -73,7 +75,7 @@ fn lacks(
     generation: Generation,
     member: &Member,
     error: GreetError,
-    late: bool,
+    unsaid: Duration,
 ) -> bool {
     let mut state = lock(&slot.state);
     if state.replica.generation() != generation {
@@ -83,10 +85,15 @@ fn lacks(
         is_final: error.is_final(),
         trouble: error.blame(&member.host),
     };
-    // A successor that may come is missed by those who wait for the chain; for a joining replica nobody waits. A refusal
-    // is told at once: the chain can go on without that host.
+    // A successor that may come is missed by those who wait for the chain. But for a joining replica nobody waits, nor for
+    // one that was there when the predecessor connected. A refusal is told at once: the chain can go on without that
+    // host.
+    let patience = match state.replica.is_tail() {
+        true => JOINER_PATIENCE,
+        false => SUCCESSOR_PATIENCE,
+    };
     let news = lack.is_final && state.lack.as_ref() != Some(&lack);
-    let said = news || (state.replica.is_tail() && late);
+    let said = news || unsaid >= patience;
     if said {
         state.tell_lack(&lack);
     }

@@ -89,8 +89,10 @@ pub enum Mutant {
     PreviousNotAsked,
     /// A failed replica says so only once.
     FailedOnce,
-    /// A joining replica that does not come is not named to the owner.
+    /// A next replica that does not come is not named to the owner.
     TroubleOnce,
+    /// A full checkpoint can be resumed from at once, while output flows.
+    FullHeld,
 }
 
 /// What happens in one step.
@@ -227,6 +229,7 @@ pub enum Message {
     Begin {
         epoch: Epoch,
         base: Base,
+        held: bool,
     },
     Data {
         epoch: Epoch,

@@ -50,6 +50,7 @@ pub fn take_over(vm: VmId, expect: Generation, by: &str) -> Command {
             generation: expect,
             epoch: Epoch(7),
             digest: 0,
+            held: true,
         },
     }
 }

@@ -301,7 +301,13 @@ pub struct Owner {
 
 impl Owner {
     pub fn new(view: &View, base: Option<Mark>) -> Self {
-        let client = ChainClient::new(VM, view.owner.clone(), view.generation, base);
+        let client = ChainClient::new(
+            VM,
+            view.owner.clone(),
+            view.generation,
+            base,
+            chain::KEPT_MAX,
+        );
         let connection = connect(&client, view);
         let said = hear(&connection);
         Self {

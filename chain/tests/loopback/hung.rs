@@ -115,7 +115,13 @@ fn h15_a_replica_whose_disk_hangs_says_so_and_delays_no_other() {
                 Durability::Memory,
             )
             .unwrap();
-        let client = ChainClient::new(view.vm, view.owner.clone(), view.generation, None);
+        let client = ChainClient::new(
+            view.vm,
+            view.owner.clone(),
+            view.generation,
+            None,
+            chain::KEPT_MAX,
+        );
         let connection = connect(&client, &view);
         let mut vm = Vm::new();
         vm.checkpoint(&client, true);

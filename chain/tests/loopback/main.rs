@@ -11,6 +11,7 @@ mod joining;
 mod known;
 mod links;
 mod lost;
+mod pressure;
 mod probe;
 mod proxy;
 mod pulse;

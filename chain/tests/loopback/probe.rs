@@ -138,7 +138,7 @@ fn i3_who_is_reached_at_an_address_says_who_it_is_whatever_it_is_asked_for() {
     let error = probe(&view.chain[0], VM, view.generation, &from, PATIENCE).unwrap_err();
     assert!(matches!(error, ProbeError::Stranger(_)), "{error:?}");
     names(&error.to_string());
-    let client = chain::ChainClient::new(VM, from.clone(), view.generation, None);
+    let client = chain::ChainClient::new(VM, from.clone(), view.generation, None, chain::KEPT_MAX);
     match client.connect(&view) {
         Err(ClientError::Peer { why, .. }) => names(&why),
         other => panic!("{other:?}"),

@@ -128,7 +128,7 @@ fn h19_a_replica_whose_connection_stands_still_is_heard_by_its_successor() {
 fn h19_a_replica_that_has_failed_is_missed_although_its_host_lives() {
     let (cluster, owner) = begun(2);
     // A checkpoint that is not whole.
-    owner.begin(checkpoint::Epoch(2), false).unwrap();
+    owner.begin(checkpoint::Epoch(2), false, true).unwrap();
     owner.end().unwrap();
     until("the head has failed", || {
         cluster.hosts[0].failed().is_some()

@@ -121,6 +121,7 @@ impl Hosts {
             host("owner")?,
             generation,
             None,
+            chain::KEPT_MAX,
         ))
     }
 

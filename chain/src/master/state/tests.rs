@@ -20,6 +20,7 @@ fn mark(generation: u64, epoch: u64) -> Mark {
         generation: Generation(generation),
         epoch: Epoch(epoch),
         digest: 0,
+        held: true,
     }
 }
 

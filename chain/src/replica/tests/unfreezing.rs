@@ -46,6 +46,7 @@ fn the_predecessor_is_asked_for_what_it_sent() {
                 generation: G2,
                 epoch: Epoch(7),
                 base: next,
+                held: true,
             },
         ),
         (

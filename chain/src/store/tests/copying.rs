@@ -267,6 +267,7 @@ fn c1_what_was_never_touched_is_not_touched_by_a_copy() {
         generation: Generation(3),
         epoch: Epoch(1),
         digest: 0,
+        held: true,
     };
     store.begin(mark.generation, mark.epoch, true).unwrap();
     store.pages(&pages).unwrap();

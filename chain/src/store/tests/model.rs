@@ -98,6 +98,7 @@ impl Vm {
                 generation: Generation(3),
                 epoch: Epoch(10),
                 digest: 0,
+                held: true,
             },
             pages: vec![[0; PAGE_SIZE]; GFNS.len()],
             machine: Vec::new(),
