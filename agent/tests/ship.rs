@@ -22,7 +22,7 @@ struct Replica {
 }
 
 impl Link for Replica {
-    fn begin(&self, _: Epoch, full: bool) -> Result<(), String> {
+    fn begin(&self, _: Epoch, full: bool, _: bool) -> Result<(), String> {
         *self.full.lock().unwrap() = full;
         Ok(())
     }

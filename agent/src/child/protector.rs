@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use chain::{ChainClient, ClientError, ClientEvent, Connection, Mark, View};
+use chain::{ChainClient, ClientError, ClientEvent, Connection, LossKind, Mark, View};
 use checkpoint::{Epoch, Generation, HostId, VmId};
 use vmm::Vm;
 
@@ -79,6 +79,7 @@ impl Protector {
             self.host.clone(),
             generation,
             Some(base),
+            self.keeps(),
         ));
         let shadow = Shadow::unknown(&RamView::new(self.vm.memory())).map_err(text)?;
         let session = self.owner.queue().new_session();
@@ -86,6 +87,11 @@ impl Protector {
         self.ship(&client, shadow, session, false)?;
         self.client = Some(client);
         Ok(())
+    }
+
+    /// Bytes that may wait for acknowledgements.
+    fn keeps(&self) -> usize {
+        chain::owner_keeps(RamView::new(self.vm.memory()).bytes() as u64)
     }
 
     /// Follows `view`: with an empty chain, output flows. A chain that goes on in place is connected to and sent what it
@@ -96,7 +102,9 @@ impl Protector {
         }
         self.newest.store(view.generation.0, Ordering::Release);
         if view.chain.is_empty() {
-            self.client = None;
+            if let Some(client) = self.client.take() {
+                client.close();
+            }
             self.owner.queue().new_session();
             self.owner.unprotect(view.generation);
             return;
@@ -108,9 +116,13 @@ impl Protector {
             }
             _ => {
                 let session = self.owner.queue().new_session();
-                let client = ChainClient::new(view.vm, self.host.clone(), view.generation, None);
+                let (host, keeps) = (self.host.clone(), self.keeps());
+                let client = ChainClient::new(view.vm, host, view.generation, None, keeps);
                 let client = Arc::new(client);
-                self.client = Some(client.clone());
+                // What waits for acknowledgements of the chain before has nothing to wait for any more.
+                if let Some(old) = self.client.replace(client.clone()) {
+                    old.close();
+                }
                 self.attempt(client, view, Some(session))
             }
         };
@@ -122,6 +134,18 @@ impl Protector {
             self.reporter
                 .send(&FromChild::Fatal(format!("starting a thread: {e}")));
         }
+    }
+
+    /// The newest configuration that this process was told.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation(self.newest.load(Ordering::Acquire))
+    }
+
+    /// Whether there is a chain, of which a replica may take over.
+    #[must_use]
+    pub fn has_chain(&self) -> bool {
+        self.client.is_some()
     }
 
     /// Stops the guest at the end of an epoch; once that is committed, the head is asked to take over.
@@ -284,7 +308,9 @@ impl Attempt {
                         unfit: true,
                     });
                 }
-                Err(ClientError::Peer { host, addr, why }) if Instant::now() >= deadline => {
+                Err(ClientError::Peer {
+                    host, addr, why, ..
+                }) if Instant::now() >= deadline => {
                     return Err(Trouble {
                         host: Some(host),
                         why: format!("{addr}: {why}"),
@@ -320,7 +346,6 @@ impl Attempt {
 
     /// Starts the threads that beat and that hear what the chain says.
     fn listen(&self, connection: &Arc<Connection>) -> Result<(), Trouble> {
-        let generation = self.view.generation;
         spawn("heartbeat", {
             let (connection, owner) = (connection.clone(), self.owner.clone());
             let (reporter, heartbeat) = (self.reporter.clone(), self.heartbeat);
@@ -331,7 +356,7 @@ impl Attempt {
             let reporter = self.reporter.clone();
             move || {
                 while let Some(event) = connection.next_event() {
-                    if !hear(event, generation, &owner, &reporter) {
+                    if !hear(event, &owner, &reporter) {
                         return;
                     }
                 }
@@ -367,7 +392,7 @@ fn beat(connection: &Connection, owner: &Owner, reporter: &Reporter, heartbeat: 
 }
 
 /// Acts on what the chain says; false once there is nothing more to hear.
-fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Reporter) -> bool {
+fn hear(event: ClientEvent, owner: &Owner, reporter: &Reporter) -> bool {
     match event {
         ClientEvent::Ack { epoch, generation } => {
             if let Err(e) = owner.ack(generation, epoch) {
@@ -381,14 +406,16 @@ fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Re
             answer,
         } => owner.compared(generation, epoch, answer),
         ClientEvent::Refused { generation } => reporter.send(&FromChild::Refused { generation }),
-        ClientEvent::JoinerReady => reporter.send(&FromChild::JoinerReady { generation }),
-        ClientEvent::Lost { host, why } => {
+        ClientEvent::JoinerReady { generation } => {
+            reporter.send(&FromChild::JoinerReady { generation });
+        }
+        ClientEvent::Lost(loss) => {
             let trouble = Trouble {
-                host,
-                why,
-                unfit: false,
+                host: loss.host,
+                why: loss.why,
+                unfit: loss.kind == LossKind::Unfit,
             };
-            lost(reporter, generation, trouble);
+            lost(reporter, loss.generation, trouble);
             return false;
         }
     }
@@ -401,10 +428,10 @@ struct ClientLink {
 }
 
 impl Link for ClientLink {
-    fn begin(&self, epoch: Epoch, full: bool) -> Result<(), String> {
+    fn begin(&self, epoch: Epoch, full: bool, held: bool) -> Result<(), String> {
         let begun = match full {
             true => self.client.begin_over(epoch),
-            false => self.client.begin(epoch, false),
+            false => self.client.begin(epoch, false, held),
         };
         begun.map_err(|e| e.to_string())
     }

@@ -18,8 +18,9 @@ const DISK_FRAME: usize = 256 << 10;
 
 /// Where encoded checkpoints go. The chain's client is one; tests have another.
 pub trait Link: Send + Sync {
-    /// Announces `epoch`; `full` if it replaces the whole image, except for what [`Link::compare`] finds to be there.
-    fn begin(&self, epoch: Epoch, full: bool) -> Result<(), String>;
+    /// Announces `epoch`; `full` if it replaces the whole image, except for what [`Link::compare`] finds to be there;
+    /// `held` if from the end of the epoch before on output is held until it is acknowledged.
+    fn begin(&self, epoch: Epoch, full: bool, held: bool) -> Result<(), String>;
     /// Asks which disk blocks need not be sent.
     fn compare(&self, epoch: Epoch, blocks: &Blocks) -> Result<(), String>;
     /// Encoded page records.
@@ -140,7 +141,7 @@ impl Shipper {
     fn begin(&mut self, epoch: Epoch) -> Result<(), ShipError> {
         if self.begun != Some(epoch) {
             self.link
-                .begin(epoch, self.first)
+                .begin(epoch, self.first, !self.first)
                 .map_err(ShipError::Link)?;
             self.begun = Some(epoch);
             self.first = false;
