@@ -14,6 +14,7 @@ use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
 use vmm::devices::NetSpec;
 use vmm::{BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Vm, VmEvent, VmSpec};
 
+use super::busy::once_free;
 use super::network;
 use super::proto::TapSpec;
 use crate::config::{VmConfig, parse_mac};
@@ -352,9 +353,12 @@ pub fn open_images<'a>(
     paths
         .enumerate()
         .map(|(index, path)| {
-            Mirror::open(path)
-                .map(Arc::new)
-                .map_err(|source| BuildError::Disk { index, source })
+            once_free(
+                |e| matches!(e, diskbuf::MirrorError::InUse(_)),
+                || Mirror::open(path),
+            )
+            .map(Arc::new)
+            .map_err(|source| BuildError::Disk { index, source })
         })
         .collect()
 }

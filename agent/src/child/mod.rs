@@ -4,6 +4,7 @@
 //! epoch loop) or a standby that becomes one.
 
 mod build;
+mod busy;
 mod network;
 mod orphaned;
 mod plain;

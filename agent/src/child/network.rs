@@ -9,6 +9,7 @@ use std::sync::Arc;
 use netbuf::{Cable, Gate, Tap, Watcher, announce, bridge, netconf};
 
 use super::build::BuildError;
+use super::busy::once_free;
 use super::proto::TapSpec;
 
 /// A card's tap, behind a gate that lets nothing through yet, and the bridge that it belongs on, if any.
@@ -18,7 +19,10 @@ pub(super) fn connect(
     spec: &TapSpec,
     limit: usize,
 ) -> Result<(Arc<Gate>, Option<Cable>), BuildError> {
-    let tap = Tap::open(&spec.name, true)?;
+    let tap = once_free(
+        |e| matches!(e, netbuf::TapError::Busy { .. }),
+        || Tap::open(&spec.name, true),
+    )?;
     let gate = Gate::new(tap, limit)
         .map_err(|source| BuildError::Mismatch(format!("tap {}: {source}", spec.name)))?;
     gate.stand_by();

@@ -22,7 +22,7 @@ use crate::host::{Answered, Disks, Effect, Input, Loss, Machine, Order, Report, 
 /// What comes into a VM's mailbox.
 pub(super) enum Mail {
     /// For the machine.
-    Input(Input),
+    Input(Box<Input>),
     /// An administrator's order, and who waits for its outcome.
     Order(Order, Sender<Result<Answered, String>>),
     /// A process says something, or has ended.
@@ -133,7 +133,7 @@ impl Runner {
 
     fn take(&mut self, mail: Mail) {
         match mail {
-            Mail::Input(input) => self.step(input),
+            Mail::Input(input) => self.step(*input),
             Mail::Order(order, waiting) => {
                 let ticket = self.expect_answer(waiting);
                 self.step(Input::Ordered(ticket, order));
@@ -211,6 +211,15 @@ impl Runner {
                 Tell::RunOn => ToChild::RunOn,
             }),
             Effect::Kill => self.kill(),
+            Effect::Bury => {
+                let before = self.before.clone();
+                self.aside("bury", move |_| {
+                    if let Err(why) = slow::wait_gone(before.as_deref()) {
+                        tracing::error!("{why}");
+                    }
+                    Some(Input::Buried)
+                });
+            }
             Effect::Propose { ask, command } => self.aside("ask-master", move |env| {
                 let result = slow::propose(env, &command);
                 Some(Input::Proposed { ask, result })
@@ -275,7 +284,9 @@ impl Runner {
     }
 
     fn aside(&self, name: &str, act: impl FnOnce(&Env) -> Option<Input> + Send + 'static) {
-        self.beside(name, |env| act(env).map(Mail::Input));
+        self.beside(name, |env| {
+            act(env).map(|input| Mail::Input(Box::new(input)))
+        });
     }
 
     /// Not before a process that is being started is there, or is not: it has the disks.

@@ -39,7 +39,7 @@ impl Table {
     /// Something for one VM; nothing happens if it has no thread.
     pub fn post(&self, vm: VmId, input: Input) {
         if let Some(entry) = lock(&self.vms).get(&vm) {
-            let _ = entry.mail.send(Mail::Input(input));
+            let _ = entry.mail.send(Mail::Input(Box::new(input)));
         }
     }
 

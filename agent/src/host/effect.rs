@@ -40,6 +40,8 @@ pub enum Effect {
     Tell(Tell),
     /// End the process, at once.
     Kill,
+    /// Slow: wait until the process that was ended is gone, and has let go of disks and taps. `Input::Buried` answers.
+    Bury,
     /// Slow: ask the master. `Input::Proposed` answers.
     Propose {
         /// Names this question.

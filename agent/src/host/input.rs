@@ -40,6 +40,8 @@ pub enum Input {
     Adopted(Option<Owns>),
     /// Outcome of [`Effect::StandBy`](super::Effect::StandBy) or [`Effect::Boot`](super::Effect::Boot): the process exists.
     Spawned(Result<(), String>),
+    /// Outcome of [`Effect::Bury`](super::Effect::Bury).
+    Buried,
     /// The VM's process says something.
     Report(Report),
     /// Outcome of [`Effect::Bridge`](super::Effect::Bridge).

@@ -24,16 +24,27 @@ pub(super) enum Part {
     /// None, or none that it could take: then why.
     Nothing {
         /// Why it holds no replica although it is a member.
-        declined: Option<String>,
+        declined: Option<Declined>,
     },
     /// It holds a replica, and a process waits to become the VM.
-    Standby(Standby),
+    Standby(Box<Standby>),
     /// It runs the VM.
     Owner(Box<Owner>),
     /// The VM is this host's, and runs nowhere.
     Orphan(Orphan),
     /// The same, by somebody's wish.
     Off(Off),
+}
+
+/// A replica that this host should hold and cannot.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Declined {
+    /// In words.
+    pub(super) why: String,
+    /// When to try again, if it is a member still.
+    pub(super) retry_at: Micros,
+    /// How long to wait after that.
+    pub(super) pause: Micros,
 }
 
 /// What a question to the master is for.
@@ -166,6 +177,7 @@ impl Machine {
             Input::Spawned(result) => self.spawned(now, result, out),
             Input::Report(report) => self.report(now, report, out),
             Input::Adopted(found) => self.adopted(now, found, out),
+            Input::Buried => self.buried(out),
             Input::Bridged { generation, result } => self.bridged(generation, result, out),
             Input::Probed(answers) => self.probed(now, &answers, out),
             Input::Surveyed(answers) => self.surveyed(now, &answers, out),
@@ -187,7 +199,8 @@ impl Machine {
             });
         }
         match self.part {
-            Part::Nothing { .. } | Part::Standby(_) | Part::Off(_) => {}
+            Part::Nothing { .. } => self.settle_nothing(now, out),
+            Part::Standby(_) | Part::Off(_) => {}
             Part::Owner(_) => self.settle_owner(now, out),
             Part::Orphan(_) => self.settle_orphan(now, out),
         }
@@ -198,7 +211,8 @@ impl Machine {
     pub fn wake_at(&self) -> Option<Micros> {
         let retry = self.ask.as_ref().and_then(|ask| ask.retry_at);
         let part = match &self.part {
-            Part::Nothing { .. } | Part::Standby(_) | Part::Off(_) => None,
+            Part::Nothing { declined } => declined.as_ref().map(|declined| declined.retry_at),
+            Part::Standby(_) | Part::Off(_) => None,
             Part::Owner(_) => self.owner_wakes_at(),
             Part::Orphan(orphan) => Some(orphan.wakes_at()),
         };
@@ -271,7 +285,7 @@ impl Machine {
     }
 
     pub(super) fn become_standby(&mut self, out: &mut Vec<Effect>) {
-        self.part = Part::Standby(Standby::default());
+        self.part = Part::Standby(Box::default());
         out.push(Effect::StandBy(self.record.clone()));
     }
 
@@ -344,7 +358,7 @@ impl Machine {
             }
         }
         let Some(ask) = self.ask.take() else { return };
-        match (ask.purpose, result) {
+        match (ask.purpose.clone(), result) {
             (Purpose::TakeOver, Ok(record)) => self.granted(now, record, out),
             (Purpose::Refill, Ok(record)) => self.take_apart(now, record, out),
             (Purpose::TakeOver | Purpose::Refill, Err(why)) => self.not_granted(&why, out),
@@ -363,10 +377,9 @@ impl Machine {
                 self.not_booted(now, why, out);
                 out.push(Effect::Read);
             }
-            (Purpose::PowerOff(ticket), Ok(record)) => {
-                if let Some(ticket) = ticket {
-                    out.push(Effect::Answer(ticket, Ok(Answered::Done)));
-                }
+            (Purpose::PowerOff(_), Ok(record)) => {
+                // Whoever waits is answered once the process is gone.
+                self.ask = Some(ask);
                 self.decided(now, record, out);
             }
             (Purpose::PowerOff(ticket), Err(why)) => {
@@ -426,7 +439,7 @@ impl Machine {
     fn report(&mut self, now: Micros, report: Report, out: &mut Vec<Effect>) {
         match self.part {
             Part::Owner(_) => self.owner_report(now, report, out),
-            Part::Standby(_) => self.standby_report(&report, out),
+            Part::Standby(_) => self.standby_report(now, &report, out),
             Part::Nothing { .. } | Part::Orphan(_) | Part::Off(_) => {}
         }
     }

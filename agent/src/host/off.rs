@@ -14,6 +14,8 @@ use crate::control::EventKind;
 pub(super) struct Off {
     /// Who waits for it to boot.
     starting: Option<Ticket>,
+    /// Its process is being ended; who waits for that.
+    ending: Option<Vec<Ticket>>,
 }
 
 impl Machine {
@@ -31,13 +33,13 @@ impl Machine {
     /// The master has decided that the VM is off.
     pub(super) fn powered_off(&mut self, record: VmRecord, out: &mut Vec<Effect>) {
         let asked = self.ask.take().map(|ask| ask.purpose);
-        let mut tickets = match &mut self.part {
+        let tickets = match &mut self.part {
             Part::Owner(owner) => owner.tickets(),
             _ => Vec::new(),
         };
+        let mut ending = Vec::new();
         if let Some(Purpose::PowerOff(Some(ticket))) = asked {
-            out.push(Effect::Answer(ticket, Ok(Answered::Done)));
-            tickets.retain(|other| *other != ticket);
+            ending.push(ticket);
         }
         for ticket in tickets {
             let why = format!("{} was stopped meanwhile", record.view.name);
@@ -45,11 +47,43 @@ impl Machine {
         }
         self.record = record;
         out.push(Effect::Kill);
+        out.push(Effect::Bury);
+        self.part = Part::Off(Off {
+            starting: None,
+            ending: Some(ending),
+        });
+    }
+
+    /// The process is gone: what it had may be used again.
+    pub(super) fn buried(&mut self, out: &mut Vec<Effect>) {
+        let Part::Off(off) = &mut self.part else {
+            return;
+        };
+        let Some(waiting) = off.ending.take() else {
+            return;
+        };
         out.push(Effect::Say(
             EventKind::PoweredOff,
             "off; its newest disks are on this host".into(),
         ));
-        self.part = Part::Off(Off::default());
+        for ticket in waiting {
+            out.push(Effect::Answer(ticket, Ok(Answered::Done)));
+        }
+    }
+
+    pub(super) fn order_stop_off(
+        &mut self,
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), String> {
+        match &mut self.part {
+            Part::Off(Off {
+                ending: Some(waiting),
+                ..
+            }) => waiting.push(ticket),
+            _ => out.push(Effect::Answer(ticket, Ok(Answered::Done))),
+        }
+        Ok(())
     }
 
     pub(super) fn order_start(
@@ -60,6 +94,9 @@ impl Machine {
         let record = self.record.clone();
         let name = &record.view.name;
         match &mut self.part {
+            Part::Off(off) if off.ending.is_some() => {
+                Err(format!("{name} is being stopped; try again"))
+            }
             Part::Off(off) if off.starting.is_none() => {
                 off.starting = Some(ticket);
                 out.push(Effect::FindDisks(record));

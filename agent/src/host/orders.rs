@@ -29,8 +29,11 @@ impl Machine {
                 Ok(())
             }
             Part::Nothing {
-                declined: Some(why),
-            } => Err(format!("this host cannot stand by for {name}: {why}")),
+                declined: Some(declined),
+            } => Err(format!(
+                "this host cannot stand by for {name}: {}",
+                declined.why
+            )),
             _ => Err(format!(
                 "this host holds no replica of {name:?} (`understudy status` lists them)"
             )),
@@ -172,10 +175,7 @@ impl Machine {
                 self.power_off(Some(ticket), out);
                 Ok(())
             }
-            Part::Off(_) => {
-                out.push(Effect::Answer(ticket, Ok(Answered::Done)));
-                Ok(())
-            }
+            Part::Off(_) => self.order_stop_off(ticket, out),
             _ => self.owned(),
         }
     }

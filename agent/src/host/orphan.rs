@@ -303,7 +303,7 @@ impl Machine {
                 out.push(Effect::Answer(ticket, Err(why)));
             }
             // The replica and its process were left as they were.
-            self.part = Part::Standby(super::standby::Standby::waiting());
+            self.part = Part::Standby(Box::new(super::standby::Standby::waiting()));
             return;
         }
         out.push(Effect::RemoveReplica(view.generation));

@@ -3,9 +3,9 @@
 use chain::master::Command;
 use chain::{Mark, VmRecord};
 
-use super::machine::{Part, Purpose};
+use super::machine::{Declined, Part, Purpose};
 use super::owner::Owner;
-use super::{Effect, Machine, Micros, Refusal, Report, Ticket};
+use super::{Effect, Machine, Micros, Refusal, Report, SECOND, Ticket};
 use crate::control::{EventKind, FailoverReport};
 
 /// A replica and a process that waits.
@@ -16,6 +16,8 @@ pub(super) struct Standby {
     /// Silence that was noticed before the process was there.
     suspected_ms: Option<u64>,
     taking: Option<Taking>,
+    /// How long to wait before another attempt if this one fails; none: as after the first.
+    pause: Option<Micros>,
 }
 
 /// A takeover under way.
@@ -29,7 +31,18 @@ struct Taking {
     granted: Option<VmRecord>,
 }
 
+/// Between attempts to stand by: at first, and at most.
+const RETRY: (Micros, Micros) = (SECOND, 60 * SECOND);
+
 impl Standby {
+    /// Another attempt.
+    pub(super) fn again(pause: Micros) -> Self {
+        Self {
+            pause: Some(pause),
+            ..Self::default()
+        }
+    }
+
     /// One whose replica and process are there.
     pub(super) fn waiting() -> Self {
         Self {
@@ -92,15 +105,12 @@ impl Machine {
                     EventKind::Failed,
                     format!("cannot stand by: {why}"),
                 ));
-                out.push(Effect::Decline(view.generation, why.clone()));
-                self.part = Part::Nothing {
-                    declined: Some(why),
-                };
+                self.decline(now, why, out);
             }
         }
     }
 
-    pub(super) fn standby_report(&mut self, report: &Report, out: &mut Vec<Effect>) {
+    pub(super) fn standby_report(&mut self, now: Micros, report: &Report, out: &mut Vec<Effect>) {
         let why = match report {
             Report::Ready => {
                 let text = "the standby is instantiated and waits";
@@ -113,10 +123,45 @@ impl Machine {
         // A replica whose standby is gone could not resume the VM: better that the owner knows it is lost.
         out.push(Effect::Say(EventKind::Failed, why.clone()));
         if let Some(ticket) = self.taking().and_then(|taking| taking.ticket) {
-            out.push(Effect::Answer(ticket, Err(why)));
+            out.push(Effect::Answer(ticket, Err(why.clone())));
         }
         self.ask = None;
-        self.give_replica_up(out);
+        out.push(Effect::Kill);
+        self.decline(now, why, out);
+    }
+
+    /// This host cannot stand by now. Whoever asks is told why; and it is tried again for as long as it is a member.
+    fn decline(&mut self, now: Micros, why: String, out: &mut Vec<Effect>) {
+        let pause = self
+            .standby()
+            .and_then(|standby| standby.pause)
+            .unwrap_or(RETRY.0);
+        out.push(Effect::Decline(self.generation(), why.clone()));
+        self.part = Part::Nothing {
+            declined: Some(Declined {
+                why,
+                retry_at: now + pause,
+                pause: RETRY.1.min(pause * 2),
+            }),
+        };
+    }
+
+    pub(super) fn settle_nothing(&mut self, now: Micros, out: &mut Vec<Effect>) {
+        let Part::Nothing {
+            declined: Some(declined),
+        } = &mut self.part
+        else {
+            return;
+        };
+        if now < declined.retry_at {
+            return;
+        }
+        let pause = declined.pause;
+        declined.retry_at = Micros::MAX;
+        if self.record.view.holds(&self.me) {
+            self.part = Part::Standby(Box::new(Standby::again(pause)));
+            out.push(Effect::StandBy(self.record.clone()));
+        }
     }
 
     pub(super) fn suspected(&mut self, now: Micros, silence_ms: u64, out: &mut Vec<Effect>) {

@@ -68,7 +68,7 @@ impl Machine {
                 if declined.is_some() {
                     summary.role = Role::Declined;
                 }
-                summary.trouble.clone_from(declined);
+                summary.trouble = declined.as_ref().map(|declined| declined.why.clone());
             }
             Part::Standby(_) => summary.role = Role::Standby,
             Part::Off(_) => summary.role = Role::Off,

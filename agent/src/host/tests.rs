@@ -524,7 +524,16 @@ fn a_host_that_cannot_stand_by_says_why_and_tries_again_when_the_configuration_c
     let mut b = Bench::standby("b");
     b.step(Input::Report(Report::Gone));
     let gone = b.take();
-    assert!(gone.iter().any(|e| matches!(e, Effect::RemoveReplica(_))));
+    assert!(gone.iter().any(|e| matches!(e, Effect::Decline(..))));
+    // For as long as it is a member it is tried again, at growing intervals.
+    b.pass(SECOND);
+    assert!(b.take().iter().any(|e| matches!(e, Effect::StandBy(_))));
+    b.step(Input::Spawned(Err("no bridge br0".into())));
+    b.take();
+    b.pass(SECOND);
+    assert_eq!(b.take(), []);
+    b.pass(SECOND);
+    assert!(b.take().iter().any(|e| matches!(e, Effect::StandBy(_))));
     let mut b = Bench::standby("b");
     let mut record = b.record();
     record.view.generation = record.view.generation.next();

@@ -92,7 +92,8 @@ fn an_agent_that_does_not_come_back_is_waited_for_and_then_a_backup_takes_over()
     cluster.wait_owner("b");
     more_answers(&client, 100);
     wait("the process left behind to end", || {
-        (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(())
+        // Its parent is gone: this process is to wait for it.
+        agent::lab::process::is_gone(pid).then_some(())
     });
     cluster.start_agent("a", None);
     cluster.wait_protected("b", &["a"]);

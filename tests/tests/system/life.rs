@@ -1,7 +1,7 @@
 //! A VM is stopped and started, deleted and made again: what it had acknowledged is there each time, and nothing of an earlier
 //! life is in the way.
 
-use agent::control::{EventKind, Request};
+use agent::control::{EventKind, Reply, Request};
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
@@ -30,7 +30,10 @@ fn a_stopped_vm_starts_from_its_newest_disks_and_is_protected_by_the_same_hosts(
     let client = cluster.client();
     more_answers(&client, 100);
     // The newest disks are with `b` from here on; `a`'s image, which the file names, is older.
-    order(&cluster, "a", &Request::HandOver { vm: VM.into() });
+    let moved = cluster
+        .control("a")
+        .call(&Request::HandOver { vm: VM.into() });
+    assert!(matches!(moved, Ok(Reply::Switched(_))), "{moved:?}");
     cluster.wait_owner("b");
     more_answers(&client, 100);
     check_disk(&client);
