@@ -405,7 +405,7 @@ impl Replica {
         };
         let returned = if self.silence.returned { RETURNED } else { 1 };
         self.missed
-            .saturating_mul(hops.saturating_mul(4).saturating_add(1))
+            .saturating_mul(hops.saturating_mul(6).saturating_add(1))
             .saturating_mul(returned)
     }
 

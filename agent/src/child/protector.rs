@@ -24,7 +24,7 @@ const GO_ON_PATIENCE: Duration = Duration::from_secs(5);
 /// Between attempts.
 const RETRY: Duration = Duration::from_millis(5);
 /// A commit that takes longer makes the agent look whether all replicas still answer.
-const COMMIT_PATIENCE: Duration = Duration::from_millis(250);
+const COMMIT_PATIENCE: Duration = Duration::from_millis(150);
 
 /// Keeps an owner's connection to the chain of the newest configuration.
 pub struct Protector {

@@ -22,11 +22,11 @@ use crate::control::EventKind;
 use crate::host::{Health, Loss, Refusal};
 
 /// A host that does not answer for this long is lost.
-const ANSWER_PATIENCE: Duration = Duration::from_millis(500);
+const ANSWER_PATIENCE: Duration = Duration::from_millis(250);
 /// A replica that has one frame in hand for this many milliseconds is lost: commits wait for it.
 const STUCK_MS: u64 = 1000;
 /// The same as the first, for the head that a new owner's output waits for.
-const HEAD_PATIENCE: Duration = Duration::from_millis(250);
+const HEAD_PATIENCE: Duration = Duration::from_millis(200);
 /// How long the replicas that are left may take to hear of a takeover and to connect to each other.
 const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
 const BRIDGE_RETRY: Duration = Duration::from_millis(3);

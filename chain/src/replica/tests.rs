@@ -586,6 +586,6 @@ fn further_down_replicas_are_more_patient() {
     let mut tail = Bench::new("d", &["b", "c", "d"]);
     tail.take(G2, 5);
     tail.step(Event::Heard { now_ms: 0 });
-    assert_eq!(tail.ticks(27), []);
+    assert_eq!(tail.ticks(39), []);
     assert_eq!(tail.ticks(1).len(), 1);
 }
