@@ -324,6 +324,12 @@ impl Machine {
         }
         for host in &lost {
             owner.retries.failed(host, now);
+            // What the host itself answered, or did not, says more than what its chain missed.
+            let health = answers.iter().find(|(asked, _)| asked == host);
+            let why = match health {
+                Some((_, Health::Silent(why) | Health::Declines(why))) => why,
+                _ => &loss.why,
+            };
             owner.absent.insert(host.clone(), why.clone());
         }
         let text = match lost.is_empty() {
