@@ -26,7 +26,8 @@ impl Owner {
             *lock(&self.last_commit) = Some(Instant::now());
             let mut sync = lock(&self.sync_started);
             if let Some((first, started)) = *sync
-                && epoch >= first
+                // A replica is resumed from the first checkpoint after the full one: that is sent with output held.
+                && epoch > first
             {
                 *sync = None;
                 (self.on_protected)(generation, first, started.elapsed(), self.progress.read());
