@@ -249,8 +249,8 @@ impl Machine {
             }
             Some(Probing::Missing(missing)) => {
                 for (host, health) in answers {
-                    if let Health::Silent(why) | Health::Declines(why) = health {
-                        owner.absent.insert(host.clone(), why.clone());
+                    if let Some(why) = health.trouble(false) {
+                        owner.absent.insert(host.clone(), why);
                     }
                 }
                 if self.ask.is_none() {
@@ -277,7 +277,11 @@ impl Machine {
             .into_iter()
             .filter(|member| {
                 let health = answers.iter().find(|(host, _)| *host == member.host);
-                matches!(health, Some((_, Health::Answers | Health::Declines(_))))
+                health.is_some_and(|(_, health)| match health {
+                    // One that declines in this generation may come in the next.
+                    Health::Declines(_) => true,
+                    other => other.trouble(true).is_none(),
+                })
             })
             .collect();
         let Some(first) = up.first().cloned() else {
@@ -326,11 +330,10 @@ impl Machine {
             owner.retries.failed(host, now);
             // What the host itself answered, or did not, says more than what its chain missed.
             let health = answers.iter().find(|(asked, _)| asked == host);
-            let why = match health {
-                Some((_, Health::Silent(why) | Health::Declines(why))) => why,
-                _ => &loss.why,
-            };
-            owner.absent.insert(host.clone(), why.clone());
+            let why = health.and_then(|(_, health)| health.trouble(in_place));
+            owner
+                .absent
+                .insert(host.clone(), why.unwrap_or_else(|| loss.why.clone()));
         }
         let text = match lost.is_empty() {
             true => format!("the chain of generation {generation} has to begin anew: {why}"),
@@ -351,9 +354,11 @@ impl Machine {
 
     fn left(&self, loss: &Loss, answers: &[(HostId, Health)]) -> Left {
         let view = &self.record.view;
+        let waited_for = self.chain_is_filled();
         let stays = |member: &&Member| {
             let named = Some(&member.host) == loss.host.as_ref();
-            !named && answers.contains(&(member.host.clone(), Health::Answers))
+            let health = answers.iter().find(|(host, _)| *host == member.host);
+            !named && health.is_some_and(|(_, health)| health.trouble(waited_for).is_none())
         };
         let chain: Vec<Member> = view.chain.iter().filter(stays).cloned().collect();
         let joining = view.joining.as_ref().filter(stays).cloned();
