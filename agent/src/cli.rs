@@ -21,6 +21,12 @@ pub enum Command {
         /// The host's configuration.
         #[arg(long, value_name = "HOST.TOML")]
         config: PathBuf,
+        /// This host's name, whatever the file says; so one file can be given to all hosts.
+        #[arg(long, value_name = "NAME")]
+        host: Option<String>,
+        /// Begin a new cluster: where this host is to serve the master and there is no record of one, begin one.
+        #[arg(long)]
+        init: bool,
     },
     /// Run a VM without protection, as a plain VMM; its console is this terminal.
     Vmm {
@@ -31,10 +37,11 @@ pub enum Command {
         #[arg(long, hide = true, conflicts_with = "config")]
         child_fd: Option<i32>,
     },
-    /// Boot a VM on this host without protecting it yet.
+    /// Boot a VM on this host without protecting it yet: a configuration file defines a new one; a name means one that is off,
+    /// which boots from its newest disks.
     Start {
-        /// The VM's configuration.
-        #[arg(value_name = "VM.TOML")]
+        /// The VM's configuration, or its name.
+        #[arg(value_name = "VM.TOML|NAME")]
         config: PathBuf,
         /// How the agent is reached.
         #[command(flatten)]
@@ -51,7 +58,18 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
-    /// End a VM that runs on this host, on all hosts.
+    /// Forget a VM that is off. Its disks stay where they are.
+    Delete {
+        /// The VM's name.
+        vm: String,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Stop a VM that runs on this host, at once, as a power cut would. Its disks stay its newest: `start NAME` boots it again.
     Stop {
         /// The VM's name.
         vm: String,
@@ -166,6 +184,59 @@ pub enum Command {
         #[command(subcommand)]
         bench: BenchCommand,
     },
+    /// Several hosts on this machine, to try things on.
+    Lab {
+        /// What.
+        #[command(subcommand)]
+        lab: LabCommand,
+    },
+    /// Hosts, VMs, clients; random faults and commands; everything that may not happen is looked for (scripts/soak).
+    #[command(hide = true)]
+    Soak(SoakArgs),
+}
+
+/// What a lab can do.
+#[derive(Debug, Subcommand)]
+pub enum LabCommand {
+    /// Start one, and keep it until interrupted.
+    Up(LabArgs),
+}
+
+/// Options of `understudy lab up`.
+#[derive(Clone, Debug, Args)]
+pub struct LabArgs {
+    /// Hosts.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub hosts: u8,
+    /// VMs (probe guests), which the hosts run in turn and back up for each other.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=64))]
+    pub vms: u8,
+    /// Keep the working directory with the agents' logs.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// Options of `understudy soak`.
+#[derive(Clone, Debug, Args)]
+pub struct SoakArgs {
+    /// How long faults are made, in minutes.
+    #[arg(long, default_value_t = 10.0)]
+    pub minutes: f64,
+    /// What chance begins with; another one each time by default.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// VMs.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub vms: u8,
+    /// Faults and commands to choose from, by name (default: all).
+    #[arg(long, value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Switch this mechanism off on all hosts, to see that it is noticed. Takes the tests' program.
+    #[arg(long = "break", value_name = "MECHANISM")]
+    pub broken: Option<String>,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How the agent is reached.
@@ -306,14 +377,46 @@ pub struct LatencyArgs {
     pub json: bool,
 }
 
+/// What happens in `understudy bench failover`, always to the VM's owner unless it says otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FaultKind {
+    /// All processes of the host are killed; its kernel closes their connections.
+    #[default]
+    Kill,
+    /// The VM's process is killed; its host lives.
+    Crash,
+    /// All frames of the host are dropped, so that nobody hears a FIN; then everything on it is killed.
+    Host,
+    /// The first backup stands still (SIGSTOP), and later goes on.
+    FreezeHead,
+    /// The last backup stands still, and later goes on.
+    FreezeTail,
+    /// Cut off from the backups and the master, but not from its clients; later not any more.
+    Partition,
+    /// The disk under the owner's image refuses writes.
+    DiskError,
+    /// The disk under the owner's image does not answer.
+    DiskHang,
+    /// The disk of the last backup does not answer.
+    BackupDiskHang,
+    /// The guest is reset.
+    Reboot,
+    /// Only the agent is killed, and started again.
+    Agent,
+}
+
 /// Options of `understudy bench failover`.
 #[derive(Clone, Debug, Args)]
 pub struct FailoverArgs {
     /// Failovers.
     #[arg(long, default_value_t = 10)]
     pub runs: u32,
+    /// What happens.
+    #[arg(long, value_enum, default_value_t)]
+    pub fault: FaultKind,
     /// One VM and one connection through all of them: each dead host comes back and joins again before the next dies.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "fault")]
     pub alternate: bool,
     /// Backups.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 
-use crate::cli::{BenchCommand, Cli, Command};
+use crate::cli::{BenchCommand, Cli, Command, LabCommand};
 use crate::config::{HostConfig, VmConfig};
 use crate::control::{ControlClient, ControlError, FailoverReport, Reply, Request, VmStatus};
-use crate::{bench, child, daemon, demo};
+use crate::{bench, child, daemon, demo, lab};
 
 /// Between two looks of `status --watch` and `events --follow`.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -38,7 +38,11 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> Outcome {
     match command {
-        Command::Agent { config } => Ok(daemon::run_agent(HostConfig::load(&config)?)?),
+        Command::Agent { config, host, init } => {
+            let mut config = HostConfig::load_as(&config, host.as_deref())?;
+            config.master.begin |= init;
+            Ok(daemon::run_agent(config)?)
+        }
         Command::Vmm {
             config: Some(config),
             ..
@@ -53,6 +57,7 @@ fn run(command: Command) -> Outcome {
             backups,
             control,
         } => protect(&control.control, &vm, backups),
+        Command::Delete { vm, yes, control } => delete(&control.control, &vm, yes),
         Command::Stop { vm, control } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Stop { vm })?)
         }
@@ -100,6 +105,10 @@ fn run(command: Command) -> Outcome {
             control,
         } => events(&control.control, json, follow),
         Command::Demo(args) => demo::run(&args),
+        Command::Lab {
+            lab: LabCommand::Up(args),
+        } => lab::up(&args),
+        Command::Soak(args) => lab::soak::run(&args),
         Command::Bench {
             bench: BenchCommand::Pause(args),
         } => bench::pause::run(&args),
@@ -115,7 +124,31 @@ fn run(command: Command) -> Outcome {
     }
 }
 
+fn delete(control: &Path, vm: &str, yes: bool) -> Outcome {
+    if !yes {
+        eprint!("forget {vm} for good? Its disks stay, but nothing knows them any more [y/N] ");
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer)?;
+        if !matches!(answer.trim(), "y" | "Y" | "yes") {
+            return Err("nothing was done".into());
+        }
+    }
+    let request = Request::Delete { vm: vm.into() };
+    ControlClient::connect(control)?.order(&request)?;
+    println!("{vm} is forgotten");
+    Ok(())
+}
+
 fn start(control: &Path, config: &Path) -> Result<String, Box<dyn std::error::Error>> {
+    let name = config.to_string_lossy();
+    if !config.exists() && checkpoint::HostId::new(&name).is_ok() && !name.ends_with(".toml") {
+        let request = Request::StartAgain {
+            vm: name.to_string(),
+        };
+        ControlClient::connect(control)?.order(&request)?;
+        println!("{name} runs");
+        return Ok(name.to_string());
+    }
     // Read and checked here, so that a typo is shown to whoever made it and relative paths mean this directory.
     let (mut parsed, text) = VmConfig::load(config)?;
     let mut toml = text;
@@ -149,20 +182,23 @@ fn protect(control: &Path, vm: &str, backups: Vec<String>) -> Outcome {
             .into_iter()
             .find(|s| s.name == name)
             .ok_or_else(|| format!("{name} has ended while it was being protected"))?;
-        if status.protected {
+        let by = |status: &VmStatus| {
             let chain: Vec<&str> = status.chain.iter().map(|m| m.host.as_str()).collect();
-            println!(
+            format!(
                 "{name} is protected by {} (generation {})",
                 chain.join(" -> "),
                 status.generation
-            );
-            return Ok(());
+            )
+        };
+        if status.protected && !status.pending {
+            println!("{}", by(&status));
+            return match status.lacking.is_empty() {
+                true => Ok(()),
+                false => Err(status.state.into()),
+            };
         }
-        if let Some(trouble) = status.state.strip_prefix("Not protected: ")
-            && status.sync.is_none()
-            && !trouble.contains("on its way")
-        {
-            return Err(format!("{name} runs on, but is not protected: {trouble}").into());
+        if !status.protected && !status.pending && status.sync.is_none() {
+            return Err(format!("{name} runs on, but: {}", status.state).into());
         }
         if let Some(sync) = status.sync
             && said.elapsed() >= PERIOD

@@ -7,11 +7,16 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod demo;
+pub mod engine;
 mod entry;
 pub mod epoch;
 #[doc(hidden)]
 pub mod fault;
+pub mod host;
+pub mod identity;
 pub mod ipc;
+pub mod lab;
 pub mod probe;
+pub mod rank;
 
 pub use entry::main;

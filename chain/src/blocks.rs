@@ -35,20 +35,67 @@ const HEADER: usize = 16;
 /// Of one block.
 pub type Digest = [u8; 16];
 
+/// Blocks between two signs of life of something that reads many.
+const SIGN: usize = 64;
+
 /// Digests of what a mirror holds, from block `first` on, at most `count`; none after its end.
 ///
 /// # Errors
 /// The mirror's.
 pub fn digests(mirror: &Mirror, first: u64, count: usize) -> io::Result<Vec<Digest>> {
+    digests_of(mirror, first, count, || {})
+}
+
+/// The same; says `progress` in between.
+pub(crate) fn digests_of(
+    mirror: &Mirror,
+    first: u64,
+    count: usize,
+    progress: impl Fn(),
+) -> io::Result<Vec<Digest>> {
     let mut data = Vec::new();
     let blocks = first..mirror.size().div_ceil(BLOCK);
-    let digests = blocks
-        .take(count)
-        .map(|block| match read(mirror, block, &mut data)? {
+    let digest = |(n, block): (usize, u64)| {
+        if n % SIGN == 0 {
+            progress();
+        }
+        match read(mirror, block, &mut data)? {
             true => Ok(digest(&data)),
             false => Ok(Digest::default()),
-        });
-    digests.collect()
+        }
+    };
+    blocks.take(count).enumerate().map(digest).collect()
+}
+
+/// The first block from `block` on that is not a hole.
+///
+/// # Errors
+/// The mirror's.
+pub fn next_data(mirror: &Mirror, block: u64) -> io::Result<Option<u64>> {
+    let at = block * BLOCK;
+    if at >= mirror.size() {
+        return Ok(None);
+    }
+    let found = mirror.next_data(at)?;
+    Ok((found < mirror.size()).then_some(found / BLOCK))
+}
+
+/// Digests of the blocks from `first` on, until the next hole, and at most [`DIGESTS_MAX`].
+///
+/// # Errors
+/// The mirror's.
+pub(crate) fn run(mirror: &Mirror, first: u64, progress: impl Fn()) -> io::Result<Vec<Digest>> {
+    let (mut out, mut data) = (Vec::new(), Vec::new());
+    for block in first..mirror.size().div_ceil(BLOCK) {
+        if out.len() % SIGN == 0 {
+            progress();
+        }
+        if out.len() == DIGESTS_MAX || !read(mirror, block, &mut data)? {
+            break;
+        }
+        out.push(digest(&data));
+    }
+    Ok(out)
 }
 
 /// Reads a block; false if it is a hole: it is zero then, and `data` has its length only.

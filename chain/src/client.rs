@@ -1,25 +1,28 @@
 //! The owner's side of a chain: updates to the head, acks from the tail.
 
+mod acks;
 mod bridge;
 mod connection;
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use checkpoint::{
     CheckpointEnd, Epoch, Generation, HostId, Tally, VmId, codec, disk_records, records,
 };
 
 use crate::blocks::{self, Answer, Digest};
-use crate::kept::{Buffers, Kept, TooMuch, begin_payload};
-use crate::link::{HELLO_LIMIT, Role};
+use crate::greet::{GreetError, Greeted, Role, greet};
+use crate::kept::{Buffers, Kept, begin_payload};
+use crate::link::HELLO_LIMIT;
+use crate::loss::{Loss, LossKind};
 use crate::mark::Mark;
-use crate::replica::Base;
-use crate::server::{GreetError, Greeted, greet};
+use crate::owner::{BeginError, Joined, Sender};
+use crate::pulse::Voice;
 use crate::view::{Member, View};
-use crate::wire::{FLAG_KEEP, Frame, Kind, Payload};
+use crate::wire::{FLAG_HELD, FLAG_KEEP, Frame, Kind, Payload};
+use acks::Acks;
 pub use bridge::bridge;
 pub use connection::Connection;
 use connection::listen;
@@ -40,6 +43,8 @@ pub enum ClientError {
         host: HostId,
         /// Where.
         addr: std::net::SocketAddr,
+        /// Whether it does not answer, or answers that it does not.
+        kind: LossKind,
         /// Why.
         why: String,
     },
@@ -73,20 +78,34 @@ pub enum ClientError {
     /// Content without a beginning.
     #[error("no checkpoint has been begun")]
     NotBegun,
-    /// The chain acknowledges nothing, and everything has to be kept.
-    #[error("more than {} MiB are not acknowledged by the chain", crate::KEPT_MAX >> 20)]
-    TooMuch,
+    /// The client has been closed.
+    #[error("this chain is not sent to any more")]
+    Closed,
     /// An incremental checkpoint that is not the next after what the chain holds.
-    #[error("checkpoint {epoch} cannot follow {base:?}, which is what the chain was sent last")]
-    Base {
-        /// The checkpoint.
-        epoch: Epoch,
-        /// What the chain was sent last, if anything.
-        base: Option<Mark>,
-    },
+    #[error(transparent)]
+    Base(#[from] BeginError),
     /// A value too large to send.
     #[error(transparent)]
     Codec(#[from] checkpoint::CodecError),
+}
+
+impl ClientError {
+    /// Whom the chain of `generation` has lost with it, if anybody.
+    #[must_use]
+    pub fn loss(&self, generation: Generation) -> Option<Loss> {
+        let (host, kind) = match self {
+            Self::Peer { host, kind, .. } => (host, *kind),
+            Self::Send(host, _) => (host, LossKind::Silent),
+            Self::Unfit { host, .. } => (host, LossKind::Unfit),
+            _ => return None,
+        };
+        Some(Loss {
+            generation,
+            host: Some(host.clone()),
+            kind,
+            why: self.to_string(),
+        })
+    }
 }
 
 fn said(mark: &Option<Mark>) -> String {
@@ -95,17 +114,22 @@ fn said(mark: &Option<Mark>) -> String {
 
 /// Connects to a replica; the error names whoever is to blame, perhaps one further down.
 fn reach(member: &Member, view: &View, role: Role, from: &HostId) -> Result<Greeted, ClientError> {
-    greet(member.addr, view, role, from).map_err(|e| match e {
+    greet(member, view, role, from).map_err(|e| match e {
         GreetError::Refused(generation) => ClientError::Refused {
             host: member.host.clone(),
             generation,
         },
         other => {
+            let kind = match other {
+                GreetError::NotReady { .. } => LossKind::Declined,
+                _ => LossKind::Silent,
+            };
             let (host, why) = other.blame(&member.host);
             let at = view.position(&host).map(|i| view.chain[i].addr);
             ClientError::Peer {
                 host,
                 addr: at.unwrap_or(member.addr),
+                kind,
                 why,
             }
         }
@@ -137,66 +161,85 @@ pub enum ClientEvent {
         answer: Answer,
     },
     /// The joining replica has everything: it can become the tail.
-    JoinerReady,
-    /// A replica is lost.
-    Lost {
-        /// Which, if known.
-        host: Option<HostId>,
-        /// Why.
-        why: String,
+    JoinerReady {
+        /// The generation in which it joins.
+        generation: Generation,
     },
+    /// A replica is lost.
+    Lost(Loss),
 }
 
 /// What has been sent, and what of it would have to be sent again.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Sending {
-    /// The newest of the owner's generations that this client has heard of.
-    generation: Generation,
+    sender: Sender,
     /// Of the checkpoint under way.
     tally: Tally,
-    open: Option<Open>,
-    /// The last whole checkpoint, which the next one is applied to.
-    base: Option<Mark>,
+    /// The frames of what the sender has pending.
     kept: Kept,
     connection: Option<Arc<Connection>>,
 }
 
-/// The checkpoint being sent.
-#[derive(Clone, Copy, Debug)]
-struct Open {
-    epoch: Epoch,
-    /// The generation in which it was begun.
-    origin: Generation,
-    full: bool,
+impl Sending {
+    /// Forgets what has been acknowledged.
+    fn trim(&mut self, acks: &Acks, buffers: &Buffers) {
+        let (generation, epoch) = acks.newest();
+        if self.sender.acked(generation, epoch) {
+            self.kept.trim(epoch, Some(buffers));
+        }
+    }
+
+    fn lost(&mut self) {
+        self.sender.lost();
+        self.connection = None;
+    }
 }
 
 /// An owner's checkpoints on their way into the chain: from one configuration to the next. What the chain has not
-/// acknowledged is kept, and sent again to a new head (the paper's clients do so with their requests).
+/// acknowledged is kept, and sent again to a new head (the paper's clients do so with their requests). What is sent and
+/// kept the [`Sender`] decides; this is its driver.
+///
+/// Of what is kept there is a bound. At the bound sending waits for acknowledgements: a slow chain slows its owner down.
 #[derive(Debug)]
 pub struct ChainClient {
     vm: VmId,
     from: HostId,
+    /// Bytes.
+    bound: usize,
     sending: Mutex<Sending>,
-    /// Newest checkpoint that needs not be kept any more. Apart, so that a slow link delays no acknowledgement.
-    acked: Arc<AtomicU64>,
+    /// What `sending` sends over. Apart, so that a connection can be ended whose peer takes nothing: whoever sends has
+    /// `sending` meanwhile.
+    current: Mutex<Weak<Connection>>,
+    /// Apart, so that a slow link delays no acknowledgement.
+    acks: Arc<Acks>,
     buffers: Buffers,
 }
 
 impl ChainClient {
     /// A client of `vm` for `from`, its owner in `generation`. `base` is the checkpoint the VM was resumed from, which
-    /// its chain goes on from; none if nothing has been sent yet.
+    /// its chain goes on from; none if nothing has been sent yet. At most about `bound` bytes are kept
+    /// ([`crate::owner_keeps`]), or one checkpoint if that is larger.
     #[must_use]
-    pub fn new(vm: VmId, from: HostId, generation: Generation, base: Option<Mark>) -> Self {
+    pub fn new(
+        vm: VmId,
+        from: HostId,
+        generation: Generation,
+        base: Option<Mark>,
+        bound: usize,
+    ) -> Self {
         let sending = Sending {
-            generation,
-            base,
-            ..Sending::default()
+            sender: Sender::new(generation, base),
+            tally: Tally::default(),
+            kept: Kept::default(),
+            connection: None,
         };
         Self {
             vm,
             from,
+            bound,
             sending: Mutex::new(sending),
-            acked: Arc::default(),
+            current: Mutex::default(),
+            acks: Arc::default(),
             buffers: Buffers::default(),
         }
     }
@@ -214,75 +257,114 @@ impl ChainClient {
         };
         let up = reach(&head, view, Role::Update, &self.from)?;
         let acks = reach(&tail, view, Role::Acks, &self.from)?;
-        let (sender, events) = channel();
+        let (events_in, events) = channel();
+        // Before the lock: whoever has it may be waiting for the old head.
+        self.hang_up();
         let mut sending = self.sending();
-        if let Some(old) = sending.connection.take() {
-            old.close();
-        }
+        sending.connection = None;
         for (name, stream, host, is_acks) in [
             ("chain-head", up.stream, head.host.clone(), false),
             ("chain-acks", acks.stream, tail.host, true),
         ] {
-            let sender = sender.clone();
+            let (events, generation) = (events_in.clone(), view.generation);
             std::thread::Builder::new()
                 .name(name.into())
-                .spawn(move || listen(&stream, &host, is_acks, &sender))
+                .spawn(move || listen(&stream, &host, generation, is_acks, &events))
                 .map_err(|e| ClientError::Send(head.host.clone(), e))?;
         }
         let connection = Arc::new(Connection {
             vm: self.vm,
             generation: view.generation,
+            voice: Voice::new(head.addr, &self.from, view).ok(),
             head,
             up: up.link,
-            acks: acks.link,
+            acks_link: acks.link,
             events: Mutex::new(events),
-            acked: self.acked.clone(),
+            acks: self.acks.clone(),
         });
-        // Connected again in the generation in which the chain began, it goes on from what it has been sent.
-        let begun = |base: Mark| up.holds.is_some() && view.history.contains(base);
-        if view.in_place() || sending.base.is_some_and(begun) {
-            self.go_on(&mut sending, &connection, up.holds)?;
-        } else {
-            *sending = Sending::default();
+        *self.current() = Arc::downgrade(&connection);
+        let joined = self.join(&mut sending, &connection, view, up.holds);
+        match &joined {
+            Ok(()) => sending.connection = Some(connection.clone()),
+            Err(_) => sending.lost(),
         }
-        sending.generation = view.generation;
-        sending.connection = Some(connection.clone());
-        Ok(connection)
+        drop(sending);
+        // Whoever waits for room may have nothing to send any more.
+        self.acks.changed();
+        joined.map(|()| connection)
     }
 
     /// Sends a new head what it lacks of what this client has sent before.
-    fn go_on(
+    fn join(
         &self,
         sending: &mut Sending,
         connection: &Connection,
+        view: &View,
         holds: Option<Mark>,
     ) -> Result<(), ClientError> {
-        sending.kept.trim(self.acked(), Some(&self.buffers));
-        let Some(after) = holds.filter(|held| sending.kept.reaches(*held, sending.base)) else {
-            return Err(ClientError::Unfit {
-                host: connection.head.host.clone(),
-                holds,
-                newest: sending.base,
-            });
+        sending.trim(&self.acks, &self.buffers);
+        let (after, complete) = match sending.sender.connected(view, holds) {
+            Joined::GoesOn { after, complete } => (after, complete),
+            Joined::Anew => {
+                sending.kept.clear();
+                return Ok(());
+            }
+            Joined::Unfit { newest } => {
+                return Err(ClientError::Unfit {
+                    host: connection.head.host.clone(),
+                    holds,
+                    newest,
+                });
+            }
         };
-        let generation = connection.generation;
-        let lost = |e| ClientError::Send(connection.head.host.clone(), e);
         sending
             .kept
-            .resend(&connection.up, after, generation)
-            .map_err(lost)?;
-        if let Some(base) = sending.base {
-            connection.forward(Kind::Complete, base.epoch, 0, &Payload::default())?;
+            .resend(&connection.up, after, view.generation)
+            .map_err(|e| ClientError::Send(connection.head.host.clone(), e))?;
+        match complete {
+            Some(epoch) => connection.forward(Kind::Complete, epoch, 0, &Payload::default()),
+            None => Ok(()),
         }
-        Ok(())
-    }
-
-    fn acked(&self) -> Epoch {
-        Epoch(self.acked.load(Ordering::Acquire))
     }
 
     fn sending(&self) -> MutexGuard<'_, Sending> {
         self.sending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`ChainClient::sending`], once there is room for more. An acknowledgement makes it, of a checkpoint that is whole:
+    /// while there is none, the one under way goes on, however large.
+    fn room(&self) -> Result<MutexGuard<'_, Sending>, ClientError> {
+        loop {
+            let seen = self.acks.turn();
+            let mut sending = self.sending();
+            sending.trim(&self.acks, &self.buffers);
+            if self.acks.is_closed() {
+                return Err(ClientError::Closed);
+            }
+            if sending.kept.bytes() < self.bound || sending.kept.is_empty() {
+                return Ok(sending);
+            }
+            drop(sending);
+            self.acks.wait_after(seen);
+        }
+    }
+
+    fn current(&self) -> MutexGuard<'_, Weak<Connection>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the connection there is, if there is one.
+    fn hang_up(&self) {
+        if let Some(connection) = self.current().upgrade() {
+            connection.close();
+        }
+    }
+
+    /// Nothing more is sent: whoever waits for acknowledgements, or for the head to take something, does so no longer. A
+    /// client that is replaced by another one is closed.
+    pub fn close(&self) {
+        self.acks.close();
+        self.hang_up();
     }
 
     /// Sends one frame and keeps it. A connection that fails is not this call's concern: it says so itself, and what is
@@ -294,71 +376,64 @@ impl ChainClient {
         flags: u32,
         payload: &[u8],
     ) -> Result<(), ClientError> {
-        let Some(open) = sending.open else {
+        let (Some((epoch, origin)), Some(pass)) = (sending.sender.open(), sending.sender.pass())
+        else {
             return Err(ClientError::NotBegun);
         };
         let mut buffer = self.buffers.take();
         buffer.fill(payload);
         let sent = match &sending.connection {
-            Some(connection) => connection.forward(kind, open.epoch, flags, &buffer),
-            None => Err(ClientError::NoChain),
+            Some(connection) if pass.forward => connection.forward(kind, epoch, flags, &buffer),
+            _ => Err(ClientError::NoChain),
         };
-        if open.full {
+        if sent.is_err() {
+            sending.lost();
+        }
+        if !pass.keep {
             self.buffers.give(buffer);
             return sent;
-        }
-        if sent.is_err() {
-            sending.connection = None;
         }
         let frame = Frame {
             kind,
             vm: self.vm,
-            generation: open.origin,
-            epoch: open.epoch,
+            generation: origin,
+            epoch,
             flags,
         };
-        sending
-            .kept
-            .push(frame, buffer)
-            .map_err(|TooMuch| ClientError::TooMuch)
+        sending.kept.push(frame, buffer);
+        Ok(())
     }
 
     /// Announces a checkpoint; `full` if it replaces the replicas' whole image, which only the first after a chain that
-    /// begins anew does. Otherwise it is applied to the last one sent.
+    /// begins anew does. Otherwise it is applied to the last one sent. `held` if from the end of the epoch before on the
+    /// VM's output is held until it is acknowledged: the replicas are not resumed from before they have one that is. Once
+    /// output is held it stays so until the chain begins anew.
+    ///
+    /// Waits for room, as the calls that send its content do.
     ///
     /// # Errors
-    /// [`ClientError::Base`] if a checkpoint in between was never sent; [`ClientError::TooMuch`] if too much is
-    /// unacknowledged. A full checkpoint fails with its connection.
-    pub fn begin(&self, epoch: Epoch, full: bool) -> Result<(), ClientError> {
-        self.start(epoch, full, 0)
+    /// [`ClientError::Base`] if a checkpoint in between was never sent; [`ClientError::Closed`]. A full checkpoint fails
+    /// with its connection.
+    pub fn begin(&self, epoch: Epoch, full: bool, held: bool) -> Result<(), ClientError> {
+        self.start(epoch, full, held, 0)
     }
 
-    fn start(&self, epoch: Epoch, full: bool, extra: u32) -> Result<(), ClientError> {
-        let mut sending = self.sending();
-        sending.kept.trim(self.acked(), Some(&self.buffers));
+    fn start(&self, epoch: Epoch, full: bool, held: bool, extra: u32) -> Result<(), ClientError> {
+        let mut sending = self.room()?;
         sending.tally = Tally::default();
-        let origin = sending.generation;
-        let base = match sending.base {
-            _ if full => Base::Nothing,
-            Some(base) if base.epoch.next() == epoch => Base::On { base, origin },
-            base => return Err(ClientError::Base { epoch, base }),
-        };
-        sending.open = Some(Open {
-            epoch,
-            origin,
-            full,
-        });
-        let (flags, payload) = begin_payload(base);
-        self.put(&mut sending, Kind::Begin, flags | extra, &payload)
+        let begun = sending.sender.begin(epoch, full, held)?;
+        let (flags, payload) = begin_payload(begun.base);
+        let held = if begun.held { FLAG_HELD } else { 0 };
+        self.put(&mut sending, Kind::Begin, flags | held | extra, &payload)
     }
 
     /// As [`ChainClient::begin`] with `full`, but the replicas' disks keep what they hold: the caller has to send every block
-    /// that [`ChainClient::compare`] does not find to be equal, those that are zero too.
+    /// that [`ChainClient::compare`] does not find to be equal, those that are zero too. Output is not held.
     ///
     /// # Errors
     /// As [`ChainClient::begin`].
     pub fn begin_over(&self, epoch: Epoch) -> Result<(), ClientError> {
-        self.start(epoch, true, FLAG_KEEP)
+        self.start(epoch, true, false, FLAG_KEEP)
     }
 
     /// Asks which of these disk blocks every replica holds already, of the checkpoint begun by
@@ -369,7 +444,7 @@ impl ChainClient {
     /// As [`ChainClient::begin`].
     pub fn compare(&self, disk: u16, first: u64, digests: &[Digest]) -> Result<(), ClientError> {
         let payload = blocks::payload(disk, first, digests);
-        self.put(&mut self.sending(), Kind::Compare, 0, &payload)
+        self.put(&mut *self.room()?, Kind::Compare, 0, &payload)
     }
 
     fn content(
@@ -379,7 +454,7 @@ impl ChainClient {
         pages: usize,
         disk: usize,
     ) -> Result<(), ClientError> {
-        let mut sending = self.sending();
+        let mut sending = self.room()?;
         sending.tally.add(payload, pages as u64, disk as u64);
         self.put(&mut sending, kind, 0, payload)
     }
@@ -416,20 +491,12 @@ impl ChainClient {
     /// # Errors
     /// As [`ChainClient::begin`].
     pub fn end(&self) -> Result<(), ClientError> {
-        let mut sending = self.sending();
+        let mut sending = self.room()?;
         let end: CheckpointEnd = sending.tally.end();
         let payload = codec::to_bytes(&end, HELLO_LIMIT)?;
         self.put(&mut sending, Kind::End, 0, &payload)?;
-        if let Some(open) = sending.open.take() {
-            let mark = Mark {
-                generation: open.origin,
-                epoch: open.epoch,
-                digest: end.digest,
-            };
-            sending.base = Some(mark);
-            if !open.full {
-                sending.kept.close(mark);
-            }
+        if let Some(ended) = sending.sender.end(end.digest).filter(|ended| ended.kept) {
+            sending.kept.close(ended.mark);
         }
         Ok(())
     }
@@ -448,7 +515,7 @@ impl ChainClient {
     #[must_use]
     pub fn unacknowledged(&self) -> usize {
         let mut sending = self.sending();
-        sending.kept.trim(self.acked(), Some(&self.buffers));
-        sending.kept.len()
+        sending.trim(&self.acks, &self.buffers);
+        sending.sender.unacknowledged()
     }
 }

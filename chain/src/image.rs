@@ -1,14 +1,18 @@
 //! A replica's memory image: the RAM of its standby, as memfds that the standby's process maps too.
 
 use std::ffi::CString;
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
 use checkpoint::{PAGE_SIZE, Page, PageBitmap, PageEncoder, PageError, RamRange, records};
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use nix::unistd::ftruncate;
+use nix::unistd::{Whence, ftruncate, lseek};
 
 /// Why an image could not be made or a checkpoint not applied to it.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +36,9 @@ pub enum ImageError {
     /// A page that one checkpoint has twice.
     #[error("frame {0:#x} comes twice in one checkpoint")]
     Twice(u64),
+    /// Reading beside its owner.
+    #[error("reading a replica's memory image: {0}")]
+    Read(io::Error),
     /// A frame that is not RAM.
     #[error("frame {0:#x} is outside the VM's memory")]
     OutOfRange(u64),
@@ -112,6 +119,9 @@ pub struct Image {
     staged_gfns: Vec<u64>,
     staged: Vec<Page>,
     seen: PageBitmap,
+    /// Pages that have been looked at by whoever has the image.
+    #[cfg(test)]
+    looked: std::sync::atomic::AtomicU64,
 }
 
 impl Image {
@@ -133,7 +143,14 @@ impl Image {
             staged_gfns: Vec::new(),
             staged: Vec::new(),
             seen: PageBitmap::new(ram),
+            #[cfg(test)]
+            looked: Default::default(),
         })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn looked(&self) -> u64 {
+        self.looked.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// The RAM files, in layout order.
@@ -180,6 +197,9 @@ impl Image {
     /// # Errors
     /// [`ImageError::OutOfRange`].
     pub fn page(&self, gfn: u64) -> Result<&Page, ImageError> {
+        #[cfg(test)]
+        self.looked
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // SAFETY: inside the mapping, and nobody writes to the image while it is borrowed: the standby's vCPUs do not
         // run before the replica has been taken apart, and our own writes need `&mut self`.
         Ok(unsafe { self.page_ptr(gfn)?.as_ref() })
@@ -271,6 +291,53 @@ impl Image {
     pub fn discard(&mut self) {
         self.staged_gfns.clear();
         self.seen.clear();
+    }
+}
+
+/// Reads an image while checkpoints are applied to it, without its owner's lock: what is replaced meanwhile may be read
+/// half old and half new. Memory that was never written is found by asking the kernel, and stays unallocated.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    files: Vec<(File, u64, u64)>,
+}
+
+impl Image {
+    /// For reading beside the image's owner.
+    pub(crate) fn reader(&self) -> io::Result<Reader> {
+        let file = |r: &Region| Ok((File::from(r.fd.try_clone()?), r.first, r.pages));
+        let files = self.regions.iter().map(file).collect::<io::Result<_>>()?;
+        Ok(Reader { files })
+    }
+}
+
+impl Reader {
+    /// The first page from `gfn` on that may not be zero.
+    pub(crate) fn next_data(&self, gfn: u64) -> io::Result<Option<u64>> {
+        for (file, first, pages) in &self.files {
+            let from = gfn.max(*first);
+            if from >= first + pages {
+                continue;
+            }
+            let at = (from - first) * PAGE_SIZE as u64;
+            match lseek(file, at as i64, Whence::SeekData) {
+                Ok(found) => return Ok(Some(first + found as u64 / PAGE_SIZE as u64)),
+                Err(Errno::ENXIO) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads consecutive pages from `gfn` on, as many as fit into `pages` and lie in one range of RAM; how many.
+    pub(crate) fn read(&self, gfn: u64, pages: &mut [Page]) -> io::Result<usize> {
+        let inside = |(_, first, count): &&(File, u64, u64)| gfn >= *first && gfn - first < *count;
+        let range = self.files.iter().find(inside);
+        let (file, first, count) = range.ok_or(io::ErrorKind::InvalidInput)?;
+        let left = usize::try_from(count - (gfn - first)).unwrap_or(usize::MAX);
+        let n = pages.len().min(left);
+        let at = (gfn - first) * PAGE_SIZE as u64;
+        file.read_exact_at(pages[..n].as_flattened_mut(), at)?;
+        Ok(n)
     }
 }
 

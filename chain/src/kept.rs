@@ -1,5 +1,6 @@
 //! The content of `Sent`: frames of checkpoints that were sent on and not acknowledged yet, to be sent again should the
-//! next replica change. An owner has one too: what van Renesse & Schneider's clients resend to a new head.
+//! next replica change. An owner has one too: what van Renesse & Schneider's clients resend to a new head. What of it is
+//! needed, and when, the machines decide ([`crate::sent`]).
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,11 +11,22 @@ use checkpoint::{Epoch, Generation};
 use crate::link::Link;
 use crate::mark::{MARK_SIZE, Mark};
 use crate::replica::Base;
-use crate::wire::{FLAG_FULL, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload};
+use crate::sent::Sent;
+use crate::wire::{FLAG_FULL, FLAG_HELD, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload};
 
-/// Most bytes kept for one VM. An owner has few checkpoints under way, each bounded; beyond this the chain goes on, but a
-/// successor that is lost then cannot be replaced without filling it again.
+/// Most bytes kept for one VM by a replica. Its owner bounds what is under way by the VM's memory ([`owner_keeps`]); beyond
+/// this the chain goes on, but a successor that is lost then cannot be replaced without filling it again.
 pub const KEPT_MAX: usize = 512 << 20;
+
+/// Most bytes that the owner of a VM with so much memory keeps before it waits for acknowledgements: as much as the VM has,
+/// so that a chain that is slow slows the VM down and is not left for it.
+#[must_use]
+pub const fn owner_keeps(ram_bytes: u64) -> usize {
+    match ram_bytes > KEPT_MAX as u64 {
+        true => ram_bytes as usize,
+        false => KEPT_MAX,
+    }
+}
 /// Buffers held ready, and the largest of them.
 const BUFFERS: (usize, usize) = (64, 2 << 20);
 
@@ -48,13 +60,9 @@ pub struct Kept {
     bytes: usize,
 }
 
-/// More than [`KEPT_MAX`] would have to be kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct TooMuch;
-
 impl Kept {
     /// Keeps one frame more. A beginning replaces a checkpoint that was left without its end.
-    pub(crate) fn push(&mut self, frame: Frame, payload: Payload) -> Result<(), TooMuch> {
+    pub(crate) fn push(&mut self, frame: Frame, payload: Payload) {
         if frame.kind == Kind::Begin {
             self.abandon();
             self.open = Some(Vec::new());
@@ -63,10 +71,12 @@ impl Kept {
             self.bytes += payload.len();
             open.push((frame, payload));
         }
-        if self.bytes > KEPT_MAX {
-            return Err(TooMuch);
-        }
-        Ok(())
+    }
+
+    /// Bytes of payload kept.
+    #[must_use]
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// The checkpoint whose end was pushed last is whole, and is `mark`.
@@ -103,14 +113,35 @@ impl Kept {
         *self = Self::default();
     }
 
-    /// Whether everything after `mark` is kept, or follows what is applied to it.
+    /// The names of the checkpoints kept.
     #[must_use]
-    pub(crate) fn reaches(&self, mark: Mark, base: Option<Mark>) -> bool {
-        let first = match self.whole.front() {
-            Some((_, frames)) => first_base(frames),
-            None => base,
-        };
-        first == Some(mark) || self.whole.iter().any(|(kept, _)| *kept == mark)
+    pub(crate) fn sent(&self) -> Sent {
+        let base = self
+            .whole
+            .front()
+            .and_then(|(_, frames)| first_base(frames));
+        let mut sent = base.map(Sent::after).unwrap_or_default();
+        self.whole.iter().for_each(|(mark, _)| sent.push(*mark));
+        sent
+    }
+
+    /// Everything after `after`, as of `generation`; the unfinished checkpoint last.
+    pub(crate) fn after(
+        &self,
+        after: Mark,
+        generation: Generation,
+    ) -> impl Iterator<Item = (Frame, &Payload)> {
+        let known = self.whole.iter().position(|(mark, _)| *mark == after);
+        let from = known.map_or(0, |position| position + 1);
+        let whole = self.whole.range(from..).flat_map(|(_, frames)| frames);
+        let frames = whole.chain(self.open.iter().flatten());
+        frames.map(move |(frame, payload)| {
+            let frame = Frame {
+                generation,
+                ..*frame
+            };
+            (frame, payload)
+        })
     }
 
     /// Sends everything after `after`, as of `generation`; the unfinished checkpoint last.
@@ -120,17 +151,8 @@ impl Kept {
         after: Mark,
         generation: Generation,
     ) -> io::Result<()> {
-        let known = self.whole.iter().position(|(mark, _)| *mark == after);
-        let from = known.map_or(0, |position| position + 1);
-        let whole = self.whole.range(from..).flat_map(|(_, frames)| frames);
-        for (frame, payload) in whole.chain(self.open.iter().flatten()) {
-            let frame = Frame {
-                generation,
-                ..*frame
-            };
-            link.forward(&frame, payload)?;
-        }
-        Ok(())
+        let mut frames = self.after(after, generation);
+        frames.try_for_each(|(frame, payload)| link.forward(&frame, payload))
     }
 
     /// Whole checkpoints kept.
@@ -159,6 +181,11 @@ const FULL_KEEP: u32 = FLAG_FULL | FLAG_KEEP;
 /// What a [`Kind::Begin`] frame's payload says; `None` if it is malformed.
 #[must_use]
 pub(crate) fn base_of(flags: u32, payload: &[u8]) -> Option<Base> {
+    // Of what is installed its mark says it.
+    let flags = match flags & FLAG_INSTALL {
+        0 => flags & !FLAG_HELD,
+        _ => flags,
+    };
     match (flags, payload.split_at_checked(MARK_SIZE)) {
         (FLAG_FULL | FULL_KEEP, None) if payload.is_empty() => Some(Base::Nothing),
         (FLAG_INSTALL, None) if payload.is_empty() => Some(Base::Install),
@@ -205,6 +232,7 @@ mod tests {
             generation: Generation(2),
             epoch: Epoch(epoch),
             digest: 7,
+            held: true,
         }
     }
 
@@ -225,12 +253,11 @@ mod tests {
         };
         let mut payload = Payload::default();
         payload.fill(&begin_payload(base).1);
-        kept.push(frame(Kind::Begin, epoch), payload).unwrap();
+        kept.push(frame(Kind::Begin, epoch), payload);
         let mut payload = Payload::default();
         payload.fill(&[1; 100]);
-        kept.push(frame(Kind::Pages, epoch), payload).unwrap();
-        kept.push(frame(Kind::End, epoch), Payload::default())
-            .unwrap();
+        kept.push(frame(Kind::Pages, epoch), payload);
+        kept.push(frame(Kind::End, epoch), Payload::default());
     }
 
     #[test]
@@ -244,6 +271,8 @@ mod tests {
             assert_eq!(base_of(flags, &payload), Some(base));
             assert_eq!(base_of(flags, &[&payload[..], &[0]].concat()), None);
             assert_ne!(base_of(flags ^ FLAG_FULL, &payload), Some(base));
+            let held = (base != Base::Install).then_some(base);
+            assert_eq!(base_of(flags | FLAG_HELD, &payload), held);
         }
         assert_eq!(base_of(0, &[]), None);
         assert_eq!(base_of(0, &[0; 31]), None);
@@ -255,6 +284,7 @@ mod tests {
             generation: Generation(0x0102),
             epoch: Epoch(0x0304),
             digest: 0x0506_0708,
+            held: true,
         };
         let origin = Generation(0x090a);
         let mark = [
@@ -289,17 +319,21 @@ mod tests {
             kept.close(mark(epoch));
         }
         keep(&mut kept, 8);
+        let goes_on = |kept: &Kept, epoch| kept.sent().goes_on_from(None, Some(mark(epoch)));
         for epoch in 4..=7 {
-            assert!(kept.reaches(mark(epoch), None), "{epoch}");
+            assert_eq!(goes_on(&kept, epoch), Some(mark(epoch)));
         }
-        assert!(!kept.reaches(mark(3), None) && !kept.reaches(mark(8), None));
+        assert_eq!((goes_on(&kept, 3), goes_on(&kept, 8)), (None, None));
         kept.trim(Epoch(6), None);
         assert_eq!(kept.len(), 1);
-        assert!(kept.reaches(mark(6), None) && !kept.reaches(mark(5), None));
+        assert_eq!(
+            (goes_on(&kept, 6), goes_on(&kept, 5)),
+            (Some(mark(6)), None)
+        );
         kept.abandon();
         kept.trim(Epoch(7), None);
-        assert_eq!(kept.bytes, 0, "every byte is accounted for");
-        assert!(kept.reaches(mark(7), Some(mark(7))) && !kept.reaches(mark(7), None));
+        assert_eq!(kept.bytes(), 0, "every byte is accounted for");
+        assert_eq!(kept.sent(), Sent::default());
     }
 
     #[test]

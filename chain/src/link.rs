@@ -1,61 +1,38 @@
 //! One TCP connection that several threads send frames on.
 
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use checkpoint::HostId;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
-use serde::{Deserialize, Serialize};
 
-use crate::queue::Queue;
-use crate::wire::{self, Frame, Payload};
+use crate::queue::{Queue, TOLD_MAX, Turn};
+use crate::wire::{Frame, Header, Payload};
 
-/// A peer that takes nothing for this long is lost.
-pub const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A peer that takes nothing for this long is lost, unless it is fed: see [`FEED_TIMEOUT`].
+const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The same for one that checkpoints are sent to. It is the last resort only: a slow replica's storage may take seconds for
+/// the end of a large checkpoint, and nobody waits for the first one. Who waits for a commit asks the replicas whether they
+/// are well ([`crate::probe()`]), and a configuration without one that is not ends the connection to it.
+pub const FEED_TIMEOUT: Duration = Duration::from_secs(60);
 /// Socket buffers: about one epoch of a busy VM.
 const BUFFER: usize = 4 << 20;
 
-/// What a connection is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Role {
-    /// Checkpoints come this way, acks go back.
-    Update,
-    /// The owner's connection to the tail: acks only.
-    Acks,
-    /// Anybody's connection to the tail: queries and answers.
-    Query,
-    /// An owner that has lost its VM: is there a checkpoint that it could be resumed from? The greeting's answer says it,
-    /// and a [`Kind::Yield`](wire::Kind::Yield) may follow.
-    Look,
-}
-
-/// Payload of [`wire::Kind::Hello`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hello {
-    /// What for.
-    pub role: Role,
-    /// Who.
-    pub from: HostId,
-}
-
-/// Payload of [`wire::Kind::NotReady`] and [`wire::Kind::Broken`]: the replica concerned, and what about it.
+/// Payload of [`wire::Kind::NotReady`], [`wire::Kind::Declined`] and [`wire::Kind::Broken`]: the replica concerned, and what about it.
 pub type Trouble = (HostId, String);
 
-/// Longest encoded [`Hello`], [`Trouble`] or [`checkpoint::CheckpointEnd`].
+/// Longest encoded [`crate::greet::Hello`], [`Trouble`] or [`checkpoint::CheckpointEnd`].
 pub const HELLO_LIMIT: usize = 4096;
 
 /// The sending half.
 #[derive(Debug)]
 pub struct Link {
-    stream: Arc<Mutex<TcpStream>>,
-    /// The same socket, for what needs no turn: looking and shutting down.
+    queue: Arc<Queue>,
+    /// The same socket, for looking.
     socket: TcpStream,
-    /// Set: frames wait here, not the sender.
-    queue: OnceLock<Arc<Queue>>,
 }
 
 impl Link {
@@ -70,10 +47,17 @@ impl Link {
         let _ = setsockopt(stream, sockopt::SndBuf, &BUFFER);
         let _ = setsockopt(stream, sockopt::RcvBuf, &BUFFER);
         Ok(Self {
-            stream: Arc::new(Mutex::new(stream.try_clone()?)),
+            queue: Queue::new(stream.try_clone()?),
             socket: stream.try_clone()?,
-            queue: OnceLock::new(),
         })
+    }
+
+    /// For one that is fed: [`FEED_TIMEOUT`].
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn be_patient(&self) -> io::Result<()> {
+        self.socket.set_write_timeout(Some(FEED_TIMEOUT))
     }
 
     /// Connects to `addr`.
@@ -85,52 +69,82 @@ impl Link {
         Ok((Self::new(&stream)?, stream))
     }
 
-    /// From here on sending does not wait for the peer, but for room in a queue of [`crate::queue::QUEUE_MAX`] bytes: for a peer that
-    /// nobody waits for.
-    ///
-    /// # Errors
-    /// Starting a thread.
-    pub fn set_queued(&self) -> io::Result<()> {
-        if self.queue.get().is_none() {
-            let queue = Arc::<Queue>::default();
-            let (stream, waiting) = (self.stream.clone(), queue.clone());
-            std::thread::Builder::new()
-                .name("chain-queue".into())
-                .spawn(move || waiting.drain(&stream))?;
-            // Whoever was faster has a queue of its own; this one's thread ends with it.
-            if let Err(queue) = self.queue.set(queue) {
-                queue.end();
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends one frame, waiting for room.
+    /// Sends one frame, waiting until the kernel has it. Not for whoever holds a lock.
     ///
     /// # Errors
     /// The connection's; it is of no use afterwards.
     pub fn send(&self, frame: &Frame, payload: &[u8]) -> io::Result<()> {
-        if let Some(queue) = self.queue.get() {
-            let mut copy = Payload::default();
-            copy.fill(payload);
-            return queue.push(*frame, copy);
-        }
-        self.with(|stream| wire::write(stream, frame, payload))
+        self.put(frame, payload, Turn::Ahead, usize::MAX)?;
+        self.queue.wait_sent()
     }
 
-    /// Sends a frame on as it was received.
+    /// Sends a frame on as it was received, waiting as [`Link::send`] does.
     ///
     /// # Errors
     /// As [`Link::send`].
     pub fn forward(&self, frame: &Frame, payload: &Payload) -> io::Result<()> {
-        if let Some(queue) = self.queue.get() {
-            return queue.push(*frame, payload.clone());
-        }
-        self.with(|stream| wire::forward(stream, frame, payload))
+        self.pass(frame, payload, Turn::Ahead)?;
+        self.queue.wait_sent()
     }
 
-    fn with(&self, write: impl FnOnce(&mut TcpStream) -> io::Result<()>) -> io::Result<()> {
-        with(&self.stream, write)
+    /// Tells a peer something, without waiting for it.
+    ///
+    /// # Errors
+    /// The connection's, which is over then; also if the peer does not read what it is told.
+    pub fn post(&self, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+        self.put(frame, payload, Turn::Behind, TOLD_MAX)
+    }
+
+    /// Sends a frame on as it was received, without waiting: whoever feeds the sender is to be held up instead, by
+    /// [`Link::wait_for_room`].
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn post_on(&self, frame: &Frame, payload: &Payload) -> io::Result<()> {
+        self.pass(frame, payload, Turn::Behind)
+    }
+
+    /// Sends the next replica a frame of this one's own, in its place among those that it passes on.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn post_down(&self, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+        self.put(frame, payload, Turn::Behind, usize::MAX)
+    }
+
+    fn put(&self, frame: &Frame, payload: &[u8], turn: Turn, most: usize) -> io::Result<()> {
+        let header = Header::new(frame, payload.len(), crc32c::crc32c(payload))?;
+        let content = || {
+            let mut content = Payload::default();
+            content.fill(payload);
+            content
+        };
+        self.queue.post(header, payload, content, turn, most)
+    }
+
+    fn pass(&self, frame: &Frame, payload: &Payload, turn: Turn) -> io::Result<()> {
+        let header = Header::new(frame, payload.len(), payload.crc())?;
+        self.queue
+            .post(header, payload, || payload.clone(), turn, usize::MAX)
+    }
+
+    /// Waits until so little waits to be sent ([`crate::queue::QUEUE_MAX`]) that more may come. A peer that takes nothing
+    /// for `patience` meanwhile is dropped.
+    pub fn wait_for_room(&self, patience: Duration) {
+        self.queue.wait_for_room(patience);
+    }
+
+    /// From here on what is posted waits, and what is sent goes ahead of it.
+    pub fn hold(&self) {
+        self.queue.hold();
+    }
+
+    /// What has been posted since [`Link::hold`] is sent.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn release(&self) -> io::Result<()> {
+        self.queue.release()
     }
 
     /// Sends a frame without payload if that needs no waiting; if other traffic is under way it is not needed.
@@ -138,28 +152,12 @@ impl Link {
     /// # Errors
     /// The connection's.
     pub fn send_if_idle(&self, frame: &Frame) -> io::Result<()> {
-        let mut stream = match self.stream.try_lock() {
-            Ok(stream) => stream,
-            Err(TryLockError::WouldBlock) => return Ok(()),
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-        };
-        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
-        if poll(&mut fds, PollTimeout::ZERO)? == 0 {
-            return Ok(());
-        }
-        let result = wire::write(&mut *stream, frame, &[]);
-        if result.is_err() {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        result
+        self.queue.send_if_idle(Header::new(frame, 0, 0)?)
     }
 
     /// Ends the connection in both directions; what waits to be sent is not sent.
     pub fn close(&self) {
-        if let Some(queue) = self.queue.get() {
-            queue.end();
-        }
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.queue.end();
     }
 
     /// Whether something has arrived that nobody has read yet.
@@ -173,22 +171,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        if let Some(queue) = self.queue.get() {
-            queue.end();
-        }
+        // A thread that sends for it may live a little longer; the peer is not to wait for that.
+        self.close();
     }
-}
-
-/// Writes to a connection that several threads write to.
-pub(crate) fn with(
-    stream: &Mutex<TcpStream>,
-    write: impl FnOnce(&mut TcpStream) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
-    let result = write(&mut stream);
-    if result.is_err() {
-        // Part of a frame may be out: nothing that follows could be understood.
-        let _ = stream.shutdown(Shutdown::Both);
-    }
-    result
 }

@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, HostId, VmId};
 
-use crate::link::Role;
+use crate::greet::{GreetError, Role, greet};
 use crate::mark::{MARK_SIZE, Mark};
 use crate::master::{Master, MasterError};
-use crate::server::{GreetError, greet};
 use crate::view::View;
 use crate::wire::{self, Frame, Kind, Payload, WireError};
 
@@ -139,7 +138,7 @@ fn ask(view: &View, from: &HostId, query: Query) -> Result<Vec<Mark>, QueryError
         why,
     };
     let peer =
-        greet(tail.addr, view, Role::Query, from).map_err(|e: GreetError| failed(e.to_string()))?;
+        greet(tail, view, Role::Query, from).map_err(|e: GreetError| failed(e.to_string()))?;
     let exchange = || -> Result<Vec<Mark>, WireError> {
         peer.stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let frame = Frame {
@@ -186,6 +185,7 @@ mod tests {
             generation: Generation(2),
             epoch: Epoch(epoch),
             digest: 7,
+            held: true,
         };
         epochs.map(mark).collect()
     }

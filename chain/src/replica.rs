@@ -14,6 +14,8 @@
 //! * after [`Replica::freeze`] nothing is taken, forwarded or acknowledged;
 //! * what is held outside of the master's [`History`] of the VM is forgotten: an unacknowledged suffix that a new owner
 //!   does not have, or checkpoints from before output was let out unprotected;
+//! * what the owner sent while it did not hold its output yet is not resumed from ([`Mark::held`]): a chain that begins
+//!   protects only once a checkpoint after that has been processed;
 //! * a new member is not resumed from before its predecessor has said that it has everything
 //!   ([`Event::Complete`]): what was acknowledged before it came is in it then (I5).
 
@@ -29,9 +31,9 @@ use std::collections::VecDeque;
 use checkpoint::{Epoch, Generation, HostId};
 
 use crate::mark::Mark;
+use crate::sent::Sent;
 use crate::view::{History, View};
 pub use event::{Action, Base, Event, FreezeError, State};
-use next::Sent;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Failure {
@@ -53,6 +55,8 @@ const SAY_FAILED: u32 = 50;
 struct Open {
     epoch: Epoch,
     what: What,
+    /// The owner's output is held from the end of the epoch before on.
+    held: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -86,6 +90,16 @@ struct Silence {
     returned: bool,
 }
 
+/// What came from the predecessor while this replica was frozen. (What the next replica says is always asked for again:
+/// its acknowledgements are few, and a connection tells them all.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Missed {
+    /// Something that only the predecessor can send again: part of a checkpoint, or that this was all.
+    sent: bool,
+    /// The owner has stopped the VM at this epoch and wants it to be taken over.
+    yielded: Option<Epoch>,
+}
+
 /// The state machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Replica {
@@ -110,8 +124,8 @@ pub struct Replica {
     /// Newest checkpoint that the tail has.
     acked: Option<Epoch>,
     frozen: bool,
-    /// Part of a checkpoint was lost while frozen.
-    lost: bool,
+    /// What was not taken while frozen, and has to be asked for again if the takeover is not granted.
+    missed_while_frozen: Missed,
     failure: Option<Failure>,
     silence: Silence,
     missed: u32,
@@ -136,7 +150,7 @@ impl Replica {
             joiner_target: None,
             acked: None,
             frozen: false,
-            lost: false,
+            missed_while_frozen: Missed::default(),
             failure: None,
             silence: Silence::default(),
             missed: missed.max(2),
@@ -204,7 +218,8 @@ impl Replica {
             Part::Nothing => State::Offline,
             Part::Joiner => State::Joining,
             Part::Member { .. } if self.hist.is_none() => State::Syncing,
-            Part::Member { .. } if !self.is_complete() => State::Joining,
+            Part::Member { .. } if !self.has_everything() => State::Joining,
+            Part::Member { .. } if !self.holds_output() => State::Syncing,
             Part::Member { .. } if self.length == 1 => State::LastSurvivor,
             Part::Member { .. } => State::Serving,
         }
@@ -241,11 +256,12 @@ impl Replica {
     /// The name that the checkpoint being received will have if that is its digest.
     #[must_use]
     pub fn name_of_open(&self, digest: u32) -> Option<Mark> {
-        let Open { epoch, what } = self.open?;
+        let Open { epoch, what, held } = self.open?;
         let name = |generation| Mark {
             generation,
             epoch,
             digest,
+            held,
         };
         match what {
             What::Duplicate | What::Install(None) => None,
@@ -255,11 +271,17 @@ impl Replica {
         }
     }
 
-    fn is_complete(&self) -> bool {
+    /// Whether what was acknowledged before this replica became a member is in what it has.
+    fn has_everything(&self) -> bool {
         match self.part {
             Part::Member { since, .. } => self.complete_in.is_some_and(|then| then >= since),
             _ => false,
         }
+    }
+
+    /// Whether what it holds is from a time at which the owner held its output: otherwise the outside may have seen more.
+    fn holds_output(&self) -> bool {
+        self.hist.is_some_and(|mark| mark.held)
     }
 
     /// Takes one event; what is to be done is added to `actions`.
@@ -269,10 +291,11 @@ impl Replica {
                 generation,
                 epoch,
                 base,
+                held,
             } => {
-                self.lost |= self.misses(generation);
+                self.missed_while_frozen.sent |= self.misses(generation);
                 if self.accepts(generation, actions) {
-                    self.begin(epoch, base, actions);
+                    self.begin(epoch, base, held, actions);
                 }
             }
             Event::Data { generation, epoch } => {
@@ -285,11 +308,8 @@ impl Replica {
                 }
             }
             Event::Compare { generation, epoch } => {
-                let full = Open {
-                    epoch,
-                    what: What::Full,
-                };
-                if self.accepts(generation, actions) && self.open == Some(full) {
+                let asks = |open: Open| open.epoch == epoch && open.what == What::Full;
+                if self.accepts(generation, actions) && self.open.is_some_and(asks) {
                     actions.push_back(Action::Compare);
                 }
             }
@@ -306,17 +326,17 @@ impl Replica {
                 self.accepts(generation, actions);
             }
             Event::Complete { generation, epoch } => {
-                self.lost |= self.misses(generation);
+                self.missed_while_frozen.sent |= self.misses(generation);
                 if self.accepts(generation, actions) {
                     self.complete(epoch, actions);
                 }
             }
             Event::Yield { generation, epoch } => {
-                let last = self.hist.is_some_and(|hist| hist.epoch == epoch);
-                let head = matches!(self.part, Part::Member { position: 0, .. });
-                if self.accepts(generation, actions) && head && last && self.state().could_resume()
-                {
-                    actions.push_back(Action::Suspect(0));
+                if self.misses(generation) {
+                    self.missed_while_frozen.yielded = Some(epoch);
+                }
+                if self.accepts(generation, actions) {
+                    self.yielded(epoch, actions);
                 }
             }
             Event::Prepared { digest } => self.prepared(digest, actions),
@@ -331,7 +351,17 @@ impl Replica {
                 self.silence.ticks = 0;
                 self.silence.last_ms = now_ms;
             }
+            Event::Unfreeze => self.unfreeze(actions),
             Event::Tick { now_ms } => self.tick(now_ms, actions),
+        }
+    }
+
+    /// The owner has stopped the VM for good.
+    fn yielded(&self, epoch: Epoch, actions: &mut VecDeque<Action>) {
+        let last = self.hist.is_some_and(|hist| hist.epoch == epoch);
+        let head = matches!(self.part, Part::Member { position: 0, .. });
+        if head && last && self.state().could_resume() {
+            actions.push_back(Action::Suspect(0));
         }
     }
 
@@ -375,7 +405,7 @@ impl Replica {
         };
         let returned = if self.silence.returned { RETURNED } else { 1 };
         self.missed
-            .saturating_mul(hops.saturating_mul(4).saturating_add(1))
+            .saturating_mul(hops.saturating_mul(6).saturating_add(1))
             .saturating_mul(returned)
     }
 
@@ -387,10 +417,6 @@ impl Replica {
                 actions.push_back(Action::StillFailed(failure.why.clone()));
             }
             return;
-        }
-        if self.lost && !self.frozen {
-            let why = "checkpoints arrived while it was frozen for a takeover that was not granted";
-            return self.fail(why.into(), false, actions);
         }
         if !self.silence.heard || self.silence.suspected || !self.state().could_resume() {
             return;

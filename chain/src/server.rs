@@ -1,145 +1,82 @@
 //! The chain server of one host: replicas of many VMs, driven by frames from their predecessors.
 
+mod board;
 mod connection;
+mod env;
 mod joiner;
+mod pulses;
+mod registry;
 mod slot;
 mod state;
 mod successor;
 
-use std::collections::HashMap;
-use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use checkpoint::{Epoch, Generation, HostId, VmId};
+use checkpoint::{Epoch, Generation, VmId};
 
 use crate::mark::Mark;
-use crate::replica::State;
-use crate::store::{self, Filled, Handover, ReplicaStore, Rewound, StoreError, StoreOptions};
+use crate::store::{self, ReplicaStore, Rewound, StoreOptions};
 use crate::view::{View, VmShape};
+use env::{Env, spawn};
+pub use env::{Handover, ReplicaStatus, ServerError, ServerEvent, ServerOptions};
+use registry::{CONNECTIONS_MAX, Registry};
 use slot::Slot;
-pub(crate) use successor::{GreetError, Greeted, greet};
+use state::End;
 
-/// Settings of a chain server.
-#[derive(Clone, Debug)]
-pub struct ServerOptions {
-    /// This host.
-    pub host: HostId,
-    /// Mirrors, activation records and logs go below this directory.
-    pub data_dir: PathBuf,
-    /// Time between heartbeats.
-    pub heartbeat: Duration,
-    /// Heartbeats' time of silence before a predecessor is suspected.
-    pub missed: u32,
-}
-
-/// What the server tells its agent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ServerEvent {
-    /// Silence on a VM's checkpoint stream.
-    Suspect {
-        /// The VM.
-        vm: VmId,
-        /// How long, in milliseconds; 0: the owner has stopped the VM and yields it.
-        silence_ms: u64,
-    },
-    /// A replica has declared itself failed.
-    Failed {
-        /// The VM.
-        vm: VmId,
-        /// Why.
-        why: String,
-    },
-}
-
-/// Why the server did not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum ServerError {
-    /// The address is taken or not ours.
-    #[error(
-        "chain server: cannot listen on {addr}: {source} (is another agent running, or is `listen` in host.toml not an address of this host?)"
-    )]
-    Bind {
-        /// The address.
-        addr: SocketAddr,
-        /// Why.
-        source: io::Error,
-    },
-    /// A thread could not be started.
-    #[error("chain server: starting a thread: {0}")]
-    Thread(io::Error),
-    /// No replica of that VM is here.
-    #[error("this host holds no replica of VM {0}")]
-    Unknown(VmId),
-    /// The replica has declared itself failed.
-    #[error("this host's replica has failed: {0}")]
-    Failed(String),
-    /// The replica is still joining.
-    #[error("{0}")]
-    Joining(String),
-    /// A name that cannot be a directory's.
-    #[error("a VM cannot be named {0:?}: its disks' directory bears that name")]
-    Name(String),
-    /// Its store.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-/// One replica, for `status`.
-#[derive(Clone, Debug)]
-pub struct ReplicaStatus {
-    /// The configuration followed.
-    pub view: View,
-    /// Where it stands.
-    pub state: State,
-    /// Newest processed checkpoint; none while synchronising.
-    pub epoch: Option<Epoch>,
-    /// Newest checkpoint that the tail is known to have.
-    pub acked: Option<Epoch>,
-    /// Why it failed, if it has.
-    pub failed: Option<String>,
-    /// How far it has filled a joining replica, while it does.
-    pub filling: Option<Filled>,
-    /// How the last one went that it has filled.
-    pub filled: Option<Filled>,
-}
-
-struct Shared {
-    options: ServerOptions,
-    slots: Mutex<HashMap<VmId, Arc<Slot>>>,
-    /// VMs once held here: their old owners are refused, not put off.
-    gone: Mutex<HashMap<VmId, Generation>>,
-    /// Why this host cannot hold a replica that it should.
-    declined: Mutex<HashMap<VmId, String>>,
-    events: Sender<ServerEvent>,
-    started: Instant,
-    connections: AtomicUsize,
-    stop: AtomicBool,
-}
-
-/// Connections served at a time, each with a thread and a frame's buffer.
-const CONNECTIONS_MAX: usize = 512;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// The server. Dropping it stops accepting; the process's end closes what is open.
 pub struct ReplicaServer {
-    shared: Arc<Shared>,
+    registry: Arc<Registry>,
     addr: SocketAddr,
 }
 
-impl Shared {
-    fn now_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+/// Takes connections and serves each on a thread of its own.
+fn accept(registry: &Arc<Registry>, listener: &TcpListener) {
+    for stream in listener.incoming() {
+        if registry.is_stopping() {
+            return;
+        }
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(e) => {
+                // Out of descriptors, most likely: trying again at once would only burn the processor.
+                tracing::warn!("chain server: accepting a connection: {e}");
+                std::thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        if !registry.connected() {
+            tracing::warn!(
+                "chain server: {CONNECTIONS_MAX} connections are open; refused one more"
+            );
+            continue;
+        }
+        let serving = registry.clone();
+        let served = spawn("chain-conn", move || {
+            connection::serve(&serving, &stream);
+            serving.hung_up();
+        });
+        if served.is_err() {
+            registry.hung_up();
+        }
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Lets the time of every replica pass.
+fn tick(registry: &Registry) {
+    crate::urgent::urgent_thread();
+    while !registry.is_stopping() {
+        std::thread::sleep(registry.env.options.heartbeat);
+        for slot in registry.all() {
+            slot.tick(&registry.env);
+        }
+    }
 }
 
 impl ReplicaServer {
@@ -152,65 +89,19 @@ impl ReplicaServer {
         options: ServerOptions,
         events: Sender<ServerEvent>,
     ) -> Result<Self, ServerError> {
-        let listener =
-            TcpListener::bind(addr).map_err(|source| ServerError::Bind { addr, source })?;
+        let (listener, datagrams) = pulses::bind(addr)?;
         let addr = listener
             .local_addr()
             .map_err(|source| ServerError::Bind { addr, source })?;
-        let shared = Arc::new(Shared {
-            options,
-            slots: Mutex::default(),
-            gone: Mutex::default(),
-            declined: Mutex::default(),
-            events,
-            started: Instant::now(),
-            connections: AtomicUsize::new(0),
-            stop: AtomicBool::new(false),
-        });
-        let accepting = shared.clone();
-        spawn("chain-accept", move || {
-            for stream in listener.incoming() {
-                if accepting.stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                let stream = match stream {
-                    Ok(stream) => stream,
-                    Err(e) => {
-                        // Out of descriptors, most likely: trying again at once would only burn the processor.
-                        tracing::warn!("chain server: accepting a connection: {e}");
-                        std::thread::sleep(ACCEPT_PAUSE);
-                        continue;
-                    }
-                };
-                if accepting.connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
-                    tracing::warn!(
-                        "chain server: {CONNECTIONS_MAX} connections are open; refused one more"
-                    );
-                    continue;
-                }
-                accepting.connections.fetch_add(1, Ordering::Relaxed);
-                let shared = accepting.clone();
-                let served = spawn("chain-conn", move || {
-                    connection::serve(&shared, &stream);
-                    shared.connections.fetch_sub(1, Ordering::Relaxed);
-                });
-                if served.is_err() {
-                    accepting.connections.fetch_sub(1, Ordering::Relaxed);
-                }
-            }
-        })?;
-        let ticking = shared.clone();
-        spawn("chain-tick", move || {
-            crate::urgent::urgent_thread();
-            while !ticking.stop.load(Ordering::Relaxed) {
-                std::thread::sleep(ticking.options.heartbeat);
-                let slots: Vec<Arc<Slot>> = lock(&ticking.slots).values().cloned().collect();
-                for slot in slots {
-                    slot.tick(&ticking);
-                }
-            }
-        })?;
-        Ok(Self { shared, addr })
+        let registry = Arc::new(Registry::new(Arc::new(Env::new(options, events))));
+        let accepting = registry.clone();
+        spawn("chain-accept", move || accept(&accepting, &listener))?;
+        if let Some(socket) = datagrams {
+            pulses::listen(registry.clone(), socket)?;
+        }
+        let ticking = registry.clone();
+        spawn("chain-tick", move || tick(&ticking))?;
+        Ok(Self { registry, addr })
     }
 
     /// Where it listens.
@@ -263,56 +154,49 @@ impl ReplicaServer {
             return Err(ServerError::Name(view.name.clone()));
         }
         // A replica that is replaced gives up its lock on the directory first.
-        let old = lock(&self.shared.slots).remove(&view.vm);
-        if let Some(old) = old {
-            old.close();
+        if let Some(old) = self.registry.take(view.vm)
+            && !old.end(End::Closed)
+        {
+            return Err(ServerError::Hangs(view.name.clone()));
         }
-        Ok(self.shared.options.data_dir.join(&view.name))
+        Ok(self.registry.env.options.data_dir.join(&view.name))
     }
 
     /// As [`ReplicaServer::create`], with a store of the caller's.
     pub fn create_with(&self, view: View, store: Box<dyn ReplicaStore>) {
         let vm = view.vm;
-        let slot = Slot::new(&self.shared.options, view, store);
-        lock(&self.shared.declined).remove(&vm);
-        let old = lock(&self.shared.slots).insert(vm, slot.clone());
-        if let Some(old) = old {
-            old.close();
+        let slot = Slot::new(&self.registry.env.options, view, store);
+        if let Some(old) = self.registry.insert(vm, slot.clone()) {
+            old.end(End::Closed);
         }
-        successor::connect(&slot, &self.shared);
-    }
-
-    fn slot(&self, vm: VmId) -> Result<Arc<Slot>, ServerError> {
-        lock(&self.shared.slots)
-            .get(&vm)
-            .cloned()
-            .ok_or(ServerError::Unknown(vm))
+        successor::connect(&slot, &self.registry.env);
     }
 
     /// Follows a newer configuration in which this host is still a member. Told again, it changes nothing.
     ///
     /// # Errors
-    /// [`ServerError::Unknown`].
+    /// [`ServerError::Unknown`]; [`ServerError::Busy`] if its disk hangs.
     pub fn adopt(&self, view: View) -> Result<(), ServerError> {
-        let slot = self.slot(view.vm)?;
-        if slot.adopt(view) {
-            successor::connect(&slot, &self.shared);
+        let slot = self.registry.slot(view.vm)?;
+        if slot.adopt(view)? {
+            successor::connect(&slot, &self.registry.env);
         }
         Ok(())
     }
 
     /// This host is no member any more: the replica goes, and whoever still speaks of it is refused.
     pub fn remove(&self, vm: VmId, generation: Generation) {
-        if let Some(slot) = lock(&self.shared.slots).remove(&vm) {
-            slot.retire(generation);
+        self.registry.refuse(vm, generation);
+        if let Some(slot) = self.registry.take(vm) {
+            slot.end(End::Retired(generation));
         }
-        lock(&self.shared.gone).insert(vm, generation);
     }
 
-    /// As [`ReplicaServer::remove`], but this host should have a replica: whoever asks for it is told why there is none.
+    /// As [`ReplicaServer::remove`], but this host should have a replica: whoever asks for it in this generation is told at
+    /// once that there will be none, and why.
     pub fn decline(&self, vm: VmId, generation: Generation, why: String) {
+        self.registry.decline(vm, generation, why);
         self.remove(vm, generation);
-        lock(&self.shared.declined).insert(vm, why);
     }
 
     /// Copies a checkpoint of the past out, its disks into `dir`. The replica goes on meanwhile.
@@ -326,26 +210,26 @@ impl ReplicaServer {
         epoch: Epoch,
         dir: &Path,
     ) -> Result<Rewound, ServerError> {
-        self.slot(vm)?.rewind(shape, epoch, dir)
+        self.registry.slot(vm)?.rewind(shape, epoch, dir)
     }
 
     /// Before asking the master for ownership: from here on nothing is accepted, forwarded or acknowledged, so that
     /// what the tail ever acks is contained in what this replica has (invariants I2 and I5).
     ///
     /// # Errors
-    /// [`ServerError::Unknown`]; [`ServerError::Failed`], [`ServerError::Joining`] or [`StoreError::Empty`] if there is
+    /// [`ServerError::Unknown`]; [`ServerError::Failed`], [`ServerError::Joining`], [`ServerError::Busy`] or [`StoreError::Empty`] if there is
     /// nothing to resume from.
     pub fn freeze(&self, vm: VmId) -> Result<Mark, ServerError> {
-        self.slot(vm)?.freeze()
+        self.registry.slot(vm)?.freeze()
     }
 
     /// The master refused and nothing has changed.
     ///
     /// # Errors
-    /// [`ServerError::Unknown`].
+    /// [`ServerError::Unknown`]; [`ServerError::Busy`] if its disk hangs.
     pub fn unfreeze(&self, vm: VmId) -> Result<(), ServerError> {
-        self.slot(vm)?.unfreeze();
-        Ok(())
+        let slot = self.registry.slot(vm)?;
+        slot.unfreeze(&self.registry.env)
     }
 
     /// The master gave this host the VM in `view`: takes the replica apart and hands its state over.
@@ -353,34 +237,30 @@ impl ReplicaServer {
     /// # Errors
     /// [`ServerError`]; the replica is gone then too, as it cannot be trusted.
     pub fn hand_over(&self, view: &View) -> Result<Handover, ServerError> {
-        let slot = self.slot(view.vm)?;
-        lock(&self.shared.gone).insert(view.vm, view.generation);
-        lock(&self.shared.slots).remove(&view.vm);
+        let slot = self.registry.slot(view.vm)?;
+        self.registry.refuse(view.vm, view.generation);
+        drop(self.registry.take(view.vm));
         slot.hand_over(view)
     }
 
-    /// The replica of `vm`, if there is one.
+    /// The replica of `vm`, if there is one, as it has noted itself to be. Never waits, whatever the replica is doing.
     #[must_use]
     pub fn status(&self, vm: VmId) -> Option<ReplicaStatus> {
-        self.slot(vm).ok().map(|slot| slot.status())
+        let slot = self.registry.find(vm)?;
+        Some(slot.board.status(self.registry.env.now_ms()))
     }
 }
 
 impl Drop for ReplicaServer {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        self.registry.stop();
         // Wakes the accepting thread, so that the port is free again.
         let _ = std::net::TcpStream::connect_timeout(&self.addr, Duration::from_millis(200));
-        for (_, slot) in lock(&self.shared.slots).drain() {
-            slot.close();
+        if let Ok(socket) = std::net::UdpSocket::bind((self.addr.ip(), 0)) {
+            let _ = socket.send_to(&[], self.addr);
+        }
+        for slot in self.registry.take_all() {
+            slot.end(End::Closed);
         }
     }
-}
-
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), ServerError> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(run)
-        .map(drop)
-        .map_err(ServerError::Thread)
 }

@@ -17,9 +17,9 @@ use std::path::PathBuf;
 use checkpoint::{CheckpointEnd, Epoch, Generation, StageError};
 
 use crate::image::ImageError;
-use crate::kept::Kept;
 use crate::mark::Mark;
 pub use choose::{StoreOptions, create, reopen};
+pub(crate) use copy::{CUT_PAGES, Changes, Cut, Source};
 pub use durable::DurableStore;
 pub use log::LogError;
 pub use memory::MemoryStore;
@@ -94,6 +94,11 @@ pub enum StoreError {
     /// Another checkpoint is being copied out.
     #[error("another checkpoint is being copied out of this replica: wait until that is done")]
     CopyBusy,
+    /// A joining replica cannot be filled.
+    #[error(
+        "the guest writes to its disks faster than the joining replica takes it: it cannot be filled at this time"
+    )]
+    CopyTooSlow,
     /// What was being copied out is gone.
     #[error(
         "the copy was interrupted: this replica has been filled anew, has left the chain or has taken the VM over; try again, \
@@ -132,17 +137,16 @@ impl StoreError {
             | Self::NoPast { .. }
             | Self::CopyOut { .. }
             | Self::CopyBusy
+            | Self::CopyTooSlow
             | Self::CopyInterrupted => false,
         }
     }
 }
 
-/// A VM's state, handed over to the process that will run it.
+/// A VM's state, taken out of a store to be run from.
 #[derive(Debug)]
-pub struct Handover {
+pub struct Taken {
     /// The checkpoint.
-    pub epoch: Epoch,
-    /// Exactly which one: a chain whose replicas hold the same can go on from it.
     pub mark: Mark,
     /// Encoded machine state.
     pub machine: Vec<u8>,
@@ -150,9 +154,11 @@ pub struct Handover {
     pub disks: Vec<PathBuf>,
     /// The image's files; the standby has them already.
     pub ram: Vec<OwnedFd>,
-    /// What those after this replica may lack: see [`crate::bridge`].
-    pub kept: Kept,
 }
+
+/// A copy that has begun: what it is read from. Opaque to whoever implements a store over [`VmStore`].
+#[derive(Debug)]
+pub struct Copying(pub(crate) Source);
 
 /// A piece of a copy of a store's content.
 #[derive(Debug)]
@@ -172,6 +178,8 @@ pub struct Filled {
     pub blocks_equal: u64,
     /// Disk blocks sent.
     pub blocks_sent: u64,
+    /// Bytes of memory and disks that have been looked at for it.
+    pub looked: u64,
     /// Upper bound of what is left to be looked at, in bytes.
     pub left: u64,
 }
@@ -209,20 +217,6 @@ pub trait ReplicaStore: Send {
         self.begin(generation, epoch, true)
     }
 
-    /// Digests of what a disk holds, from block `first` on, at most `count`; none after its end.
-    ///
-    /// # Errors
-    /// [`StoreError::Disks`].
-    fn disk_digests(
-        &self,
-        disk: u16,
-        first: u64,
-        count: usize,
-    ) -> Result<Vec<[u8; 16]>, StoreError> {
-        let digests = |base: &VmStore| base.disk_digests(disk, first, count);
-        self.base().map_or_else(|| Ok(Vec::new()), digests)
-    }
-
     /// Takes page records.
     ///
     /// # Errors
@@ -257,36 +251,21 @@ pub trait ReplicaStore: Send {
     /// Puts the prepared checkpoint into the image; the store is at `mark` then.
     fn commit(&mut self, mark: Mark);
 
-    /// Begins to copy everything out, for a replica that joins, while checkpoints go on being committed. Replaces a copy
-    /// under way.
+    /// Begins a copy of everything for a replica that joins, and what it is read from. What is committed from here on is
+    /// noted for it, until [`ReplicaStore::copy_end`]. Replaces a copy under way.
     ///
     /// # Errors
     /// [`StoreError`]; [`StoreError::Empty`] without a complete checkpoint.
-    fn copy_begin(&mut self) -> Result<(), StoreError>;
-
-    /// The next piece, of about `limit` bytes: what was not copied yet and, again, what was committed since it was. `None`:
-    /// at this instant nothing is left.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError>;
-
-    /// What the joining replica's disk holds from block `first` on, by its own account; false if that cannot be.
-    fn copy_compare(&mut self, disk: u16, first: u64, digests: &[[u8; 16]]) -> bool {
-        self.base_mut()
-            .is_none_or(|base| base.copy_compare(disk, first, digests))
+    fn copy_begin(&mut self) -> Result<Copying, StoreError> {
+        self.base_mut().ok_or(StoreError::Empty)?.begin_copy()
     }
-
-    /// How far the copy is, if there is one.
-    fn copy_filled(&self) -> Option<Filled> {
-        self.base()?.copy_filled()
-    }
-
-    /// Upper bound of what is left to copy, in bytes.
-    fn copy_left(&self) -> u64;
 
     /// The copy is over: commits need not be noted for it any more.
-    fn copy_end(&mut self);
+    fn copy_end(&mut self) {
+        if let Some(base) = self.base_mut() {
+            base.end_copy();
+        }
+    }
 
     /// The newest committed checkpoint; a store just opened holds one only if it was on the disk.
     fn holds(&self) -> Option<Mark>;
@@ -328,5 +307,5 @@ pub trait ReplicaStore: Send {
     ///
     /// # Errors
     /// [`StoreError::Empty`] without a complete checkpoint.
-    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError>;
+    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Taken, StoreError>;
 }

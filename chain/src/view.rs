@@ -156,6 +156,32 @@ pub struct VmRecord {
     /// Every host that has had a part since an administrator chose some, the first owner first: whoever owns the VM wants
     /// the others as backups, however long they have been away.
     pub hosts: Vec<HostId>,
+    /// The master's revision at the last change of this record: of two records of a VM the one with the higher is newer.
+    pub revision: u64,
+    /// Whether it is to run.
+    pub life: Life,
+    /// Where its newest disks are.
+    pub disks: DiskPlace,
+}
+
+/// Whether a VM is to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Life {
+    /// Defined, or stopped by somebody's wish: it runs nowhere, and nobody may resume it.
+    Off,
+    /// Its owner runs it, or is about to; if the owner is lost, a replica resumes it.
+    On,
+}
+
+/// Where a VM's newest disks are: always with its owner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskPlace {
+    /// The host.
+    pub host: HostId,
+    /// The generation since which they are the newest.
+    pub generation: Generation,
+    /// While the VM is off: the last committed checkpoint that they include, if there was one.
+    pub epoch: Option<Epoch>,
 }
 
 impl VmRecord {
@@ -166,16 +192,18 @@ impl VmRecord {
         others.cloned().collect()
     }
 
-    /// Follows a configuration.
-    pub(crate) fn enter(&mut self, view: View) {
+    /// The record with another configuration.
+    pub(crate) fn entering(&self, view: View) -> Self {
+        let mut next = self.clone();
         let members = view.chain.iter().chain(&view.joining);
         let hosts = members.map(|m| &m.host);
         for host in std::iter::once(&view.owner).chain(hosts) {
-            if !self.hosts.contains(host) {
-                self.hosts.push(host.clone());
+            if !next.hosts.contains(host) {
+                next.hosts.push(host.clone());
             }
         }
-        self.view = view;
+        next.view = view;
+        next
     }
 }
 
@@ -188,6 +216,7 @@ mod tests {
             generation: Generation(generation),
             epoch: Epoch(epoch),
             digest: 0,
+            held: true,
         }
     }
 

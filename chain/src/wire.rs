@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!  0            4             8        16               24          32
-//! | magic u32  | version u16 | kind u16 | vm u64       | generation u64 | epoch u64 |
-//!  32               36               40          44                60               64
-//! | payload_len u32 | payload CRC u32 | flags u32 | reserved [16]=0 | header CRC u32 | payload
+//! | magic u32  | version u16 | kind u16 | vm, low u64  | generation u64 | epoch u64 |
+//!  32               36               40          44             52             60               64
+//! | payload_len u32 | payload CRC u32 | flags u32 | vm, high u64 | reserved [8]=0 | header CRC u32 | payload
 //! ```
 //!
-//! All little endian; both checksums are CRC32C. Every frame bears the generation it was sent in: a receiver refuses
+//! A VM is its UUID's halves. All little endian; both checksums are CRC32C. Every frame bears the generation it was sent in: a receiver refuses
 //! any other (invariant I4). Payloads are described in docs/wire-format.md.
 
 use std::io::{self, IoSlice, Read, Write};
+use std::sync::Arc;
 
 use checkpoint::{Epoch, Generation, VmId};
 
@@ -19,7 +20,7 @@ pub const HEADER: usize = 64;
 /// Longest payload in bytes.
 pub const PAYLOAD_MAX: usize = (1 << 20) + (512 << 10);
 const MAGIC: u32 = u32::from_le_bytes(*b"UCHN");
-const VERSION: u16 = 5;
+const VERSION: u16 = 7;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ pub enum Kind {
     Refused = 4,
     /// A checkpoint begins. With [`FLAG_FULL`] it replaces the whole image, with [`FLAG_INSTALL`] that of a joining
     /// replica. Otherwise the payload says what it is applied to, a [`crate::Mark`], and the generation in which it
-    /// was first sent (u64).
+    /// was first sent (u64). With [`FLAG_HELD`] the owner held its output from the end of the epoch before on.
     Begin = 5,
     /// Page records.
     Pages = 6,
@@ -70,6 +71,13 @@ pub enum Kind {
     Compare = 19,
     /// Answer, from the tail to the owner: which of these blocks every replica holds already.
     Compared = 20,
+    /// Answer to a greeting: this host will not have a replica in this generation; bincode `(HostId, String)`, perhaps of one
+    /// further down. Asking again is of no use.
+    Declined = 21,
+    /// Answer to a greeting that was meant for another host: bincode [`checkpoint::HostId`], who this is.
+    Stranger = 22,
+    /// Answer to a probe: bincode [`crate::probe::Alive`].
+    Alive = 23,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
@@ -78,6 +86,11 @@ pub const FLAG_FULL: u32 = 1;
 pub const FLAG_KEEP: u32 = 4;
 /// [`Kind::Begin`] and [`Kind::End`]: the content of a joining replica.
 pub const FLAG_INSTALL: u32 = 2;
+/// [`Kind::Broken`]: the replica's host has declined to have one, and will not in this generation.
+pub const FLAG_DECLINED: u32 = 8;
+
+/// [`Kind::Begin`]: from the end of the epoch before this checkpoint's on the owner's output is held.
+pub const FLAG_HELD: u32 = 16;
 
 impl Kind {
     fn from_u16(n: u16) -> Option<Self> {
@@ -102,6 +115,9 @@ impl Kind {
             18 => Self::Digests,
             19 => Self::Compare,
             20 => Self::Compared,
+            21 => Self::Declined,
+            22 => Self::Stranger,
+            23 => Self::Alive,
             _ => return None,
         })
     }
@@ -135,7 +151,9 @@ pub enum WireError {
     #[error("not a chain peer (magic {0:#010x})")]
     Magic(u32),
     /// Another version.
-    #[error("the peer speaks version {0} of the chain protocol, this program version {VERSION}")]
+    #[error(
+        "the peer speaks version {0} of the chain protocol, this program version {VERSION}: install the same understudy on all hosts"
+    )]
     Version(u16),
     /// A kind this version does not know.
     #[error("frame of unknown kind {0}")]
@@ -163,30 +181,47 @@ fn header(frame: &Frame, length: usize, crc: u32) -> [u8; HEADER] {
     h[0..4].copy_from_slice(&MAGIC.to_le_bytes());
     h[4..6].copy_from_slice(&VERSION.to_le_bytes());
     h[6..8].copy_from_slice(&(frame.kind as u16).to_le_bytes());
-    h[8..16].copy_from_slice(&frame.vm.0.to_le_bytes());
+    let (low, high) = frame.vm.halves();
+    h[8..16].copy_from_slice(&low.to_le_bytes());
     h[16..24].copy_from_slice(&frame.generation.0.to_le_bytes());
     h[24..32].copy_from_slice(&frame.epoch.0.to_le_bytes());
     h[32..36].copy_from_slice(&(length as u32).to_le_bytes());
     h[36..40].copy_from_slice(&crc.to_le_bytes());
     h[40..44].copy_from_slice(&frame.flags.to_le_bytes());
+    h[44..52].copy_from_slice(&high.to_le_bytes());
     let crc = crc32c::crc32c(&h[..60]);
     h[60..64].copy_from_slice(&crc.to_le_bytes());
     h
 }
 
-/// A payload as received, with the checksum that it bears and that has been verified. Reused from frame to frame.
+/// A payload as received, with the checksum that it bears and that has been verified. Reused from frame to frame; a clone
+/// shares the content, so that a frame may be kept and wait to be sent without a copy.
 #[derive(Clone, Debug, Default)]
 pub struct Payload {
-    bytes: Vec<u8>,
+    bytes: Arc<Vec<u8>>,
     crc: u32,
 }
 
 impl Payload {
+    /// The buffer, empty, for another content; a new one if somebody still needs the one there is.
+    fn empty(&mut self) -> &mut Vec<u8> {
+        if Arc::get_mut(&mut self.bytes).is_none() {
+            self.bytes = Arc::default();
+        }
+        let bytes = Arc::make_mut(&mut self.bytes);
+        bytes.clear();
+        bytes
+    }
+
     /// Replaces the content by one that is to be sent.
     pub fn fill(&mut self, content: &[u8]) {
-        self.bytes.clear();
-        self.bytes.extend_from_slice(content);
+        self.empty().extend_from_slice(content);
         self.crc = crc32c::crc32c(content);
+    }
+
+    /// The checksum that it bears.
+    pub(crate) fn crc(&self) -> u32 {
+        self.crc
     }
 
     /// Memory it takes, in bytes.
@@ -222,22 +257,10 @@ pub fn forward(to: &mut impl Write, frame: &Frame, payload: &Payload) -> io::Res
 }
 
 fn write_parts(to: &mut impl Write, frame: &Frame, payload: &[u8], crc: u32) -> io::Result<()> {
-    if payload.len() > PAYLOAD_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            WireError::TooLong(payload.len()),
-        ));
-    }
-    let header = header(frame, payload.len(), crc);
-    let total = HEADER + payload.len();
+    let header = Header::new(frame, payload.len(), crc)?;
     let mut done = 0;
-    while done < total {
-        let slices = if done < HEADER {
-            [IoSlice::new(&header[done..]), IoSlice::new(payload)]
-        } else {
-            [IoSlice::new(&payload[done - HEADER..]), IoSlice::new(&[])]
-        };
-        match to.write_vectored(&slices) {
+    while done < HEADER + payload.len() {
+        match to.write_vectored(&header.rest(payload, done)) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => done += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -245,6 +268,30 @@ fn write_parts(to: &mut impl Write, frame: &Frame, payload: &[u8], crc: u32) -> 
         }
     }
     Ok(())
+}
+
+/// A frame's header, ready to be sent.
+#[derive(Clone, Debug)]
+pub(crate) struct Header([u8; HEADER]);
+
+impl Header {
+    /// For a payload of that length and checksum.
+    pub(crate) fn new(frame: &Frame, length: usize, crc: u32) -> io::Result<Self> {
+        if length > PAYLOAD_MAX {
+            let long = WireError::TooLong(length);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, long));
+        }
+        Ok(Self(header(frame, length, crc)))
+    }
+
+    /// What is left of header and payload once `done` bytes of both have been sent.
+    pub(crate) fn rest<'a>(&'a self, payload: &'a [u8], done: usize) -> [IoSlice<'a>; 2] {
+        if done < HEADER {
+            [IoSlice::new(&self.0[done..]), IoSlice::new(payload)]
+        } else {
+            [IoSlice::new(&payload[done - HEADER..]), IoSlice::new(&[])]
+        }
+    }
 }
 
 /// Reads one frame; `payload` is replaced by its payload, verified.
@@ -264,9 +311,9 @@ pub fn read(from: &mut impl Read, payload: &mut Payload) -> Result<Frame, WireEr
         }
     }
     let (frame, length, crc) = parse(&h)?;
-    payload.bytes.clear();
-    payload.bytes.reserve(length);
-    let read = from.take(length as u64).read_to_end(&mut payload.bytes)?;
+    let bytes = payload.empty();
+    bytes.reserve(length);
+    let read = from.take(length as u64).read_to_end(bytes)?;
     if read != length {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
@@ -297,16 +344,17 @@ fn parse(h: &[u8; HEADER]) -> Result<(Frame, usize, u32), WireError> {
     }
     let flags = word(40);
     let known = match kind {
-        Kind::Begin => FLAG_FULL | FLAG_KEEP | FLAG_INSTALL,
+        Kind::Begin => FLAG_FULL | FLAG_KEEP | FLAG_INSTALL | FLAG_HELD,
         Kind::End => FLAG_INSTALL,
+        Kind::Broken => FLAG_DECLINED,
         _ => 0,
     };
-    if flags & !known != 0 || h[44..60] != [0; 16] {
+    if flags & !known != 0 || h[52..60] != [0; 8] {
         return Err(WireError::Reserved(kind));
     }
     let frame = Frame {
         kind,
-        vm: VmId(long(8)),
+        vm: VmId::from_halves(long(8), long(44)),
         generation: Generation(long(16)),
         epoch: Epoch(long(24)),
         flags,
@@ -322,7 +370,7 @@ mod tests {
     fn sample() -> Frame {
         Frame {
             kind: Kind::Begin,
-            vm: VmId(7),
+            vm: VmId(0x0123_4567_89ab_4cde_8f01_2345_6789_abcd),
             generation: Generation(3),
             epoch: Epoch(99),
             flags: 1,
@@ -375,7 +423,7 @@ mod tests {
             Err(WireError::Reserved(Kind::Pages))
         ));
         let mut reserved = bytes(b"");
-        reserved[50] = 1;
+        reserved[55] = 1;
         let crc = crc32c::crc32c(&reserved[..60]);
         reserved[60..64].copy_from_slice(&crc.to_le_bytes());
         assert!(matches!(
@@ -391,7 +439,7 @@ mod tests {
         let mut out = Vec::new();
         forward(&mut out, &frame, &payload).unwrap();
         assert_eq!(out, bytes(b"hello"));
-        payload.bytes[2] ^= 1;
+        Arc::make_mut(&mut payload.bytes)[2] ^= 1;
         out.clear();
         forward(&mut out, &frame, &payload).unwrap();
         assert!(matches!(

@@ -8,8 +8,8 @@ use std::process::{Child, Command as Process, Stdio};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use chain::master::{Command, EtcdMaster, EtcdOptions, Master, MasterError, Rejection};
-use chain::{Mark, Member, VmShape};
+use chain::master::{Begin, Command, EtcdMaster, EtcdOptions, Master, MasterError, Rejection};
+use chain::{Life, Mark, Member, VmShape};
 use checkpoint::{Generation, VmId};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -110,6 +110,7 @@ impl Etcd {
             endpoints: (0..self.ports.len()).map(|i| self.client_url(i)).collect(),
             prefix: "/understudy".into(),
             user: None,
+            begin: Begin::New,
         }
     }
 
@@ -186,13 +187,14 @@ fn i4_of_many_that_ask_at_once_one_is_given_the_vm() {
 }
 
 #[test]
-fn vms_that_are_registered_at_once_have_numbers_of_their_own() {
+fn vms_that_are_registered_at_once_do_not_meet_and_a_name_is_given_once() {
     let etcd = Etcd::start(1);
     let names = ["a", "b", "c", "d", "e", "f"];
     let answers = at_once(&etcd, names.map(register).into());
     let mut vms: Vec<VmId> = answers.into_iter().map(|r| r.unwrap().view.vm).collect();
     vms.sort();
-    assert_eq!(vms, (1..=6).map(VmId).collect::<Vec<_>>());
+    vms.dedup();
+    assert_eq!(vms.len(), 6);
     // A name is given once: whoever registers it again, from another host, is told.
     let again = commands::register("a", "elsewhere");
     let said = etcd.master().propose(&again).unwrap_err();

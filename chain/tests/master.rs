@@ -2,14 +2,16 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use chain::master::{
-    Command, LocalMaster, Master, MasterError, MasterServer, Rejection, RemoteMaster,
+    Begin, Command, LocalMaster, Master, MasterError, MasterServer, Order, Outcome, Rejection,
+    RemoteMaster, Reply, Request, Snapshot, Wanted,
 };
-use chain::{Mark, Member, VmShape};
-use checkpoint::{Epoch, Generation, HostId, VmId};
+use chain::{Life, Mark, Member, VmShape};
+use checkpoint::{Epoch, Generation, HostId, HostUuid, RequestId, VmId};
 use proptest::prelude::*;
 
 fn host(name: &str) -> HostId {
@@ -22,8 +24,10 @@ fn any_port() -> SocketAddr {
 
 fn register(name: &str) -> Command {
     Command::Register {
+        vm: VmId(name.bytes().fold(1, |n, b| n * 31 + u128::from(b))),
         name: name.into(),
         owner: host("a"),
+        life: Life::On,
         shape: VmShape {
             ram: vec![],
             vcpus: 1,
@@ -51,12 +55,13 @@ fn checkpoint_of(generation: Generation) -> Mark {
         generation,
         epoch: Epoch(7),
         digest: 0,
+        held: true,
     }
 }
 
 fn served() -> (tempfile::TempDir, SocketAddr) {
     let dir = tempfile::tempdir().unwrap();
-    let engine = Arc::new(LocalMaster::open(dir.path()).unwrap());
+    let engine = Arc::new(LocalMaster::open(dir.path(), Begin::New).unwrap());
     let server = MasterServer::bind(any_port(), engine).unwrap();
     (dir, server.addr())
 }
@@ -136,7 +141,7 @@ fn an_empty_chain_is_recorded_and_nobody_takes_over_then() {
 fn i5_what_replicas_hold_counts_until_the_chain_begins_anew_and_survives_the_master() {
     let dir = tempfile::tempdir().unwrap();
     let vm = {
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         let vm = master.propose(&register("vm")).unwrap().view.vm;
         master
             .propose(&reconfigure(vm, Generation(1), &["b", "c", "d"]))
@@ -151,7 +156,7 @@ fn i5_what_replicas_hold_counts_until_the_chain_begins_anew_and_survives_the_mas
         vm
     };
     // Started again, it knows what had been decided on the history, too.
-    let master = LocalMaster::open(dir.path()).unwrap();
+    let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
     let take = |by, epoch| Command::TakeOver {
         vm,
         expect: Generation(3),
@@ -217,7 +222,7 @@ fn a_master_that_is_not_there_is_named_with_the_remedy() {
 fn an_address_in_use_is_named_with_the_remedy() {
     let (_dir, addr) = served();
     let dir = tempfile::tempdir().unwrap();
-    let engine = Arc::new(LocalMaster::open(dir.path()).unwrap());
+    let engine = Arc::new(LocalMaster::open(dir.path(), Begin::New).unwrap());
     let error = MasterServer::bind(addr, engine).unwrap_err().to_string();
     assert!(
         error.contains(&addr.to_string()) && error.contains("master.serve"),
@@ -232,9 +237,13 @@ fn a_master_that_cannot_store_says_so_and_decides_nothing_more() {
     master.propose(&register("one")).unwrap();
     // A directory in the temporary file's place makes the write fail, also for root.
     std::fs::create_dir(dir.path().join("master.new")).unwrap();
-    for _ in 0..2 {
+    for n in 0..2 {
         let error = master.propose(&register("two")).unwrap_err();
-        assert!(matches!(error, MasterError::Engine { .. }), "{error}");
+        match n {
+            // It may be on the disk, and count when the master is started again.
+            0 => assert!(matches!(error, MasterError::Unknown { .. }), "{error}"),
+            _ => assert!(matches!(error, MasterError::Engine { .. }), "{error}"),
+        }
         assert!(error.to_string().contains("stopped deciding"), "{error}");
     }
 }
@@ -267,6 +276,152 @@ fn a_broken_connection_is_made_again() {
     }
     assert_eq!(master.read().unwrap().records.len(), 4);
     drop(dir);
+}
+
+#[test]
+fn h17_a_master_begins_by_order_only_and_a_cluster_keeps_its_id() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = LocalMaster::open(dir.path(), Begin::Existing).unwrap_err();
+    assert!(matches!(said, MasterError::NotBegun { .. }), "{said}");
+    assert!(said.to_string().contains("understudy init"), "{said}");
+    let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
+    let cluster = master.read().unwrap().cluster;
+    assert_eq!(cluster, master.cluster());
+    drop(master);
+    for begin in [Begin::Existing, Begin::New] {
+        let master = LocalMaster::open(dir.path(), begin).unwrap();
+        assert_eq!(master.read().unwrap().cluster, cluster);
+    }
+    let other = tempfile::tempdir().unwrap();
+    let other = LocalMaster::open(other.path(), Begin::New).unwrap();
+    assert_ne!(other.cluster(), cluster);
+}
+
+#[test]
+fn i2_over_tcp_a_second_host_of_a_name_is_refused() {
+    let (_dir, addr) = served();
+    let master = RemoteMaster::new(addr);
+    let (one, two) = (HostUuid::random(), HostUuid::random());
+    let at = |port| SocketAddr::from(([10, 0, 0, 1], port));
+    let known = master.enroll(&host("a"), one, at(1)).unwrap();
+    assert_eq!(master.read().unwrap().hosts, [known]);
+    let said = master
+        .enroll(&host("a"), two, at(2))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        said.contains("10.0.0.1:1") && said.contains("10.0.0.1:2"),
+        "{said}"
+    );
+    assert_eq!(master.forget(&host("a")).unwrap().id, one);
+    master.enroll(&host("a"), two, at(2)).unwrap();
+}
+
+fn ask_with(id: RequestId, command: Command) -> Request {
+    let order = Order::Vm(command);
+    Request { id, order }
+}
+
+/// A bound for what should take no time, on a machine that does other things too.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An engine that tells what it answers.
+struct Watched {
+    engine: LocalMaster,
+    said: Sender<Result<Reply, MasterError>>,
+}
+
+impl Master for Watched {
+    fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
+        let answer = self.engine.request(request, wanted);
+        let told = match &answer {
+            Ok(reply) => Ok(reply.clone()),
+            Err(MasterError::GivenUp) => Err(MasterError::GivenUp),
+            Err(e) => Err(MasterError::Stopped(e.to_string())),
+        };
+        let _ = self.said.send(told);
+        answer
+    }
+
+    fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {
+        self.engine.watch(since, timeout)
+    }
+}
+
+/// The master stands still: the kernel takes its connections and what is said on them. Its client gives up; then it goes
+/// on, with everything that has arrived meanwhile.
+#[test]
+fn l8_what_was_given_up_is_not_carried_out_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let (said, heard) = std::sync::mpsc::channel();
+    let engine = Arc::new(Watched {
+        engine: LocalMaster::open(dir.path(), Begin::New).unwrap(),
+        said,
+    });
+    let frozen = TcpListener::bind(any_port()).unwrap();
+    let addr = frozen.local_addr().unwrap();
+    let master = RemoteMaster::new(addr).patience(Duration::from_millis(50));
+    let id = RequestId::random();
+    let request = ask_with(id, register("given-up"));
+    let said = master.request(&request, &Wanted::always()).unwrap_err();
+    assert!(
+        matches!(&said, MasterError::Unknown { id: named, .. } if *named == id),
+        "{said}"
+    );
+    assert!(said.to_string().contains(&id.to_string()), "{said}");
+    // It thaws, and finds both attempts.
+    MasterServer::on(frozen, engine).unwrap();
+    for _ in 0..2 {
+        let answer = heard.recv_timeout(PATIENCE).unwrap();
+        assert!(matches!(answer, Err(MasterError::GivenUp)), "{answer:?}");
+    }
+    let master = RemoteMaster::new(addr);
+    let outcome = master.outcome(id).unwrap();
+    assert_eq!(outcome, Outcome::Never);
+    assert!(master.read().unwrap().records.is_empty());
+    // And never is never: as if a copy were still under way.
+    let late = master.request(&request, &Wanted::always()).unwrap_err();
+    assert!(
+        matches!(late, MasterError::Rejected(Rejection::Expired)),
+        "{late}"
+    );
+    master.propose(&register("given-up")).unwrap();
+}
+
+/// The answer is lost, not the request.
+#[test]
+fn l8_a_request_whose_answer_is_lost_was_done_once_and_its_id_says_so() {
+    let (_dir, addr) = served();
+    // In front of the master: passes requests on, swallows answers.
+    let listener = TcpListener::bind(any_port()).unwrap();
+    let front = listener.local_addr().unwrap();
+    let (done, passed) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            let mut server = TcpStream::connect(addr).unwrap();
+            let mut header = [0u8; 8];
+            client.read_exact(&mut header).unwrap();
+            let length = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+            let mut body = vec![0; length as usize];
+            client.read_exact(&mut body).unwrap();
+            server.write_all(&header).unwrap();
+            server.write_all(&body).unwrap();
+            server.read_exact(&mut header).unwrap();
+            let _ = done.send(());
+        }
+    });
+    let master = RemoteMaster::new(front).patience(Duration::from_secs(30));
+    let id = RequestId::random();
+    let said = master.request(&ask_with(id, register("vm")), &Wanted::always());
+    assert!(matches!(said, Err(MasterError::Unknown { .. })), "{said:?}");
+    // Tried twice, each time answered.
+    assert_eq!(passed.iter().take(2).count(), 2);
+    let direct = RemoteMaster::new(addr);
+    let outcome = direct.outcome(id).unwrap();
+    assert_eq!(outcome, Outcome::Done { revision: 1 });
+    assert_eq!(direct.read().unwrap().records.len(), 1);
+    let again = direct.request(&ask_with(id, register("vm")), &Wanted::always());
+    assert!(matches!(again, Ok(Reply::Vm(_))), "{again:?}");
 }
 
 proptest! {

@@ -8,9 +8,10 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use chain::master::{
-    Command, LocalMaster, Master, MasterError, MasterServer, PaxosMaster, Rejection, RemoteMaster,
+    Begin, Command, LocalMaster, Master, MasterError, MasterServer, PaxosMaster, Rejection,
+    RemoteMaster,
 };
-use chain::{Mark, Member, VmShape};
+use chain::{Life, Mark, Member, VmShape};
 use checkpoint::{Generation, HostId};
 use proptest::prelude::*;
 
@@ -58,7 +59,7 @@ impl Cluster {
     }
 
     fn try_start(&self, name: &str) -> Result<PaxosMaster, MasterError> {
-        PaxosMaster::open(&self.path(name), &host(name), &self.members)
+        PaxosMaster::open(&self.path(name), &host(name), &self.members, Begin::New)
     }
 
     fn start(&mut self, name: &str) {
@@ -291,7 +292,7 @@ fn memberships_that_cannot_be_are_refused() {
         list.collect()
     };
     let error = |me: &str, members: &BTreeMap<HostId, SocketAddr>| {
-        let e = PaxosMaster::open(dir.path(), &host(me), members).unwrap_err();
+        let e = PaxosMaster::open(dir.path(), &host(me), members, Begin::New).unwrap_err();
         assert!(matches!(e, MasterError::Membership(_)), "{e}");
         e.to_string()
     };
@@ -334,16 +335,17 @@ fn a_record_is_used_only_where_it_belongs_and_never_when_damaged() {
     }
     std::fs::write(&path, &good).unwrap();
 
-    let error = PaxosMaster::open(&cluster.path("a"), &host("b"), &cluster.members).unwrap_err();
+    let error = PaxosMaster::open(&cluster.path("a"), &host("b"), &cluster.members, Begin::New)
+        .unwrap_err();
     assert!(error.to_string().contains("member a of a, b, c"), "{error}");
-    let error = LocalMaster::open(&cluster.path("a")).unwrap_err();
+    let error = LocalMaster::open(&cluster.path("a"), Begin::New).unwrap_err();
     assert!(error.to_string().contains("paxos.record"), "{error}");
 
     let single = cluster.path("single");
-    let local = LocalMaster::open(&single).unwrap();
+    let local = LocalMaster::open(&single, Begin::New).unwrap();
     local.propose(&register("vm", "h")).unwrap();
     drop(local);
-    let error = PaxosMaster::open(&single, &host("a"), &cluster.members).unwrap_err();
+    let error = PaxosMaster::open(&single, &host("a"), &cluster.members, Begin::New).unwrap_err();
     assert!(error.to_string().contains("master.record"), "{error}");
 
     cluster.start("a");

@@ -16,7 +16,9 @@ pub use bitmap::PageBitmap;
 pub use codec::CodecError;
 pub use cpu::{CpuFeatures, FeatureWord};
 pub use disk::{DISK_HEADER, DISK_RECORD_MAX, DiskOp, DiskRecord, DiskRecordError, disk_records};
-pub use ids::{Epoch, Generation, HostId, NameError, VmId};
+pub use ids::{
+    ClusterId, Epoch, Generation, HostId, HostUuid, NameError, RequestId, UuidError, VmId,
+};
 pub use machine::{DeviceState, MACHINE_LIMIT, MachineError, MachineState, RamRange};
 pub use page::{
     Encoded, EncoderOptions, Encoding, PAGE_HEADER, PAGE_SIZE, Page, PageEncoder, PageError,

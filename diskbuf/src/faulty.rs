@@ -65,6 +65,7 @@ struct Inner {
     /// Removed, while the directory still has them on the disk.
     removed: BTreeMap<PathBuf, Content>,
     ops: u64,
+    read: u64,
     crash_at: Option<u64>,
     syncs: u64,
     fail_sync: Option<u64>,
@@ -107,6 +108,11 @@ impl MemDisk {
     /// Operations so far (those that change anything).
     pub fn ops(&self) -> u64 {
         self.lock().ops
+    }
+
+    /// Bytes read so far.
+    pub fn read(&self) -> u64 {
+        self.lock().read
     }
 
     /// Operation number `at` (and all later ones) fails; it may have been half done.
@@ -290,7 +296,8 @@ impl MemFile {
 
 impl LayerFile for MemFile {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let inner = self.0.lock();
+        let mut inner = self.0.lock();
+        inner.read += buf.len() as u64;
         let now = &inner.files.get(&self.1).ok_or_else(dead)?.now;
         let from = now.get(offset as usize..offset as usize + buf.len());
         buf.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);

@@ -5,10 +5,10 @@
 //! multiple of 512 bytes; whatever follows the last entry is left over from an earlier use of the file
 //!
 //! one entry, little endian
-//!    0            4             6          8          16        24            32               40
-//!   | "UJRN" u32 | version=1   | kind u16 | salt u64 | seq u64 | durable u64 | vm u64         | generation u64 |
-//!    48          56        60
-//!   | epoch u64 | len u32 | CRC32C u32 of bytes 0..60 and the payload | payload: `len` bytes | zeros |
+//!    0            4             6          8          16        24            32        48
+//!   | "UJRN" u32 | version=2   | kind u16 | salt u64 | seq u64 | durable u64 | vm u128 | generation u64 |
+//!    56          64        68                                          72
+//!   | epoch u64 | len u32 | CRC32C u32 of bytes 0..68 and the payload | payload: `len` bytes | zeros |
 //!   version u16; kind: 0 the disk records of one epoch (see checkpoint::disk), 1 voucher (no payload)
 //! ```
 //!
@@ -29,11 +29,11 @@ use crate::layer::LayerFile;
 /// Entries begin at multiples of this, in bytes: the disk's own unit of atomicity.
 pub(crate) const ALIGN: usize = 512;
 /// Size of an entry's header in bytes.
-pub(crate) const HEADER: usize = 64;
+pub(crate) const HEADER: usize = 72;
 /// Longest payload, in bytes.
 pub(crate) const PAYLOAD_MAX: usize = 1 << 30;
 const MAGIC: &[u8; 4] = b"UJRN";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// An entry's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,11 +71,13 @@ impl Entry {
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&u16::from(head.voucher).to_le_bytes());
+        let (low, high) = head.vm.halves();
         for word in [
             head.salt,
             head.seq,
             head.durable,
-            head.vm.0,
+            low,
+            high,
             head.generation.0,
             head.epoch.0,
         ] {
@@ -86,8 +88,8 @@ impl Entry {
         for write in writes {
             bytes.extend_from_slice(write);
         }
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..60]), &bytes[HEADER..]);
-        bytes[60..64].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..68]), &bytes[HEADER..]);
+        bytes[68..72].copy_from_slice(&crc.to_le_bytes());
         bytes.resize(bytes.len().next_multiple_of(ALIGN), 0);
         Self {
             head,
@@ -220,16 +222,16 @@ fn parse(sector: &[u8], wanted: Wanted) -> Option<(Head, usize, u32)> {
         salt: word(8),
         seq: word(16),
         durable: word(24),
-        vm: VmId(word(32)),
-        generation: Generation(word(40)),
-        epoch: Epoch(word(48)),
+        vm: VmId::from_halves(word(32), word(40)),
+        generation: Generation(word(48)),
+        epoch: Epoch(word(56)),
     };
-    let len = word(56) as u32 as usize;
+    let len = word(64) as u32 as usize;
     let fits = len <= PAYLOAD_MAX && (kind == 0 || len == 0);
     (head.salt == wanted.salt && head.vm == wanted.vm && fits).then_some((
         head,
         len,
-        (word(56) >> 32) as u32,
+        (word(64) >> 32) as u32,
     ))
 }
 
@@ -248,7 +250,7 @@ fn load(
     }
     let mut bytes = vec![0; total];
     file.read_at(at, &mut bytes)?;
-    let found = crc32c::crc32c_append(crc32c::crc32c(&bytes[..60]), &bytes[HEADER..HEADER + len]);
+    let found = crc32c::crc32c_append(crc32c::crc32c(&bytes[..68]), &bytes[HEADER..HEADER + len]);
     Ok((found == crc || no_crc).then_some(Entry {
         head,
         bytes,

@@ -94,6 +94,13 @@ pub trait LayerFile: Send + Sync {
     /// # Errors
     /// The kernel's answer.
     fn try_lock(&self) -> io::Result<bool>;
+    /// Gives the lock up, though the file stays open.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    fn unlock(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The machine's own files.
@@ -205,5 +212,9 @@ impl LayerFile for OsFile {
             Err(TryLockError::WouldBlock) => Ok(false),
             Err(TryLockError::Error(e)) => Err(e),
         }
+    }
+
+    fn unlock(&self) -> io::Result<()> {
+        self.0.unlock()
     }
 }

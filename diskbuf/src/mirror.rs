@@ -247,6 +247,22 @@ impl Mirror {
                 .is_some_and(|end| self.file.next_data(offset).is_ok_and(|data| data >= end))
     }
 
+    /// The next byte from `offset` on that is not known to be zero without reading it; the disk's size if there is none.
+    ///
+    /// # Errors
+    /// As [`Mirror::read_at`].
+    pub fn next_data(&self, offset: u64) -> io::Result<u64> {
+        self.check(offset, 0)?;
+        Ok(self.file.next_data(offset)?.min(self.size))
+    }
+
+    /// Another program may have the image from here on, though somebody here may still be reading it.
+    pub(crate) fn unlock(&self) {
+        if let Err(e) = self.file.unlock() {
+            tracing::warn!("disk image {}: unlocking: {e}", self.path.display());
+        }
+    }
+
     /// Whether `offset` and `len` lie within the disk.
     #[must_use]
     pub fn contains(&self, offset: u64, len: u64) -> bool {

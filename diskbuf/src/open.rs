@@ -84,6 +84,7 @@ impl ReplicaDisks {
             seq: stored.map_or(0, |s| s.applied),
             durable: 0,
             batch_seq: 0,
+            applied: stored.map_or(0, |s| s.applied),
             pending: Vec::new(),
             pending_bytes: 0,
             flying: Arc::default(),
@@ -188,6 +189,7 @@ impl ReplicaDisks {
             self.generation = last.head.generation;
         }
         self.seq = found.highest;
+        self.applied = found.highest;
         self.salt = draw().map_err(DiskbufError::Journal)?;
         let record = self.stored(Role::Replica);
         Ok(self.record.write(record)?)

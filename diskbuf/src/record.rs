@@ -7,9 +7,9 @@
 //!   | first  | unused (0)   | second | unused (0) |          one slot: the record twice
 //!
 //! one record, 512 bytes, little endian
-//!    0            4           6       7        8       16               24         32        40            48
-//!   | "UACT" u32 | version=1 | role  | 0 (u8) | vm u64 | generation u64 | epoch u64 | seq u64 | applied u64 |
-//!   | salt u64 (48) | 0 ... (56) | CRC32C u32 of bytes 0..508 (508) |
+//!    0            4           6       7        8              16               24         32        40            48
+//!   | "UACT" u32 | version=2 | role  | 0 (u8) | vm, low u64 | generation u64 | epoch u64 | seq u64 | applied u64 |
+//!   | salt u64 (48) | vm, high u64 (56) | 0 ... (64) | CRC32C u32 of bytes 0..508 (508) |
 //!   version u16; role u8: 1 Owner, 2 Replica, 3 Syncing
 //! ```
 //!
@@ -34,7 +34,7 @@ const COPY: usize = 512;
 /// Where a slot's second copy begins.
 const SECOND: usize = 2048;
 const MAGIC: &[u8; 4] = b"UACT";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// The record's file name in a VM's directory.
 pub const RECORD_FILE: &str = "activation";
 
@@ -87,7 +87,11 @@ pub enum RecordError {
         what: &'static str,
     },
     /// Of another version of this program.
-    #[error("activation record {} has version {version}, this program reads {VERSION}", path.display())]
+    #[error(
+        "activation record {} has version {version}, this program reads {VERSION}: it was written by another version of \
+         understudy. Run that version to stop the VM, or, if the newest disks are elsewhere, move this directory away, and \
+         this host is filled anew", path.display()
+    )]
     Version {
         /// The file.
         path: PathBuf,
@@ -132,15 +136,17 @@ impl Stored {
         out[0..4].copy_from_slice(MAGIC);
         out[4..6].copy_from_slice(&VERSION.to_le_bytes());
         out[6] = role;
+        let (low, high) = self.record.vm.halves();
         let words = [
-            self.record.vm.0,
+            low,
             self.record.generation.0,
             self.record.epoch.0,
             self.record.seq,
             self.applied,
             self.salt,
+            high,
         ];
-        for (place, word) in out[8..56].chunks_exact_mut(8).zip(words) {
+        for (place, word) in out[8..64].chunks_exact_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
         let crc = crc32c::crc32c(&out[..COPY - 4]);
@@ -173,7 +179,7 @@ impl Stored {
         };
         Copy::Good(Self {
             record: ActivationRecord {
-                vm: VmId(word(8)),
+                vm: VmId::from_halves(word(8), word(56)),
                 generation: Generation(word(16)),
                 epoch: Epoch(word(24)),
                 seq: word(32),
@@ -315,5 +321,47 @@ impl RecordFile {
         *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = Some(stored);
         // Not waited for: see the module's head.
         self.file.write_at(base + SECOND as u64, &bytes).map_err(io)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn i1_an_older_record_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = RecordFile::open(&OsLayer, dir.path(), false)
+            .unwrap()
+            .unwrap();
+        let record = ActivationRecord {
+            vm: VmId(0x0123_4567_89ab_4cde_8f01_2345_6789_abcd),
+            generation: Generation(3),
+            epoch: Epoch(9),
+            role: Role::Replica,
+            seq: 1,
+        };
+        let stored = Stored {
+            record,
+            applied: 1,
+            salt: 2,
+        };
+        file.write(stored).unwrap();
+        drop(file);
+        assert_eq!(ActivationRecord::read(dir.path()).unwrap(), Some(record));
+        let path = dir.path().join(RECORD_FILE);
+        let mut bytes = std::fs::read(&path).unwrap();
+        for at in [SLOT, SLOT + SECOND] {
+            let copy = &mut bytes[at..at + COPY];
+            copy[4] = 1;
+            let crc = crc32c::crc32c(&copy[..COPY - 4]);
+            copy[COPY - 4..].copy_from_slice(&crc.to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let said = ActivationRecord::read(dir.path()).unwrap_err().to_string();
+        assert!(
+            said.contains("version 1") && said.contains("move this"),
+            "{said}"
+        );
     }
 }

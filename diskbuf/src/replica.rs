@@ -115,6 +115,8 @@ pub struct ReplicaDisks {
     pub(crate) durable: u64,
     /// Newest entry of the batch under way.
     pub(crate) batch_seq: u64,
+    /// Entries up to here are in the mirrors.
+    pub(crate) applied: u64,
     pub(crate) pending: Vec<Entry>,
     pub(crate) pending_bytes: u64,
     /// Entries of the batch under way: in the mirrors or not, nobody knows.
@@ -134,6 +136,14 @@ impl std::fmt::Debug for ReplicaDisks {
             .field("epoch", &self.epoch)
             .field("generation", &self.generation)
             .finish_non_exhaustive()
+    }
+}
+
+impl Drop for ReplicaDisks {
+    fn drop(&mut self) {
+        // Others may have the images once no batch writes to them any more, though somebody may still be reading.
+        self.worker = Worker::Stepped(None);
+        self.mirrors.iter().for_each(Mirror::unlock);
     }
 }
 
@@ -380,6 +390,40 @@ impl ReplicaDisks {
         &self.mirrors
     }
 
+    /// The mirrors, for reading beside this owner of theirs, at whatever moment: what a batch writes meanwhile may be read
+    /// half old and half new, and nothing that is read once the disks have been activated or closed is of any use.
+    #[must_use]
+    pub fn share(&self) -> Arc<Vec<Mirror>> {
+        self.mirrors.clone()
+    }
+
+    /// The number of the newest writes processed, for [`ReplicaDisks::in_mirrors`].
+    #[must_use]
+    pub fn newest(&self) -> u64 {
+        self.seq
+    }
+
+    /// Whether the mirrors have everything up to `newest`; if not, sees to it that they will. Does not wait.
+    ///
+    /// # Errors
+    /// What the files say: final.
+    pub fn in_mirrors(&mut self, newest: u64) -> Result<bool, DiskbufError> {
+        self.guard(|disks| {
+            disks.settle()?;
+            if disks.worker.busy() {
+                return Ok(disks.applied >= newest);
+            }
+            if disks.applied < newest && disks.state == State::Replica && !disks.pending.is_empty()
+            {
+                let record = disks.stored(Role::Replica);
+                let batch = disks.take_batch(record)?;
+                disks.worker.submit(batch)?;
+                return Ok(false);
+            }
+            Ok(true)
+        })
+    }
+
     /// Brings everything processed so far into the mirrors, durably.
     ///
     /// # Errors
@@ -434,6 +478,7 @@ impl ReplicaDisks {
         self.take_batch(record)?.run()?;
         self.state = State::Owner;
         let mirrors = std::mem::take(&mut self.mirrors);
+        mirrors.iter().for_each(Mirror::unlock);
         Ok(mirrors.iter().map(|m| m.path().into()).collect())
     }
 
@@ -500,6 +545,7 @@ impl ReplicaDisks {
     fn settle(&mut self) -> Result<(), DiskbufError> {
         self.worker.poll()?;
         if !self.worker.busy() {
+            self.applied = self.applied.max(self.batch_seq);
             self.durable = self.durable.max(self.batch_seq);
             self.flying = Arc::default();
         }

@@ -3,8 +3,25 @@
 //! A bridge or switch moves a MAC address to the port it last saw it come from, so any broadcast with the guest's source
 //! address does; RARP needs no IP address (QEMU announces a migrated guest so), gratuitous ARP also refreshes the
 //! neighbours' caches. All are without FCS and padded to Ethernet's 60-byte minimum.
+//!
+//! Each is one frame that can be lost, and a switch between here and there may not forward yet: [`begin`] says it all
+//! five times.
 
+use std::io;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::gate::Gate;
+use crate::port::NET_HEADER;
+
+/// What is waited before each repetition.
+const WAITS: [Duration; 4] = [
+    Duration::from_millis(50),
+    Duration::from_millis(200),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+];
 
 const MIN_FRAME: usize = 60;
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -28,6 +45,44 @@ pub fn gratuitous_arp_reply(mac: [u8; 6], ip: Ipv4Addr) -> Vec<u8> {
 pub fn rarp(mac: [u8; 6]) -> Vec<u8> {
     let none = Ipv4Addr::UNSPECIFIED;
     frame(ETHERTYPE_RARP, RARP_REQUEST, mac, none, mac, none)
+}
+
+/// A network card to be announced: its gate, and frames from the functions above.
+pub type Card = (Arc<Gate>, Vec<Vec<u8>>);
+
+/// Announces `cards` now, and four times more, ever later, on a thread of its own.
+///
+/// The first time is past the hold: the master has given this host the VM. The repetitions go the way of the guest's own
+/// output, because by then another host may own it: what is held and never committed is never heard, and a fenced gate
+/// ends them.
+///
+/// # Errors
+/// No thread; the first announcement has been made then.
+pub fn begin(cards: Vec<Card>) -> io::Result<()> {
+    for (gate, frames) in &cards {
+        for frame in frames {
+            gate.announce(frame);
+        }
+    }
+    std::thread::Builder::new()
+        .name("announce".into())
+        .spawn(move || repeat(&cards, std::thread::sleep))
+        .map(drop)
+}
+
+fn repeat(cards: &[Card], mut wait: impl FnMut(Duration)) {
+    for pause in WAITS {
+        wait(pause);
+        if cards.iter().all(|(gate, _)| gate.is_fenced()) {
+            return;
+        }
+        for (gate, frames) in cards {
+            for frame in frames {
+                // Not taken: the guest itself says so much that its limit is reached. That is announcement enough.
+                let _ = gate.send(&[&[0; NET_HEADER], &frame[..]].concat());
+            }
+        }
+    }
 }
 
 fn frame(
@@ -77,6 +132,55 @@ mod tests {
         let reply = gratuitous_arp_reply(MAC, IP);
         assert_eq!((reply[21], &reply[32..38]), (2, &MAC[..]));
         assert_eq!(reply.len(), 60);
+    }
+
+    fn card(sent: &Arc<std::sync::Mutex<Vec<Vec<u8>>>>) -> Card {
+        let mut port = crate::memory::MemoryPort::new(vec![]).expect("a port");
+        port.sent = sent.clone();
+        (
+            Gate::new(port, 1 << 20).expect("a gate"),
+            vec![rarp(MAC), gratuitous_arp(MAC, IP)],
+        )
+    }
+
+    #[test]
+    fn it_is_repeated_four_times_ever_later_as_the_guests_own_output() {
+        let sent = Arc::default();
+        let card = card(&sent);
+        let (gate, frames) = (card.0.clone(), card.1.clone());
+        let count = || sent.lock().expect("lock").len();
+        let mut waited = vec![];
+        repeat(std::slice::from_ref(&card), |pause| {
+            // One round each, when it is time.
+            assert_eq!(count(), waited.len() * frames.len());
+            waited.push(pause);
+        });
+        assert!(waited.is_sorted() && waited.len() == 4, "{waited:?}");
+        assert_eq!(count(), 4 * frames.len());
+        assert_eq!(sent.lock().expect("lock")[0][NET_HEADER..], frames[0]);
+        // Held: it waits for the commit.
+        gate.set_hold(true);
+        repeat(std::slice::from_ref(&card), |_| {});
+        assert_eq!(count(), 4 * frames.len());
+        gate.seal(checkpoint::Epoch(1)).expect("first");
+        gate.release(checkpoint::Epoch(1)).expect("sealed");
+        assert_eq!(count(), 8 * frames.len());
+    }
+
+    #[test]
+    fn a_fenced_vm_is_not_announced_any_more() {
+        let sent = Arc::default();
+        let card = card(&sent);
+        let mut rounds = 0;
+        repeat(std::slice::from_ref(&card), |_| {
+            rounds += 1;
+            if rounds == 3 {
+                card.0.fence();
+            }
+        });
+        assert_eq!((rounds, sent.lock().expect("lock").len()), (3, 4));
+        begin(vec![card]).expect("a thread");
+        assert_eq!(sent.lock().expect("lock").len(), 4);
     }
 
     #[test]

@@ -27,6 +27,9 @@ const RETRY_WAIT_MS: libc::c_int = 1;
 /// three for every frame.
 const BATCH_WAITS: u32 = 16;
 
+/// Frames that a tap keeps for its reader (`txqueuelen`), and then some.
+const PORT_QUEUE: u32 = 4096;
+
 /// Counts since the gate was made, and what it holds now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct GateStats {
@@ -42,6 +45,11 @@ pub struct GateStats {
     pub dropped_fenced: u64,
     /// Frames received from the port.
     pub received: u64,
+    /// Received frames that were longer than what the guest offered for them, dropped: its interface takes smaller packets
+    /// than the network sends.
+    pub dropped_long: u64,
+    /// Frames dropped, in either direction, because this was a standby's.
+    pub dropped_standby: u64,
     /// Frames held now.
     pub held_frames: usize,
     /// Bytes held now, overhead included.
@@ -56,6 +64,8 @@ struct Counts {
     dropped_port: AtomicU64,
     dropped_fenced: AtomicU64,
     received: AtomicU64,
+    dropped_long: AtomicU64,
+    dropped_standby: AtomicU64,
 }
 
 struct Held {
@@ -75,6 +85,7 @@ pub struct Gate {
     held: Mutex<Held>,
     out: Mutex<()>,
     fenced: AtomicBool,
+    standby: AtomicBool,
     warned: AtomicBool,
     room: Wake,
     counts: Counts,
@@ -105,6 +116,7 @@ impl Gate {
             }),
             out: Mutex::new(()),
             fenced: AtomicBool::new(false),
+            standby: AtomicBool::new(false),
             warned: AtomicBool::new(false),
             room: Wake::new()?,
             counts: Counts::default(),
@@ -171,11 +183,57 @@ impl Gate {
     /// # Errors
     /// As [`Port::recv`].
     pub fn recv(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        if self.standby.load(Ordering::Acquire) {
+            self.discard(buf)?;
+            return Ok(None);
+        }
         let got = self.port.recv(buf)?;
         if got.is_some() {
             self.counts.received.fetch_add(1, Ordering::Relaxed);
         }
         Ok(got)
+    }
+
+    /// Drops what the port has for us, as much as a tap keeps at most.
+    fn discard(&self, buf: &mut [u8]) -> io::Result<()> {
+        for _ in 0..PORT_QUEUE {
+            if self.port.recv(buf)?.is_none() {
+                break;
+            }
+            self.counts.dropped_standby.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The guest is not there yet: from here on nothing leaves and nothing is taken, until [`Gate::activate`]. The port may
+    /// be connected meanwhile.
+    pub fn stand_by(&self) {
+        let _out = self.out();
+        self.standby.store(true, Ordering::Release);
+        if let Err(e) = self.port.set_deaf(true) {
+            // What comes meanwhile is dropped at activation then.
+            warn!("a standby's tap: {e}");
+        }
+    }
+
+    /// The end of [`Gate::stand_by`]: the guest hears what comes from here on.
+    pub fn activate(&self) {
+        let _out = self.out();
+        if !self.standby.load(Ordering::Acquire) {
+            return;
+        }
+        if let Err(e) = self
+            .discard(&mut vec![0; MAX_FRAME])
+            .and_then(|()| self.port.set_deaf(false))
+        {
+            warn!("activating a standby's tap: {e}");
+        }
+        self.standby.store(false, Ordering::Release);
+    }
+
+    /// The guest has offered less room than a received frame takes; the frame is dropped.
+    pub fn too_long(&self) {
+        self.counts.dropped_long.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Readable (level-triggered) while [`Gate::recv`] has a frame.
@@ -289,6 +347,8 @@ impl Gate {
             dropped_port: get(&self.counts.dropped_port),
             dropped_fenced: get(&self.counts.dropped_fenced),
             received: get(&self.counts.received),
+            dropped_long: get(&self.counts.dropped_long),
+            dropped_standby: get(&self.counts.dropped_standby),
             held_frames,
             held_bytes,
         }
@@ -339,6 +399,10 @@ impl Gate {
     fn write(&self, frame: &[u8], waits: &mut u32) {
         if self.is_fenced() {
             self.counts.dropped_fenced.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        if self.standby.load(Ordering::Acquire) {
+            self.counts.dropped_standby.fetch_add(1, Ordering::Relaxed);
             return;
         }
         let mut left = RETRIES;

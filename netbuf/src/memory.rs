@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::port::Port;
@@ -16,6 +17,8 @@ pub struct MemoryPort {
     pub sent: Arc<Mutex<Vec<Vec<u8>>>>,
     /// Errors to answer the next sends with, then success.
     pub refuse: Arc<Mutex<VecDeque<io::Error>>>,
+    /// Whether it is deaf now. What is deaf here keeps its frames, as a device that refuses the filter does.
+    pub deaf: Arc<AtomicBool>,
     inbound: Mutex<VecDeque<Vec<u8>>>,
     wake: Wake,
 }
@@ -33,6 +36,7 @@ impl MemoryPort {
         Ok(MemoryPort {
             sent: Arc::default(),
             refuse: Arc::default(),
+            deaf: Arc::default(),
             inbound: Mutex::new(inbound.into()),
             wake,
         })
@@ -71,5 +75,10 @@ impl Port for MemoryPort {
 
     fn fd(&self) -> RawFd {
         self.wake.fd()
+    }
+
+    fn set_deaf(&self, deaf: bool) -> io::Result<()> {
+        self.deaf.store(deaf, Ordering::SeqCst);
+        Ok(())
     }
 }

@@ -34,4 +34,12 @@ pub trait Port: Send + Sync {
 
     /// Readable while there is a frame to take, writable while there is room to send one.
     fn fd(&self) -> RawFd;
+
+    /// Deaf: what comes is dropped before it could be taken, and wakes nobody.
+    ///
+    /// # Errors
+    /// The device's refusal; frames then wait to be taken, as many as the device keeps.
+    fn set_deaf(&self, _deaf: bool) -> io::Result<()> {
+        Ok(())
+    }
 }

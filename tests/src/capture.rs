@@ -15,7 +15,9 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeSpec, TimeVal};
 use nix::time::{ClockId, clock_gettime};
 
-use crate::net::{CLIENT, CLIENT_PORT, Network};
+use agent::lab::net::{CLIENT, CLIENT_PORT};
+
+use crate::cluster::Network;
 
 const ETH_ALEN: usize = 6;
 const ETH_HEADER: usize = 14;
@@ -45,7 +47,7 @@ impl Capture {
     /// # Panics
     /// If there can be no packet socket.
     #[must_use]
-    pub fn from_host(network: &Network, host: &str) -> Self {
+    pub fn from_host(network: Network<'_>, host: &str) -> Self {
         let socket = network.within("switch", || {
             let socket = packet_socket(&format!("lan-{host}"));
             setsockopt(&socket, sockopt::ReceiveTimestampns, &true).expect("SO_TIMESTAMPNS");
@@ -115,7 +117,7 @@ impl Injector {
     /// # Panics
     /// If there can be no packet socket.
     #[must_use]
-    pub fn at_client(network: &Network) -> Self {
+    pub fn at_client(network: Network<'_>) -> Self {
         network.within("client", || Self {
             socket: packet_socket(CLIENT_PORT),
             mac: mac_of(CLIENT_PORT),

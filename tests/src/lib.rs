@@ -1,58 +1,32 @@
 //! Whole-system tests: hosts as network namespaces, real guests, failures.
 //!
-//! ```text
-//!   client -- lan0 --+-- host a: br0 -- tap of the VM        (guest LAN)
-//!                    +-- host b: br0 -- tap of its standby
-//!             repl0 -+-- a, b, ..., m (the master's host)    (checkpoints, control)
-//! ```
+//! The hosts are those of a lab, `agent::lab`.
 //!
-//! `lan0` and `repl0` are bridges in a namespace of their own, so that a host can lose one network and keep the other.
 //! Needs root; what else is missing is named by [`require_everything`].
 
 pub mod capture;
 pub mod cluster;
 pub mod diagnosis;
-pub mod net;
 pub mod serial;
 pub mod stock;
 pub mod vmfile;
 
+pub use agent::lab::CLIENT;
 pub use capture::{Capture, Injector};
-pub use cluster::{Cluster, MASTER, Options, VM};
-pub use net::{CLIENT, Network};
+pub use cluster::{Cluster, MASTER, Network, Options, VM};
 pub use vmfile::{GUEST, GUEST_MAC, VmFile};
 
-use std::time::{Duration, Instant};
-
-/// Generous bound for anything that should take milliseconds or seconds.
-pub const PATIENCE: Duration = Duration::from_secs(60);
-
-/// [`PATIENCE`], or more on an emulated KVM host, where a guest is emulated twice.
-#[must_use]
-pub fn patience() -> Duration {
-    match std::env::var_os("UNDERSTUDY_KVM_HOST") {
-        Some(_) => 4 * PATIENCE,
-        None => PATIENCE,
-    }
-}
+pub use agent::lab::wait::{PATIENCE, patience};
 
 /// Polls until `ready` answers.
 ///
 /// # Panics
 /// After [`patience`], naming `what`.
 #[track_caller]
-pub fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + patience();
-    loop {
-        if let Some(value) = ready() {
-            return value;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "waited {} s in vain for {what}",
-            patience().as_secs()
-        );
-        std::thread::sleep(Duration::from_millis(5));
+pub fn wait<T>(what: &str, ready: impl FnMut() -> Option<T>) -> T {
+    match agent::lab::wait(what, ready) {
+        Ok(value) => value,
+        Err(e) => panic!("{e}"),
     }
 }
 

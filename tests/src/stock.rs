@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use agent::lab::Boot;
+
 use crate::cluster::VM;
 use crate::vmfile::GUEST;
 
@@ -22,37 +24,23 @@ impl StockFile {
     /// Naming what the environment lacks, or the disk that cannot be copied.
     #[must_use]
     pub fn write(&self, dir: &Path) -> String {
-        let disk = dir.join("vm.img");
+        let disk = dir.join(format!("{VM}.img"));
         let empty = given("UNDERSTUDY_STOCK_DISK");
         fs::copy(&empty, &disk).unwrap_or_else(|e| panic!("copying {}: {e}", empty.display()));
-        format!(
-            r#"name = "{VM}"
-vcpus = {vcpus}
-memory_mib = 256
-kernel = "{kernel}"
-initrd = "{initrd}"
-cmdline = "console=ttyS0 quiet us.ip={GUEST}/24 us.aof=1"
-console = "{console}"
-
-[[net]]
-mac = "52:54:00:75:73:02"
-network = "lan"
-ip = "{GUEST}"
-
-[[disk]]
-path = "{disk}"
-
-[protect]
-epoch_ms = {epoch_ms}
-min_epoch_ms = 20
-"#,
-            vcpus = self.vcpus,
-            kernel = given("UNDERSTUDY_STOCK_VMLINUZ").display(),
-            initrd = given("UNDERSTUDY_STOCK_INITRD").display(),
-            console = dir.join("console.log").display(),
-            disk = disk.display(),
-            epoch_ms = self.epoch_ms,
-        )
+        let vm = agent::lab::VmFile {
+            name: VM.into(),
+            number: 1,
+            boot: Boot::Stock(format!(
+                "kernel = \"{}\"\ninitrd = \"{}\"\ncmdline = \"console=ttyS0 quiet us.ip={GUEST}/24 us.aof=1\"\n",
+                given("UNDERSTUDY_STOCK_VMLINUZ").display(),
+                given("UNDERSTUDY_STOCK_INITRD").display()
+            )),
+            memory_mib: 256,
+            vcpus: self.vcpus,
+            disk_bytes: 0,
+            protect: format!("epoch_ms = {}\nmin_epoch_ms = 20\n", self.epoch_ms),
+        };
+        vm.write(dir, dir).unwrap_or_else(|e| panic!("{e}"))
     }
 }
 

@@ -1,13 +1,10 @@
 //! The probe guest's configuration.
 
-use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-/// The guest's address.
-pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-/// The guest's MAC address.
-pub const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x75, 0x73, 0x01];
+use agent::lab::Boot;
+pub use agent::lab::{GUEST, GUEST_MAC};
 
 /// A VM with the probe guest, a network card on `lan` and a disk.
 #[derive(Clone, Copy, Debug)]
@@ -76,11 +73,6 @@ impl VmFile {
     /// If the disk cannot be made.
     #[must_use]
     pub fn write(&self, dir: &Path) -> String {
-        let name = self.name();
-        let disk = dir.join(format!("{name}.img"));
-        File::create(&disk)
-            .and_then(|f| f.set_len(self.disk_bytes))
-            .unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
         let Self {
             number,
             memory_mib,
@@ -92,42 +84,19 @@ impl VmFile {
             alone,
             retain,
             durability,
-            disk_bytes: _,
-        } = self;
-        let mut mac = GUEST_MAC;
-        mac[5] = *number;
-        let ip = self.ip();
-        let console = match number {
-            1 => "console.log".into(),
-            _ => format!("{name}.console.log"),
+            disk_bytes,
+        } = *self;
+        let vm = agent::lab::VmFile {
+            name: self.name(),
+            number,
+            boot: Boot::Probe { pages, work },
+            memory_mib,
+            vcpus,
+            disk_bytes,
+            protect: format!(
+                "epoch_ms = {epoch_ms}\nmax_in_flight = {max_in_flight}\nalone = \"{alone}\"\nretain = {retain}\ndurability = \"{durability}\"\n"
+            ),
         };
-        let mac: Vec<String> = mac.iter().map(|b| format!("{b:02x}")).collect();
-        format!(
-            r#"name = "{name}"
-vcpus = {vcpus}
-memory_mib = {memory_mib}
-kernel = "builtin:probe"
-cmdline = "ip={ip}/24 pages={pages} work={work}"
-console = "{console}"
-
-[[net]]
-mac = "{mac}"
-network = "lan"
-ip = "{ip}"
-
-[[disk]]
-path = "{disk}"
-
-[protect]
-epoch_ms = {epoch_ms}
-max_in_flight = {max_in_flight}
-alone = "{alone}"
-retain = {retain}
-durability = "{durability}"
-"#,
-            console = dir.join(console).display(),
-            mac = mac.join(":"),
-            disk = disk.display(),
-        )
+        vm.write(dir, dir).unwrap_or_else(|e| panic!("{e}"))
     }
 }

@@ -32,6 +32,9 @@ pub trait NetBackend: Send {
     /// The backend's own failure; the device stops reading until the next resume.
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>>;
 
+    /// The frame just taken is longer than the guest's buffer, and dropped: to be counted.
+    fn too_long(&self) {}
+
     /// Readable while [`NetBackend::recv`] has a frame (level-triggered).
     fn rx_fd(&self) -> RawFd;
 

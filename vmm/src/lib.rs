@@ -7,6 +7,7 @@ mod acpi;
 pub mod backend;
 pub mod boot;
 mod bus;
+pub mod console_out;
 mod control;
 mod cpuid;
 pub mod devices;
@@ -28,6 +29,7 @@ mod vm_error;
 mod vm_state;
 
 pub use boot::{BootError, BootSpec, KernelSource};
+pub use console_out::ConsoleOut;
 pub use cpuid::host_cpu;
 pub use dirty::{DirtyError, DirtyTracker};
 pub use events::{Events, VmEvent};

@@ -1,22 +1,22 @@
-//! `understudy bench failover`: the owner's death, many times over.
+//! `understudy bench failover`: what happens to an owner or its backups, many times over.
 
 mod alternate;
-
-use std::time::Duration;
+mod fault;
 
 use serde::Serialize;
 
 use super::{Outcome, Phase, print};
-use crate::cli::FailoverArgs;
-use crate::demo::cluster::{self, Cluster};
-use crate::demo::scenario::{self, Failover, Traffic};
-use crate::demo::vmfile;
+use crate::cli::{FailoverArgs, FaultKind};
+use crate::demo::scenario::Failover;
+use crate::lab;
+use fault::Run;
 
 /// Guest memory in MiB.
 const MEMORY: u64 = 128;
 
 #[derive(Debug, Serialize)]
 struct Report {
+    fault: FaultKind,
     runs: u32,
     backups: u8,
     pages: u64,
@@ -25,11 +25,19 @@ struct Report {
     lost: u64,
     broken: u64,
     not_verified: u64,
+    /// Requests that the guest answered with an error.
+    failed: u64,
+    /// In all runs together.
+    takeovers: u64,
+    /// Runs in which the VM's process went on under another agent.
+    adopted: u64,
     detect_ms: Phase,
     decide_ms: Phase,
     activate_ms: Phase,
     first_reply_ms: Phase,
     reprotected_ms: Phase,
+    /// The longest time without an answer of each run.
+    longest_gap_ms: Phase,
 }
 
 /// Runs the bench.
@@ -37,97 +45,99 @@ struct Report {
 /// # Errors
 /// What keeps a run from completing; requests lost or connections broken are an error too, after the report.
 pub fn run(args: &FailoverArgs) -> Outcome<()> {
-    cluster::check_host()?;
+    lab::check_machine()?;
+    lab::enter()?;
     if args.alternate {
         return alternate::run(args);
     }
-    let mut runs: Vec<Failover> = Vec::new();
-    let (mut acknowledged, mut lost, mut broken, mut not_verified) = (0, 0, 0, 0);
+    let mut runs = Vec::new();
     for number in 1..=args.runs {
-        // The first makes the namespace, the others find it made.
-        let cluster = if number == 1 {
-            Cluster::launch(args.backups, false, 1)?
-        } else {
-            Cluster::start(args.backups, false, 1)?
-        };
-        let vm = vmfile::probe(&cluster, MEMORY, 1, (args.pages, args.work), args.epoch_ms)?;
-        cluster.start_protected("demo", &vm)?;
-        let traffic = Traffic::probe(Duration::from_millis(5))?;
-        // Killed at another point of an epoch each time.
-        let settle = 60 + u64::from(number) * 7 % 50;
-        if !traffic.wait_acked(settle, Duration::from_secs(30)) {
-            return Err(format!(
-                "run {number}: no answers before the kill (logs: {})",
-                cluster.keep_logs().display()
-            )
-            .into());
+        let run = fault::run(args, number).map_err(|e| format!("run {number}: {e}"))?;
+        if !args.json {
+            println!("{}", line(number, &run));
         }
-        let failover =
-            scenario::kill_owner_and_wait(&cluster, "demo", 0, &traffic).map_err(|e| {
-                format!(
-                    "run {number}: {e} (logs: {})",
-                    cluster.keep_logs().display()
-                )
-            })?;
-        let target = traffic.acked() + 20;
-        let _ = traffic.wait_acked(target, Duration::from_secs(10));
-        let end = traffic.stop();
-        if !end.survived {
-            eprintln!(
-                "run {number}: {end:?} (logs: {})",
-                cluster.keep_logs().display()
-            );
-        } else if !args.json {
-            println!(
-                "run {number:>3}: detect {:>6.1}  decide {:>5.1}  activate {:>5.1}  first reply {:>6.1} ms",
-                failover.detect_ms,
-                failover.decide_ms,
-                failover.activate_ms,
-                failover.first_reply_ms
-            );
-        }
-        acknowledged += end.acked;
-        lost += end.lost;
-        broken += end.broken;
-        not_verified += u64::from(!end.verified);
-        runs.push(failover);
+        runs.push(run);
     }
-    let phase = |pick: fn(&Failover) -> f64| Phase::of(runs.iter().map(pick).collect());
-    let report = Report {
-        runs: args.runs,
-        backups: args.backups,
-        pages: args.pages,
-        epoch_ms: args.epoch_ms,
-        acknowledged,
-        lost,
-        broken,
-        not_verified,
-        detect_ms: phase(|f| f.detect_ms),
-        decide_ms: phase(|f| f.decide_ms),
-        activate_ms: phase(|f| f.activate_ms),
-        first_reply_ms: phase(|f| f.first_reply_ms),
-        reprotected_ms: Phase::of(runs.iter().filter_map(|f| f.reprotected_ms).collect()),
+    let report = report(args, &runs);
+    print(args.json, &report, || text(&report))?;
+    let Report {
+        lost, not_verified, ..
+    } = report;
+    // A guest that is reset ends its connections.
+    let broken = match args.fault {
+        FaultKind::Reboot => 0,
+        _ => report.broken,
     };
-    print(args.json, &report, || {
-        println!(
-            "{} failovers, {acknowledged} requests acknowledged: {lost} lost, {broken} connections broken",
-            args.runs
-        );
-        for (name, phase) in [
-            ("detect", report.detect_ms),
-            ("decide", report.decide_ms),
-            ("activate", report.activate_ms),
-            ("first reply", report.first_reply_ms),
-            ("protected again", report.reprotected_ms),
-        ] {
-            println!(
-                "{name:<16} p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms",
-                phase.p50, phase.p99, phase.max
-            );
-        }
-    })?;
     if lost + broken + not_verified > 0 {
         return Err(format!("{lost} acknowledged requests lost, {broken} connections broken, {not_verified} runs unverified").into());
     }
     Ok(())
+}
+
+fn line(number: u32, run: &Run) -> String {
+    let gap = run.longest_gap_ms;
+    match &run.failover {
+        Some(f) => format!(
+            "run {number:>3}: detect {:>6.1}  decide {:>5.1}  activate {:>5.1}  first reply {:>6.1}  longest gap {gap:>6.1} ms",
+            f.detect_ms, f.decide_ms, f.activate_ms, f.first_reply_ms
+        ),
+        None => format!(
+            "run {number:>3}: nobody took over{}  longest gap {gap:>6.1} ms",
+            if run.adopted { ", adopted" } else { "" }
+        ),
+    }
+}
+
+fn report(args: &FailoverArgs, runs: &[Run]) -> Report {
+    let phase = |pick: fn(&Failover) -> f64| {
+        let taken = runs.iter().filter_map(|r| r.failover.as_ref());
+        Phase::of(taken.map(pick).collect())
+    };
+    let sum = |pick: fn(&Run) -> u64| runs.iter().map(pick).sum();
+    Report {
+        fault: args.fault,
+        runs: args.runs,
+        backups: args.backups,
+        pages: args.pages,
+        epoch_ms: args.epoch_ms,
+        acknowledged: sum(|r| r.end.acked),
+        lost: sum(|r| r.end.lost),
+        broken: sum(|r| r.end.broken),
+        not_verified: sum(|r| u64::from(!r.end.verified)),
+        failed: sum(|r| r.end.failed),
+        takeovers: sum(|r| r.takeovers),
+        adopted: sum(|r| u64::from(r.adopted)),
+        detect_ms: phase(|f| f.detect_ms),
+        decide_ms: phase(|f| f.decide_ms),
+        activate_ms: phase(|f| f.activate_ms),
+        first_reply_ms: phase(|f| f.first_reply_ms),
+        reprotected_ms: Phase::of(runs.iter().filter_map(|r| r.reprotected_ms).collect()),
+        longest_gap_ms: Phase::of(runs.iter().map(|r| r.longest_gap_ms).collect()),
+    }
+}
+
+fn text(report: &Report) {
+    println!(
+        "{} runs, {} takeovers, {} adopted; {} requests acknowledged: {} lost, {} answered with an error, {} connections broken",
+        report.runs,
+        report.takeovers,
+        report.adopted,
+        report.acknowledged,
+        report.lost,
+        report.failed,
+        report.broken
+    );
+    for (name, phase) in [
+        ("detect", report.detect_ms),
+        ("decide", report.decide_ms),
+        ("activate", report.activate_ms),
+        ("first reply", report.first_reply_ms),
+        ("protected again", report.reprotected_ms),
+        ("longest gap", report.longest_gap_ms),
+    ] {
+        println!(
+            "{name:<16} p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms",
+            phase.p50, phase.p99, phase.max
+        );
+    }
 }

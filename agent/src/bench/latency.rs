@@ -9,9 +9,9 @@ use serde::Serialize;
 use super::{Outcome, print};
 use crate::cli::LatencyArgs;
 use crate::control::Request;
-use crate::demo::cluster::{self, Cluster, GUEST};
-use crate::demo::vmfile;
+use crate::demo::vmfile::{self, VM};
 use crate::epoch::Percentiles;
+use crate::lab::{self, GUEST, Lab, Options};
 use crate::probe::{Latency, Pinger, ProbeClient, ProbeConfig};
 
 /// Guest memory in MiB.
@@ -36,21 +36,23 @@ struct Report {
 /// # Errors
 /// What keeps it from measuring.
 pub fn run(args: &LatencyArgs) -> Outcome<()> {
-    cluster::check_host()?;
-    let cluster = Cluster::launch(args.backups, false, 1)?;
-    let vm = vmfile::probe(&cluster, MEMORY, 1, (args.pages, args.work), args.epoch_ms)?;
-    cluster.start_vm(&vm)?;
-    let (tcp_unprotected, udp_unprotected) = measure(args.seconds)?;
-    cluster.protect("demo")?;
-    let mut control = cluster.control(0)?;
+    lab::check_machine()?;
+    lab::enter()?;
+    let lab = Lab::launch(Options::of(args.backups + 1)?)?;
+    let vm = vmfile::probe(MEMORY, 1, (args.pages, args.work), args.epoch_ms);
+    lab.start_vm("a", &vm)?;
+    let (tcp_unprotected, udp_unprotected) = measure(&lab, args.seconds)?;
+    lab.protect(VM, "a", &lab.hosts()[1..])
+        .map_err(|e| lab.with_logs(e))?;
+    let mut control = lab.control("a")?;
     control.order(&Request::EpochMs {
-        vm: "demo".into(),
+        vm: VM.into(),
         ms: args.epoch_ms,
         min_ms: args.epoch_ms.min(2),
     })?;
-    control.stats("demo")?;
-    let (tcp_protected, udp_protected) = measure(args.seconds)?;
-    let stats = control.stats("demo")?;
+    control.stats(VM)?;
+    let (tcp_protected, udp_protected) = measure(&lab, args.seconds)?;
+    let stats = control.stats(VM)?;
     let report = Report {
         epoch_ms: args.epoch_ms,
         pages: args.pages,
@@ -79,20 +81,18 @@ pub fn run(args: &LatencyArgs) -> Outcome<()> {
 }
 
 /// One request at a time, so that each latency is one request's own.
-fn measure(seconds: u64) -> Outcome<(Latency, Latency)> {
+fn measure(lab: &Lab, seconds: u64) -> Outcome<(Latency, Latency)> {
     let mut config = ProbeConfig::new(SocketAddr::from((GUEST, PORT)));
     config.window = 1;
     config.interval = Duration::from_millis(1);
-    let client = ProbeClient::start(config, Duration::from_secs(30))?;
+    let client = lab.within_client(|| ProbeClient::start(config, Duration::from_secs(30)))?;
     std::thread::sleep(Duration::from_secs(seconds));
-    let report = client.stop(Duration::from_secs(10));
+    let report = lab.within_client(|| client.stop(Duration::from_secs(10)));
     if !report.survived() {
         return Err(format!("the client's connection failed: {:?}", report.errors).into());
     }
-    let pinger = Pinger::start(
-        SocketAddr::from((GUEST, ECHO_PORT)),
-        Duration::from_millis(5),
-    )?;
+    let echo = SocketAddr::from((GUEST, ECHO_PORT));
+    let pinger = lab.within_client(|| Pinger::start(echo, Duration::from_millis(5)))?;
     std::thread::sleep(Duration::from_secs(seconds));
     Ok((report.latency, pinger.stop().latency))
 }

@@ -7,6 +7,8 @@ pub mod pause;
 
 use serde::Serialize;
 
+use crate::rank;
+
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// p50, p99 and largest of one phase.
@@ -25,14 +27,11 @@ impl Phase {
     #[must_use]
     pub fn of(mut samples: Vec<f64>) -> Self {
         samples.sort_by(f64::total_cmp);
-        let rank = |q: f64| {
-            let index = (samples.len() as f64 * q).ceil() as usize;
-            samples.get(index.max(1) - 1).copied().unwrap_or_default()
-        };
+        let at = |percent| rank::nearest(&samples, percent).unwrap_or_default();
         Self {
-            p50: rank(0.5),
-            p99: rank(0.99),
-            max: rank(1.0),
+            p50: at(50),
+            p99: at(99),
+            max: at(100),
         }
     }
 }

@@ -10,9 +10,9 @@ use serde::Serialize;
 use super::{Outcome, print};
 use crate::cli::PauseArgs;
 use crate::control::Request;
-use crate::demo::cluster::{self, Cluster, GUEST};
-use crate::demo::vmfile;
+use crate::demo::vmfile::{self, VM};
 use crate::epoch::{EpochStats, Percentiles};
+use crate::lab::{self, GUEST, Lab, Options};
 use crate::probe::ProbeConn;
 
 /// Measurements of each kind, in turn, so that a drifting machine does not favour one.
@@ -48,17 +48,18 @@ struct Report {
 /// # Errors
 /// What keeps it from measuring.
 pub fn run(args: &PauseArgs) -> Outcome<()> {
-    cluster::check_host()?;
-    let cluster = Cluster::launch(args.backups, false, 1)?;
+    lab::check_machine()?;
+    lab::enter()?;
+    let lab = Lab::launch(Options::of(args.backups + 1)?)?;
     let memory = 64 + args.pages * 4096 * 2 / (1 << 20);
-    let vm = vmfile::probe(&cluster, memory, 1, (args.pages, args.work), args.epoch_ms)?;
-    cluster.start_vm(&vm)?;
+    let vm = vmfile::probe(memory, 1, (args.pages, args.work), args.epoch_ms);
+    lab.start_vm("a", &vm)?;
     let addr = SocketAddr::from((GUEST, PORT));
-    let mut probe = ProbeConn::connect(addr, Duration::from_secs(30))?;
+    let mut probe = lab.within_client(|| ProbeConn::connect(addr, Duration::from_secs(30)))?;
     probe.set_timeout(Duration::from_secs(30));
     probe.set_load(args.pages, args.work)?;
-    let mut control = cluster.control(0)?;
-    let vm = "demo".to_string();
+    let mut control = lab.control("a")?;
+    let vm = VM.to_string();
     let slice = Duration::from_secs_f64(args.seconds as f64 / f64::from(ROUNDS));
     let (mut plain, mut logged) = (0.0, 0.0);
     for _ in 0..ROUNDS {
@@ -73,7 +74,8 @@ pub fn run(args: &PauseArgs) -> Outcome<()> {
             ms: 0,
         })?;
     }
-    cluster.protect("demo")?;
+    lab.protect(VM, "a", &lab.hosts()[1..])
+        .map_err(|e| lab.with_logs(e))?;
     // Epochs of exactly this length: the probe's own answers must not end them early.
     control.order(&Request::EpochMs {
         vm: vm.clone(),
@@ -81,9 +83,9 @@ pub fn run(args: &PauseArgs) -> Outcome<()> {
         min_ms: args.epoch_ms,
     })?;
     std::thread::sleep(Duration::from_millis(500));
-    control.stats("demo")?;
+    control.stats(VM)?;
     let protected = passes(&mut probe, slice * ROUNDS)?;
-    let stats: EpochStats = control.stats("demo")?;
+    let stats: EpochStats = control.stats(VM)?;
     let rounds = f64::from(ROUNDS);
     let (plain, logged) = (plain / rounds, logged / rounds);
     let report = Report {

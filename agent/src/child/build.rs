@@ -1,7 +1,6 @@
 //! From configuration to a machine: backends, [`vmm::VmSpec`], boot.
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::mpsc::RecvTimeoutError;
@@ -10,11 +9,13 @@ use std::time::Duration;
 
 use checkpoint::CpuFeatures;
 use diskbuf::{DiskSink, Mirror, OwnerDisk};
-use netbuf::{Gate, Tap};
+use netbuf::{Cable, Gate, Watcher};
 use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
 use vmm::devices::NetSpec;
-use vmm::{BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmEvent, VmSpec};
+use vmm::{BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Vm, VmEvent, VmSpec};
 
+use super::busy::once_free;
+use super::network;
 use super::proto::TapSpec;
 use crate::config::{VmConfig, parse_mac};
 use crate::epoch::owner::Owner;
@@ -77,6 +78,10 @@ impl NetBackend for GateBackend {
 
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
         Gate::recv(&self.gate, buf)
+    }
+
+    fn too_long(&self) {
+        Gate::too_long(&self.gate);
     }
 
     fn rx_fd(&self) -> RawFd {
@@ -156,6 +161,9 @@ pub struct Machine {
     disks: Vec<Arc<LateDisk>>,
     mirrors: Vec<Arc<Mirror>>,
     taps: Vec<(TapSpec, [u8; 6], Option<std::net::Ipv4Addr>)>,
+    /// Its end writes the guest's last words out.
+    _console: ConsoleOut,
+    cables: Vec<Cable>,
 }
 
 impl Machine {
@@ -188,14 +196,12 @@ impl Machine {
         let owner: Arc<OnceLock<Arc<Owner>>> = Arc::default();
         let queue = Arc::new(ShipQueue::new(config.protect.disk_limit_kib * 1024));
         let (mut gates, mut net, mut tap_list) = (Vec::new(), Vec::new(), Vec::new());
+        let mut cables = Vec::new();
         for (spec, card) in taps.iter().zip(&config.net) {
             let mac = parse_mac(&card.mac).map_err(BuildError::Mismatch)?;
-            let tap = Tap::open(&spec.name, true)?;
-            if let Some(bridge) = &spec.bridge {
-                netbuf::netconf::add_to_bridge(bridge, &spec.name)?;
-            }
-            let gate = Gate::new(tap, (config.protect.output_limit_kib * 1024) as usize)
-                .map_err(|source| BuildError::Mismatch(format!("tap {}: {source}", spec.name)))?;
+            let limit = (config.protect.output_limit_kib * 1024) as usize;
+            let (gate, cable) = network::connect(spec, limit)?;
+            cables.extend(cable);
             if fault::is(Fault::OutputCommit) {
                 gate.break_output_commit(true);
             }
@@ -220,6 +226,7 @@ impl Machine {
                 })
             })
             .collect();
+        let console = console(config)?;
         let spec = VmSpec {
             vcpus: config.vcpus,
             cpu,
@@ -230,7 +237,7 @@ impl Machine {
                 .map(|d| d.clone() as Arc<dyn BlockBackend>)
                 .collect(),
             rng: config.rng,
-            serial_out: console(config)?,
+            serial_out: Box::new(console.writer()),
             serial_in,
         };
         let vm = Arc::new(Vm::new(spec, ram)?);
@@ -242,6 +249,8 @@ impl Machine {
             disks,
             mirrors: Vec::new(),
             taps: tap_list,
+            _console: console,
+            cables,
         })
     }
 
@@ -279,24 +288,21 @@ impl Machine {
         self.mirrors.clone()
     }
 
-    /// Taps up, and every switch in the neighbourhood told where the guest's MAC addresses are now.
+    /// The guest is here now: what it sends goes out, what comes is for it, and every switch in the neighbourhood is told
+    /// where its MAC addresses are.
     ///
     /// # Errors
     /// [`BuildError::Net`] if a link cannot be set up.
     pub fn go_live(&self, announce: bool) -> Result<(), BuildError> {
-        for ((spec, mac, ip), gate) in self.taps.iter().zip(&self.gates) {
-            netbuf::netconf::set_link(&spec.name, true)?;
-            if announce {
-                let mut frames = vec![netbuf::announce::rarp(*mac)];
-                if let Some(ip) = ip {
-                    frames.push(netbuf::announce::gratuitous_arp(*mac, *ip));
-                }
-                for frame in frames {
-                    gate.announce(&frame);
-                }
-            }
-        }
-        Ok(())
+        let cards = self.taps.iter().zip(&self.gates);
+        let cards = cards.map(|((spec, mac, ip), gate)| (spec, *mac, *ip, gate));
+        network::go_live(cards, announce)
+    }
+
+    /// Watches that the taps stay on their bridges, until what is returned is dropped. What an administrator should know of
+    /// them goes to `say`, what is known already at once.
+    pub fn watch_network(&self, say: impl Fn(String) + Send + 'static) -> Option<Watcher> {
+        network::watch(self.cables.clone(), say)
     }
 
     /// Waits until the guest ends; `None` if the machine is taken down first.
@@ -347,9 +353,12 @@ pub fn open_images<'a>(
     paths
         .enumerate()
         .map(|(index, path)| {
-            Mirror::open(path)
-                .map(Arc::new)
-                .map_err(|source| BuildError::Disk { index, source })
+            once_free(
+                |e| matches!(e, diskbuf::MirrorError::InUse(_)),
+                || Mirror::open(path),
+            )
+            .map(Arc::new)
+            .map_err(|source| BuildError::Disk { index, source })
         })
         .collect()
 }
@@ -379,17 +388,10 @@ pub fn shape_of(
     })
 }
 
-fn console(config: &VmConfig) -> Result<Box<dyn Write + Send>, BuildError> {
-    match &config.console {
-        None => Ok(Box::new(io::stdout())),
-        Some(path) => OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map(|f| Box::new(f) as Box<dyn Write + Send>)
-            .map_err(|source| BuildError::Console {
-                path: path.display().to_string(),
-                source,
-            }),
-    }
+fn console(config: &VmConfig) -> Result<ConsoleOut, BuildError> {
+    let (path, out) = match &config.console {
+        None => ("standard output".to_owned(), ConsoleOut::stdout()),
+        Some(path) => (path.display().to_string(), ConsoleOut::file(path)),
+    };
+    out.map_err(|source| BuildError::Console { path, source })
 }

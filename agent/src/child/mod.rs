@@ -4,10 +4,14 @@
 //! epoch loop) or a standby that becomes one.
 
 mod build;
+mod busy;
+mod network;
+mod orphaned;
 mod plain;
 mod protected;
 mod protector;
 pub mod proto;
+mod reporter;
 
 pub use build::{BuildError, open_disks, shape_of};
 pub use plain::run_plain;

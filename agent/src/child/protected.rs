@@ -3,22 +3,29 @@
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use chain::View;
 use checkpoint::{CpuFeatures, Epoch, Generation, MachineState};
 use vmm::VmEvent;
 
 use super::build::{BuildError, Machine, open_disks, open_images};
 use super::monotonic_us;
+use super::orphaned::Door;
 use super::protector::{self, Protector};
-use super::proto::{Activate, FromChild, GuestEnd, Role, Start, ToChild};
+use super::proto::{Activate, FromChild, GuestEnd, Owns, Role, Start, ToChild};
+pub use super::reporter::Reporter;
 use crate::config::{ConfigError, VmConfig};
+use crate::control::EventKind;
 use crate::epoch::owner::{EpochOptions, Owner, OwnerParts};
 use crate::ipc::{self, IpcError};
 
 /// Between two reports of how an owner is doing.
 const FIGURES: Duration = Duration::from_millis(500);
+
+/// How long the head may take to take over from a VM whose agent does not come back.
+const TAKE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a VM process ended early; also sent to the agent.
 #[derive(Debug, thiserror::Error)]
@@ -46,20 +53,6 @@ pub enum ChildError {
     Thread(#[from] std::io::Error),
 }
 
-/// The agent's end of the socket, shared by the threads that report.
-#[derive(Clone)]
-pub struct Reporter(Arc<Mutex<UnixStream>>);
-
-impl Reporter {
-    /// Sends one report. If the agent is gone, the reading thread notices and ends the process.
-    pub fn send(&self, message: &FromChild) {
-        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(e) = ipc::send(&socket, message, &[]) {
-            tracing::debug!("report not sent: {e}");
-        }
-    }
-}
-
 /// Runs the VM process whose agent's socket is descriptor `fd`. Returns the process's exit code.
 #[must_use]
 pub fn run_child(fd: RawFd) -> i32 {
@@ -72,7 +65,7 @@ pub fn run_child(fd: RawFd) -> i32 {
     // SAFETY: the agent passed this descriptor for this purpose, and nothing else in this process uses it.
     let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
     let reporter = match socket.try_clone() {
-        Ok(clone) => Reporter(Arc::new(Mutex::new(clone))),
+        Ok(clone) => Reporter::new(clone),
         Err(e) => {
             eprintln!("understudy vmm: the agent's socket: {e}");
             return 1;
@@ -122,6 +115,7 @@ impl Child {
         let sizes: Vec<u64> = mirrors.iter().map(|m| m.size()).collect();
         let taps = &self.start.taps;
         let mut machine = Machine::build(&self.config, taps, None, &sizes, None, cpu)?;
+        let _watcher = self.watch_network(&machine);
         machine.attach(mirrors)?;
         machine.boot(&self.config)?;
         machine.go_live(true)?;
@@ -129,7 +123,7 @@ impl Child {
         machine.vm.resume();
         self.reporter.send(&FromChild::Ready);
         let protector = self.protector(&owner);
-        self.own(socket, &machine, &owner, protector)
+        self.own(socket, &machine, &owner, protector, None)
     }
 
     fn standby(
@@ -141,12 +135,14 @@ impl Child {
         // The machine state that it is resumed from has its features.
         let (taps, cpu) = (&self.start.taps, CpuFeatures::default());
         let mut machine = Machine::build(&self.config, taps, Some(ram), sizes, None, cpu)?;
+        let _watcher = self.watch_network(&machine);
         self.reporter.send(&FromChild::Ready);
         loop {
             match ipc::recv::<ToChild>(socket)?.0 {
                 ToChild::Activate(activate) => {
                     let (owner, protector) = self.activate(&mut machine, &activate)?;
-                    return self.own(socket, &machine, &owner, protector);
+                    let view = Some(activate.view);
+                    return self.own(socket, &machine, &owner, protector, view);
                 }
                 ToChild::Stop => return Ok(()),
                 ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
@@ -264,6 +260,15 @@ impl Child {
         Ok(thread.spawn(tell).map(drop)?)
     }
 
+    fn watch_network(&self, machine: &Machine) -> Option<netbuf::Watcher> {
+        let reporter = self.reporter.clone();
+        machine.watch_network(move |text| {
+            tracing::warn!("{text}");
+            let kind = EventKind::Network;
+            reporter.send(&FromChild::Said { kind, text });
+        })
+    }
+
     fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {
         let (vm, reporter) = (machine.vm.clone(), self.reporter.clone());
         std::thread::Builder::new()
@@ -304,37 +309,148 @@ impl Child {
         )
     }
 
-    /// The owner's life: orders from the agent until the socket closes.
+    /// The owner's life: orders from the agent, and from the one after it.
     fn own(
         &self,
         socket: &UnixStream,
         machine: &Machine,
         owner: &Arc<Owner>,
         mut protector: Protector,
+        mut view: Option<View>,
     ) -> Result<(), ChildError> {
+        let door = self.open_door();
+        let mut agent = socket.try_clone()?;
         loop {
-            match ipc::recv::<ToChild>(socket)?.0 {
-                ToChild::Protect(view) => protector.protect(*view),
-                ToChild::Fence => owner.fence(),
-                ToChild::HandOver => protector.hand_over()?,
-                ToChild::RunOn => owner.run_on(),
-                ToChild::Freeze => owner.freeze(),
-                ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
-                ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
-                    longest: Duration::from_millis(ms),
-                    shortest: Duration::from_millis(min_ms),
-                    ..self.options()
-                }),
-                ToChild::TakeStats => self
-                    .reporter
-                    .send(&FromChild::Stats(Box::new(owner.take_stats()))),
-                ToChild::Inspect => self.inspect(&machine.vm),
-                ToChild::Stop => {
-                    owner.fence();
-                    return Ok(());
+            let order = match ipc::recv::<ToChild>(&agent) {
+                Ok((order, _)) => order,
+                Err(e) => {
+                    let Some(door) = &door else {
+                        return Err(e.into());
+                    };
+                    match self.orphaned(door, owner, &protector, view.as_ref())? {
+                        Some(next) => agent = next,
+                        None => {
+                            // Nothing of this VM is this process's any more, and nobody waits for its threads.
+                            tracing::warn!("another host has the VM: this process ends");
+                            std::process::exit(0);
+                        }
+                    }
+                    continue;
                 }
-                ToChild::Activate(_) => return Err(ChildError::Order("running owner", "activate")),
+            };
+            if let ToChild::Protect(newer) = &order {
+                view = Some((**newer).clone());
+            }
+            if !self.obey(order, machine, owner, &mut protector)? {
+                return Ok(());
             }
         }
+    }
+
+    /// False: the VM ends.
+    fn obey(
+        &self,
+        order: ToChild,
+        machine: &Machine,
+        owner: &Arc<Owner>,
+        protector: &mut Protector,
+    ) -> Result<bool, ChildError> {
+        match order {
+            ToChild::Protect(view) => protector.protect(*view),
+            ToChild::Fence => owner.fence(),
+            ToChild::HandOver => protector.hand_over()?,
+            ToChild::RunOn => owner.run_on(),
+            ToChild::Freeze => owner.freeze(),
+            ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
+            ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
+                longest: Duration::from_millis(ms),
+                shortest: Duration::from_millis(min_ms),
+                ..self.options()
+            }),
+            ToChild::TakeStats => self
+                .reporter
+                .send(&FromChild::Stats(Box::new(owner.take_stats()))),
+            ToChild::Inspect => self.inspect(&machine.vm),
+            ToChild::Stop => {
+                owner.fence();
+                return Ok(false);
+            }
+            ToChild::Activate(_) => return Err(ChildError::Order("running owner", "activate")),
+        }
+        Ok(true)
+    }
+
+    fn open_door(&self) -> Option<Door> {
+        let path = self.start.door.as_deref()?;
+        match Door::open(path) {
+            Ok(door) => Some(door),
+            Err(e) => {
+                tracing::warn!("{}: {e}: this VM ends with its agent", path.display());
+                None
+            }
+        }
+    }
+
+    /// The agent is gone. The VM runs on; if no other agent comes in time, its head is asked to take it over, and asked again
+    /// for as long as nobody comes or takes it. `None`: another host has it.
+    fn orphaned(
+        &self,
+        door: &Door,
+        owner: &Arc<Owner>,
+        protector: &Protector,
+        view: Option<&View>,
+    ) -> Result<Option<UnixStream>, ChildError> {
+        tracing::warn!("the agent is gone: the VM runs on and waits for the next one");
+        self.reporter.disconnect();
+        let wait = |patience| {
+            let until = Instant::now() + patience;
+            while let Some(left) = until.checked_duration_since(Instant::now()) {
+                if let Some(agent) = door.wait(left)?
+                    && self.greet(&agent, protector).is_ok()
+                {
+                    return Ok(Some(agent));
+                }
+            }
+            Ok::<_, ChildError>(None)
+        };
+        loop {
+            let agent = wait(Duration::from_millis(self.start.agent_return_ms))?;
+            if agent.is_some() {
+                return Ok(agent);
+            }
+            if !protector.has_chain() {
+                continue;
+            }
+            tracing::warn!("no agent has come back: the chain's head is asked to take over");
+            protector.hand_over()?;
+            let agent = wait(TAKE_PATIENCE)?;
+            if agent.is_none() && view.is_some_and(|view| self.is_superseded(view)) {
+                owner.fence();
+                return Ok(None);
+            }
+            owner.run_on();
+            if agent.is_some() {
+                return Ok(agent);
+            }
+        }
+    }
+
+    /// Whether a host of the chain follows a newer configuration: with no agent here to ask for one, it is another owner's.
+    fn is_superseded(&self, view: &View) -> bool {
+        let newer = |member| chain::newer_generation(member, view, &self.start.host);
+        view.chain.iter().any(|member| newer(member).is_some())
+    }
+
+    /// Tells an agent who this is.
+    fn greet(&self, agent: &UnixStream, protector: &Protector) -> Result<(), IpcError> {
+        let owns = Owns {
+            vm: self.start.vm,
+            host: self.start.host.clone(),
+            generation: protector.generation(),
+            protected: self.reporter.protected(),
+            ended: self.reporter.ended(),
+        };
+        let first = FromChild::Owns(Box::new(owns));
+        self.reporter.connect(agent.try_clone()?, &first)
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use chain::{ChainClient, ClientError, ClientEvent, Connection, Mark, View};
+use chain::{ChainClient, ClientError, ClientEvent, Connection, LossKind, Mark, View};
 use checkpoint::{Epoch, Generation, HostId, VmId};
 
 use super::protected::Reporter;
@@ -82,7 +82,8 @@ impl Protector {
         generation: Generation,
         base: Mark,
     ) -> Result<(), String> {
-        let client = ChainClient::new(vm, self.host.clone(), generation, Some(base));
+        let keeps = self.keeps();
+        let client = ChainClient::new(vm, self.host.clone(), generation, Some(base), keeps);
         let shadow = Shadow::unknown(&RamView::new(self.owner.guest().memory())).map_err(text)?;
         let sending = self.sending(client, generation);
         self.owner.hold(sending.session);
@@ -100,6 +101,12 @@ impl Protector {
         }
     }
 
+    /// Bytes that may wait for acknowledgements.
+    fn keeps(&self) -> usize {
+        let ram = RamView::new(self.owner.guest().memory());
+        chain::owner_keeps(ram.bytes() as u64)
+    }
+
     /// Follows `view`: with an empty chain, output flows. A chain that goes on in place is connected to and sent what it
     /// lacks, while output stays held. One that begins anew is synchronised from the beginning.
     pub fn protect(&mut self, view: View) {
@@ -108,8 +115,11 @@ impl Protector {
         }
         self.newest.store(view.generation.0, Ordering::Release);
         if view.chain.is_empty() {
-            self.sending = None;
+            // First, so that the shipper's end is no failure.
             self.owner.queue().new_session();
+            if let Some(old) = self.sending.take() {
+                old.client.close();
+            }
             self.owner.unprotect(view.generation);
             return;
         }
@@ -121,8 +131,14 @@ impl Protector {
                 (sending.clone(), false)
             }
             _ => {
-                let client = ChainClient::new(view.vm, self.host.clone(), generation, None);
-                (self.sending(client, generation), true)
+                let (host, keeps) = (self.host.clone(), self.keeps());
+                let client = ChainClient::new(view.vm, host, generation, None, keeps);
+                let sending = self.sending(client, generation);
+                // What waits for acknowledgements of the chain before has nothing to wait for any more.
+                if let Some(old) = &self.sending {
+                    old.client.close();
+                }
+                (sending, true)
             }
         };
         self.sending = Some(sending.clone());
@@ -141,6 +157,18 @@ impl Protector {
         if let Err(why) = spawn("protect", move || attempt.run()) {
             cannot(&owner, &reporter, generation, why, anew);
         }
+    }
+
+    /// The newest configuration that this process was told.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation(self.newest.load(Ordering::Acquire))
+    }
+
+    /// Whether there is a chain, of which a replica may take over.
+    #[must_use]
+    pub fn has_chain(&self) -> bool {
+        self.sending.is_some()
     }
 
     /// Stops the guest at the end of an epoch; once that is committed, the head is asked to take over.
@@ -233,6 +261,9 @@ fn ship(
         let Err(error) = shipper.run(session) else {
             return;
         };
+        if !owner.queue().is_current(session) {
+            return;
+        }
         // Of its own chain: a newer one that begins has another.
         let generation = Generation(newest.load(Ordering::Acquire));
         shipping_failed(&owner, &reporter, generation, head, &error);
@@ -378,7 +409,9 @@ impl Attempt {
                         unfit: true,
                     });
                 }
-                Err(ClientError::Peer { host, addr, why }) if Instant::now() >= deadline => {
+                Err(ClientError::Peer {
+                    host, addr, why, ..
+                }) if Instant::now() >= deadline => {
                     return Err(Trouble {
                         host: Some(host),
                         why: format!("{addr}: {why}"),
@@ -415,7 +448,6 @@ impl Attempt {
 
     /// Starts the threads that beat and that hear what the chain says.
     fn listen(&self, connection: &Arc<Connection>) -> Result<(), String> {
-        let generation = self.view.generation;
         spawn("heartbeat", {
             let (connection, owner) = (connection.clone(), self.owner.clone());
             let (reporter, heartbeat) = (self.reporter.clone(), self.heartbeat);
@@ -427,7 +459,7 @@ impl Attempt {
             let reporter = self.reporter.clone();
             move || {
                 while let Some(event) = connection.next_event() {
-                    if !hear(event, generation, &owner, &reporter) {
+                    if !hear(event, &owner, &reporter) {
                         return;
                     }
                 }
@@ -473,7 +505,7 @@ fn beat(
 }
 
 /// Acts on what the chain says; false once there is nothing more to hear.
-fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Reporter) -> bool {
+fn hear(event: ClientEvent, owner: &Owner, reporter: &Reporter) -> bool {
     match event {
         ClientEvent::Ack { epoch, generation } => {
             if let Err(e) = owner.ack(generation, epoch) {
@@ -487,14 +519,16 @@ fn hear(event: ClientEvent, generation: Generation, owner: &Owner, reporter: &Re
             answer,
         } => owner.compared(generation, epoch, answer),
         ClientEvent::Refused { generation } => reporter.send(&FromChild::Refused { generation }),
-        ClientEvent::JoinerReady => reporter.send(&FromChild::JoinerReady { generation }),
-        ClientEvent::Lost { host, why } => {
+        ClientEvent::JoinerReady { generation } => {
+            reporter.send(&FromChild::JoinerReady { generation });
+        }
+        ClientEvent::Lost(loss) => {
             let trouble = Trouble {
-                host,
-                why,
-                unfit: false,
+                host: loss.host,
+                why: loss.why,
+                unfit: loss.kind == LossKind::Unfit,
             };
-            lost(reporter, generation, trouble);
+            lost(reporter, loss.generation, trouble);
             return false;
         }
     }
@@ -507,10 +541,10 @@ struct ClientLink {
 }
 
 impl Link for ClientLink {
-    fn begin(&self, epoch: Epoch, full: bool, _held: bool) -> Result<(), String> {
+    fn begin(&self, epoch: Epoch, full: bool, held: bool) -> Result<(), String> {
         let begun = match full {
             true => self.client.begin_over(epoch),
-            false => self.client.begin(epoch, false),
+            false => self.client.begin(epoch, false, held),
         };
         begun.map_err(|e| e.to_string())
     }

@@ -1,6 +1,8 @@
 //! What an agent and its VM processes say to each other (over [`crate::ipc`]).
 
-use checkpoint::{CpuFeatures, Epoch, Generation, HostId};
+use std::path::PathBuf;
+
+use checkpoint::{CpuFeatures, Epoch, Generation, HostId, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::control::EventKind;
@@ -22,6 +24,12 @@ pub struct Start {
     pub heartbeat_ms: u64,
     /// The host this runs on.
     pub host: HostId,
+    /// The VM.
+    pub vm: VmId,
+    /// Where an owner waits for the next agent when its own is gone; none: it ends with its agent.
+    pub door: Option<PathBuf>,
+    /// How long it waits, in milliseconds, before its chain's head is asked to take over.
+    pub agent_return_ms: u64,
 }
 
 /// One network card's tap on this host.
@@ -109,9 +117,26 @@ pub enum GuestEnd {
     Crashed,
 }
 
+/// Who a VM's process is, for an agent that finds it running.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owns {
+    /// The VM.
+    pub vm: VmId,
+    /// The host it was started on.
+    pub host: HostId,
+    /// The newest configuration that it was told.
+    pub generation: Generation,
+    /// The newest one whose first checkpoint is committed.
+    pub protected: Option<Generation>,
+    /// How the guest ended, if it has.
+    pub ended: Option<String>,
+}
+
 /// VM process to agent.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromChild {
+    /// First, to an agent that has found this process running: an owner.
+    Owns(Box<Owns>),
     /// Boot: the guest runs. Standby: instantiated and waiting.
     Ready,
     /// An activated standby's guest runs. Times are CLOCK_MONOTONIC microseconds.

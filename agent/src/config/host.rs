@@ -10,30 +10,50 @@ use serde::{Deserialize, Serialize};
 use super::master::MasterConfig;
 use super::{ConfigError, load, value_error};
 
-/// Configuration of one `understudy agent`.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
+/// Configuration of one `understudy agent`, with what the file leaves to be found out.
+#[derive(Clone, Debug)]
 pub struct HostConfig {
     /// This host's name, unique in the cluster: 1 to 64 of `[A-Za-z0-9._-]`.
     pub host: String,
     /// Where mirrors, activation records and the master's record live.
     pub data_dir: PathBuf,
     /// The Unix socket that the command line talks to.
-    #[serde(default = "default_control")]
     pub control: PathBuf,
     /// Address and port of the chain server.
     pub listen: SocketAddr,
     /// The configuration service.
     pub master: MasterConfig,
     /// Other hosts by name, with their chain servers' addresses.
-    #[serde(default)]
     pub peers: BTreeMap<String, SocketAddr>,
     /// Networks that VMs can be attached to, by name.
-    #[serde(default)]
     pub networks: BTreeMap<String, Network>,
     /// How soon silence becomes suspicion.
-    #[serde(default)]
     pub detection: Detection,
+    /// How long a VM's process waits for its agent to come back, in seconds, before a backup is asked to take over.
+    pub agent_return_s: u64,
+}
+
+/// The file as it is written: the same one may be given to all hosts.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HostFile {
+    /// Without it: as the command line says, or the machine's host name up to its first dot.
+    host: Option<String>,
+    data_dir: PathBuf,
+    #[serde(default = "default_control")]
+    control: PathBuf,
+    /// Without it: this host's entry in `peers`.
+    listen: Option<SocketAddr>,
+    master: MasterConfig,
+    /// All hosts; this one may be among them.
+    #[serde(default)]
+    peers: BTreeMap<String, SocketAddr>,
+    #[serde(default)]
+    networks: BTreeMap<String, Network>,
+    #[serde(default)]
+    detection: Detection,
+    #[serde(default = "default_agent_return_s")]
+    agent_return_s: u64,
 }
 
 /// How a VM's network card is attached on this host.
@@ -43,10 +63,13 @@ pub struct Network {
     /// An existing bridge to put the tap on; without it the tap stands alone.
     #[serde(default)]
     pub bridge: Option<String>,
-    /// The tap's name is this, then the VM's number and the card's: at most 15 bytes in all.
+    /// The tap's name is this, then eight hex digits of the VM's id and the card's number: at most 15 bytes in all.
     #[serde(default = "default_tap_prefix")]
     pub tap_prefix: String,
 }
+
+/// Longest prefix: eight digits, `n` and a card's number follow, and the kernel takes 15 bytes.
+const TAP_PREFIX_MAX: usize = 5;
 
 /// Failure detection on the data path.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
@@ -72,6 +95,9 @@ impl Default for Detection {
 fn default_control() -> PathBuf {
     "/run/understudy/control.sock".into()
 }
+fn default_agent_return_s() -> u64 {
+    30
+}
 fn default_tap_prefix() -> String {
     "us".into()
 }
@@ -82,29 +108,105 @@ fn default_missed() -> u32 {
     8
 }
 
+impl HostFile {
+    /// What this host is called.
+    fn name(&self, path: &Path, given: Option<&str>) -> Result<HostId, ConfigError> {
+        let (name, key) = match (given, &self.host) {
+            (Some(name), _) => (name.to_string(), "--host"),
+            (None, Some(name)) => (name.clone(), "host"),
+            (None, None) => {
+                let machine = nix::unistd::gethostname().map_err(|e| {
+                    value_error(
+                        path,
+                        "host",
+                        format!("is missing, and the machine has none: {e}"),
+                    )
+                })?;
+                let name = machine.to_string_lossy();
+                let short = name.split('.').next().unwrap_or_default();
+                (short.to_string(), "host")
+            }
+        };
+        HostId::new(&name).map_err(|e| value_error(path, key, e.to_string()))
+    }
+
+    /// Where this host listens.
+    fn listen(&self, path: &Path, host: &HostId) -> Result<SocketAddr, ConfigError> {
+        match (self.listen, self.peers.get(host.as_str()).copied()) {
+            (Some(listen), Some(entry)) if !meets(listen, entry) => Err(value_error(
+                path,
+                format!("peers.{host}"),
+                format!(
+                    "is this host itself, which the others would look for at {entry}, but `listen` is {listen}: make them the same, or leave `listen` out"
+                ),
+            )),
+            (Some(listen), _) => Ok(listen),
+            (None, Some(entry)) => Ok(entry),
+            (None, None) => {
+                let names: Vec<&str> = self.peers.keys().map(String::as_str).collect();
+                Err(value_error(
+                    path,
+                    "listen",
+                    format!(
+                        "is missing, and [peers] ({}) does not name this host, {host}: is that its name (`host`, --host)?",
+                        names.join(", ")
+                    ),
+                ))
+            }
+        }
+    }
+}
+
+/// Whether who connects to `entry` reaches who listens at `listen`.
+fn meets(listen: SocketAddr, entry: SocketAddr) -> bool {
+    listen.port() == entry.port() && (listen.ip() == entry.ip() || listen.ip().is_unspecified())
+}
+
 impl HostConfig {
     /// Reads and checks `path`.
     ///
     /// # Errors
     /// [`ConfigError`] naming the file and the line and column, or the key whose value cannot be right.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = load(path)?;
-        config.check(path)?;
+        Self::load_as(path, None)
+    }
+
+    /// As [`HostConfig::load`], for the host `name`, whatever the file calls it.
+    ///
+    /// # Errors
+    /// As [`HostConfig::load`].
+    pub fn load_as(path: &Path, name: Option<&str>) -> Result<Self, ConfigError> {
+        let file: HostFile = load(path)?;
+        let host = file.name(path, name)?;
+        let listen = file.listen(path, &host)?;
+        let mut config = Self {
+            host: host.to_string(),
+            data_dir: file.data_dir,
+            control: file.control,
+            listen,
+            master: file.master,
+            peers: file.peers,
+            networks: file.networks,
+            detection: file.detection,
+            agent_return_s: file.agent_return_s,
+        };
+        config.peers.remove(host.as_str());
+        config.master.derive(path, &host)?;
+        config.check(path, &host)?;
         Ok(config)
     }
 
-    fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let host = HostId::new(&self.host).map_err(|e| value_error(path, "host", e.to_string()))?;
-        self.master.check(path, &host)?;
+    fn check(&self, path: &Path, host: &HostId) -> Result<(), ConfigError> {
+        self.master.check(path, host)?;
         for (name, addr) in &self.peers {
             HostId::new(name)
                 .map_err(|e| value_error(path, format!("peers.{name}"), e.to_string()))?;
-            if name == &self.host {
+            if meets(self.listen, *addr) && self.listen.ip() == addr.ip() {
                 return Err(value_error(
                     path,
                     format!("peers.{name}"),
                     format!(
-                        "is this host itself; list only the others (its own address is `listen`, not {addr})"
+                        "has this host's own address, {addr}: is {host} not the name of this host, or the address another?"
                     ),
                 ));
             }
@@ -120,11 +222,11 @@ impl HostConfig {
             return Err(value_error(path, "detection.missed", "must be 2 to 1000"));
         }
         for (name, network) in &self.networks {
-            if network.tap_prefix.is_empty() || network.tap_prefix.len() > 8 {
+            if network.tap_prefix.is_empty() || network.tap_prefix.len() > TAP_PREFIX_MAX {
                 return Err(value_error(
                     path,
                     format!("networks.{name}.tap_prefix"),
-                    "must be 1 to 8 bytes",
+                    format!("must be 1 to {TAP_PREFIX_MAX} bytes"),
                 ));
             }
         }
@@ -138,5 +240,107 @@ impl HostConfig {
     #[must_use]
     pub fn id(&self) -> HostId {
         HostId::new(&self.host).expect("checked when the configuration was read")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: &str = "data_dir = \"/d\"\n[peers]\na = \"10.0.0.1:7700\"\nb = \"10.0.0.2:7700\"\nc = \"10.0.0.3:7700\"\n[master]\n";
+    const THREE: &str = "connect = [\"10.0.0.1:7690\", \"10.0.0.2:7690\", \"10.0.0.3:7690\"]\nmembers = { a = \"10.0.0.1:7691\", b = \"10.0.0.2:7691\", c = \"10.0.0.3:7691\" }\n";
+
+    fn load(text: &str, name: Option<&str>) -> Result<HostConfig, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("host.toml");
+        std::fs::write(&path, text).unwrap();
+        HostConfig::load_as(&path, name).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn i4_one_file_fits_all_hosts() {
+        let text = format!("{ALL}{THREE}");
+        for (i, name) in ["a", "b", "c"].into_iter().enumerate() {
+            let config = load(&text, Some(name)).unwrap();
+            assert_eq!(config.id(), HostId::new(name).unwrap());
+            let at = |port: u16| SocketAddr::from(([10, 0, 0, 1 + i as u8], port));
+            assert_eq!(config.listen, at(7700));
+            assert_eq!(config.master.serve, Some(at(7690)));
+            assert_eq!(config.master.addresses()[0], at(7690), "its own first");
+            assert_eq!(config.peers.len(), 2);
+            assert!(!config.peers.contains_key(name));
+        }
+        // One that is no member only asks.
+        let four = text.replace("[master]", "d = \"10.0.0.4:7700\"\n[master]");
+        let config = load(&four, Some("d")).unwrap();
+        assert_eq!((config.master.serve, config.peers.len()), (None, 3));
+        // A single master, on one of them.
+        let text = format!("{ALL}host = \"c\"\nconnect = \"10.0.0.3:7690\"\n");
+        let serve = |name| load(&text, Some(name)).unwrap().master.serve;
+        assert_eq!(serve("a"), None);
+        assert_eq!(serve("c"), Some("10.0.0.3:7690".parse().unwrap()));
+    }
+
+    #[test]
+    fn i4_the_name_is_given_or_the_files_or_the_machines() {
+        let machine = nix::unistd::gethostname().unwrap();
+        let machine = machine.to_str().unwrap().split('.').next().unwrap();
+        let text = format!("listen = \"10.0.0.9:7700\"\n{ALL}connect = \"10.0.0.3:7690\"\n");
+        assert_eq!(load(&text, None).unwrap().host, machine);
+        let named = format!("host = \"b\"\n{}", text.replace("10.0.0.9", "10.0.0.2"));
+        assert_eq!(load(&named, None).unwrap().host, "b");
+        let said = load(&named, Some("a")).unwrap_err();
+        assert!(
+            said.contains("peers.a") && said.contains("10.0.0.1:7700"),
+            "{said}"
+        );
+        let said = load(&text, Some("../a")).unwrap_err();
+        assert!(said.contains("--host"), "{said}");
+    }
+
+    #[test]
+    fn i4_what_does_not_fit_is_named() {
+        let connect = "connect = \"10.0.0.3:7690\"\n";
+        let ambiguous = THREE.replace("10.0.0.2:7690", "10.0.0.1:7692");
+        for (text, name, names) in [
+            (
+                format!("listen = \"10.0.0.1:7701\"\n{ALL}{connect}"),
+                "a",
+                &["peers.a", "10.0.0.1:7700", "10.0.0.1:7701"][..],
+            ),
+            (
+                format!("{ALL}{connect}"),
+                "x",
+                &["listen", "a, b, c", "this host, x"],
+            ),
+            (
+                format!("listen = \"10.0.0.2:7700\"\n{ALL}{connect}"),
+                "x",
+                &["peers.b", "own address", "x"],
+            ),
+            (
+                format!("{ALL}{ambiguous}"),
+                "a",
+                &["master.serve", "2 addresses"],
+            ),
+            (
+                format!("{ALL}{ambiguous}"),
+                "b",
+                &["master.serve", "b is one of the members"],
+            ),
+            (
+                format!("{ALL}host = \"c\"\n{THREE}"),
+                "a",
+                &["master.host", "single"],
+            ),
+        ] {
+            let said = load(&text, Some(name)).unwrap_err();
+            for name in names {
+                assert!(said.contains(name), "{text}{said}");
+            }
+        }
+        // Any address of the host will do to listen at, if the port is right.
+        let all = format!("listen = \"0.0.0.0:7700\"\n{ALL}{connect}");
+        load(&all, Some("a")).unwrap();
     }
 }

@@ -15,9 +15,16 @@ use super::{ConfigError, value_error};
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MasterConfig {
-    /// If set, this agent also serves the master at this address: a single one, or one of `members`.
+    /// If set, this agent also serves the master at this address: a single one, or one of `members`. Without it: where
+    /// `host` or `members` name this host, at its address in `connect`.
     #[serde(default)]
     pub serve: Option<SocketAddr>,
+    /// Whether a record may be begun where there is none: for the first start of a new cluster, as `--init`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub begin: bool,
+    /// The host that serves a single master, at `connect`: then the same file can be given to all hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// Where the master is reached: one address, or those of several members, of which any will do.
     #[serde(default, skip_serializing_if = "Addresses::is_empty")]
     pub connect: Addresses,
@@ -122,6 +129,51 @@ impl<'de> Deserialize<'de> for Members {
 }
 
 impl MasterConfig {
+    /// Finds out what one file for all hosts leaves open: whether, and where, this one serves the master.
+    pub(super) fn derive(&mut self, path: &Path, host: &HostId) -> Result<(), ConfigError> {
+        if let Some(single) = &self.host {
+            let single =
+                HostId::new(single).map_err(|e| value_error(path, "master.host", e.to_string()))?;
+            let &[addr] = self.connect.0.as_slice() else {
+                let problem =
+                    "names the host of a single master: then `connect` is its one address";
+                return Err(value_error(path, "master.host", problem));
+            };
+            if !self.members.is_empty() {
+                let problem = "names the host of a single master, and `members` those of several: leave one of them out";
+                return Err(value_error(path, "master.host", problem));
+            }
+            if single == *host && self.serve.is_none() {
+                self.serve = Some(addr);
+            }
+            return Ok(());
+        }
+        let Some(own) = self.members.0.get(host).copied() else {
+            return Ok(());
+        };
+        if self.serve.is_some() || !self.etcd.is_empty() {
+            return Ok(());
+        }
+        // Where agents find it is at the same host's address.
+        let here = self.connect.0.iter().copied();
+        let here: Vec<SocketAddr> = here
+            .filter(|addr| addr.ip() == own.ip() && *addr != own)
+            .collect();
+        match here[..] {
+            [addr] => self.serve = Some(addr),
+            [] => {}
+            _ => {
+                let problem = format!(
+                    "is missing: {host} is one of the members, at {}, and `connect` has {} addresses there: which is its?",
+                    own.ip(),
+                    here.len()
+                );
+                return Err(value_error(path, "master.serve", problem));
+            }
+        }
+        Ok(())
+    }
+
     /// What one key alone does not show.
     pub(super) fn check(&self, path: &Path, host: &HostId) -> Result<(), ConfigError> {
         let fail = |key: &str, problem: String| Err(value_error(path, key, problem));
@@ -147,7 +199,7 @@ impl MasterConfig {
             return fail(
                 "master.serve",
                 format!(
-                    "is missing: {host} is one of the members, at which address does it serve agents?"
+                    "is missing: {host} is one of the members; at which address does it serve agents? (None of those in `connect` is at its IP address.)"
                 ),
             );
         }
@@ -197,6 +249,7 @@ impl MasterConfig {
             ("master.serve", self.serve.is_some()),
             ("master.connect", !self.connect.is_empty()),
             ("master.members", !self.members.is_empty()),
+            ("master.host", self.host.is_some()),
         ] {
             if is_set {
                 return fail(key, "does not go with `etcd`: one of them decides".into());

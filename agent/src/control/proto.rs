@@ -22,7 +22,17 @@ pub enum Request {
         /// Host names, head first.
         backups: Vec<String>,
     },
-    /// End a VM of this host everywhere.
+    /// Boot a VM that is off, from its newest disks, which are on this host.
+    StartAgain {
+        /// The VM.
+        vm: String,
+    },
+    /// The cluster forgets a VM that is off. Its disks stay.
+    Delete {
+        /// The VM.
+        vm: String,
+    },
+    /// A VM of this host is to run nowhere from now on; its disks stay its newest.
     Stop {
         /// The VM.
         vm: String,
@@ -135,7 +145,7 @@ pub struct Point {
 }
 
 /// A VM that this host gave away.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Switched {
     /// Who owns it now.
     pub owner: String,
@@ -169,6 +179,12 @@ pub struct VmStatus {
     pub protected: bool,
     /// In words: Protected, or why not.
     pub state: String,
+    /// Something is under way that makes the VM safer, or finds out why it cannot be.
+    #[serde(default)]
+    pub pending: bool,
+    /// Owner: hosts that should back the VM up and do not, with the reason as far as it is known.
+    #[serde(default)]
+    pub lacking: Vec<(String, Option<String>)>,
     /// Owner.
     pub owner: String,
     /// Chain, head first.
@@ -194,7 +210,7 @@ pub struct VmStatus {
 }
 
 /// One failover, in CLOCK_MONOTONIC microseconds of the host that took over.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FailoverReport {
     /// The VM.
     pub vm: String,
@@ -247,10 +263,14 @@ pub enum EventKind {
     Superseded,
     /// This host's replica is back, with what it held before its agent was started again.
     Returned,
+    /// A VM's process that outlived its agent is this agent's now.
+    Adopted,
     /// This host owns a VM that runs nowhere: its process ended with the agent.
     Orphaned,
     /// The guest ended.
     GuestEnded,
+    /// The VM is off, by somebody's wish.
+    PoweredOff,
     /// The guest was reset and boots again in place.
     Rebooted,
     /// The owner's own disk refuses, or does not answer, requests.

@@ -5,23 +5,36 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chain::master::Command;
-use chain::{Member, Query};
-use checkpoint::{Epoch, HostId};
+use chain::{Life, Member, Query, VmRecord, VmShape};
+use checkpoint::{Epoch, HostId, VmId};
 
-use super::vms::{Entry, Part};
-use super::{AgentError, Daemon, failover, lock, reconcile, restart, rewind, status, switch};
+use super::clones::Clones;
+use super::env::{Env, lock};
+use super::process::taps;
+use super::run::Shown;
+use super::table::Table;
+use super::{AgentError, slow, status};
 use crate::child::proto::ToChild;
+use crate::child::{open_disks, shape_of};
 use crate::config::VmConfig;
-use crate::control::{Point, Reply, Request};
+use crate::control::{Point, Reply, Request, Switched};
+use crate::epoch::EpochStats;
+use crate::host::{Answered, Health, Order, Role};
 use crate::ipc;
 
 /// How long a VM process may take to answer a question.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between looks whether the master knows this host.
+const POLL: Duration = Duration::from_millis(10);
 /// How long its vCPUs may take to stop for an inspection: they are given 10 s before they are called stuck.
 const INSPECT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long an order may take. Each part of it has a shorter bound of its own.
+const ORDER_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a VM may take to boot.
+const START_PATIENCE: Duration = Duration::from_secs(90);
 
 /// Binds the control socket, replacing one that nobody listens at any more.
 pub(super) fn bind(path: &Path) -> Result<UnixListener, AgentError> {
@@ -40,201 +53,311 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, AgentError> {
     UnixListener::bind(path).map_err(fail)
 }
 
-/// Serves one connection.
-pub(super) fn serve(daemon: &Arc<Daemon>, stream: &UnixStream) {
-    while let Ok((request, _)) = ipc::recv::<Request>(stream) {
-        let reply = answer(daemon, request).unwrap_or_else(Reply::Error);
-        if ipc::send(stream, &reply, &[]).is_err() {
-            return;
-        }
-    }
+/// Answers commands.
+pub(super) struct Service {
+    env: Arc<Env>,
+    table: Arc<Table>,
+    clones: Arc<Clones>,
 }
 
-fn answer(daemon: &Arc<Daemon>, request: Request) -> Result<Reply, String> {
-    match request {
-        Request::Start { toml, name } => reconcile::start_vm(daemon, &toml, &name)?,
-        Request::Protect { vm, backups } => protect(daemon, &vm, backups)?,
-        Request::Stop { vm } => stop(daemon, &vm)?,
-        Request::Status => return Ok(Reply::Status(status::status(daemon))),
-        Request::Stats { vm } => {
-            let (sender, receiver) = channel();
-            let child = {
-                let mut vms = lock(&daemon.vms);
-                let entry = owned(vms.by_name(&vm), &vm)?;
-                entry.waiting.stats.push(sender);
-                entry.child.clone()
-            };
-            child.send(&ToChild::TakeStats).map_err(|e| e.to_string())?;
-            let stats = receiver
-                .recv_timeout(PATIENCE)
-                .map_err(|_| "the VM's process does not answer".to_string())?;
-            return Ok(Reply::Stats(Box::new(stats)));
+impl Service {
+    pub fn new(env: Arc<Env>, table: Arc<Table>) -> Self {
+        Self {
+            clones: Clones::new(env.clone()),
+            env,
+            table,
         }
-        Request::Inspect { vm } => return inspect(daemon, &vm).map(Reply::Vcpus),
-        Request::Failover { vm } => failover::by_order(daemon, &vm)?,
-        Request::Recover { vm } => restart::by_order(daemon, &vm)?,
-        Request::HandOver { vm } => return switch::hand_over(daemon, &vm).map(Reply::Switched),
-        Request::Drill { vm } => return switch::drill(daemon, &vm).map(Reply::Switched),
-        Request::Leads => {
-            let leads = daemon.serving.as_ref().is_some_and(|master| master.leads());
-            return Ok(Reply::Leads(leads));
+    }
+
+    /// Serves one connection.
+    pub fn serve(&self, stream: &UnixStream) {
+        while let Ok((request, _)) = ipc::recv::<Request>(stream) {
+            let reply = self.answer(request).unwrap_or_else(Reply::Error);
+            if ipc::send(stream, &reply, &[]).is_err() {
+                return;
+            }
         }
-        Request::Rewind {
-            vm,
-            epoch,
-            clone,
-            network,
-        } => rewind::rewind(daemon, &vm, Epoch(epoch), &clone, network.as_deref())?,
-        Request::Points { vm } => return points(daemon, &vm).map(Reply::Points),
-        Request::Events { since } => return Ok(Reply::Events(daemon.events.since(since))),
-        Request::HarvestOnly { vm, ms } => tell(daemon, &vm, &ToChild::HarvestOnly { ms })?,
-        Request::EpochMs { vm, ms, min_ms } => tell(daemon, &vm, &ToChild::EpochMs { ms, min_ms })?,
     }
-    Ok(Reply::Ok)
-}
 
-pub(super) fn owned<'a>(entry: Option<&'a mut Entry>, name: &str) -> Result<&'a mut Entry, String> {
-    match entry {
-        Some(entry) if entry.part == Part::Owner => Ok(entry),
-        Some(entry) => Err(format!(
-            "{name} runs on {}; ask that host's agent",
-            entry.record.view.owner
-        )),
-        None => Err(format!(
-            "no VM named {name:?} runs on this host (`understudy status` lists them)"
-        )),
+    fn answer(&self, request: Request) -> Result<Reply, String> {
+        match request {
+            Request::Start { toml, name } => self.start(&toml, &name)?,
+            Request::Protect { vm, backups } => self.protect(&vm, &backups)?,
+            Request::Stop { vm } => {
+                if !self.clones.stop(&vm) {
+                    self.order(&vm, Order::Stop)?;
+                }
+            }
+            Request::StartAgain { vm } => drop(self.order(&vm, Order::Start)?),
+            Request::Delete { vm } => drop(self.order(&vm, Order::Delete)?),
+            Request::Status => {
+                let mut all = status::status(&self.env, &self.table);
+                all.extend(self.clones.status());
+                return Ok(Reply::Status(all));
+            }
+            Request::Stats { vm } => return self.stats(&vm).map(|s| Reply::Stats(Box::new(s))),
+            Request::Inspect { vm } => return self.inspect(&vm).map(Reply::Vcpus),
+            Request::Failover { vm } => drop(self.order(&vm, Order::Failover)?),
+            Request::Recover { vm } => self.recover(&vm)?,
+            Request::HandOver { vm } => return self.switch(&vm, Order::HandOver),
+            Request::Drill { vm } => return self.switch(&vm, Order::Drill),
+            Request::Leads => {
+                let serving = self.env.serving.engine.as_ref();
+                return Ok(Reply::Leads(serving.is_some_and(|master| master.leads())));
+            }
+            Request::Rewind {
+                vm,
+                epoch,
+                clone,
+                network,
+            } => {
+                let record = self.replica_of(&vm, &clone)?;
+                self.clones
+                    .rewind(&record, Epoch(epoch), &clone, network.as_deref())?;
+            }
+            Request::Points { vm } => return self.points(&vm).map(Reply::Points),
+            Request::Events { since } => return Ok(Reply::Events(self.env.events.since(since))),
+            Request::HarvestOnly { vm, ms } => self.tell(&vm, &ToChild::HarvestOnly { ms })?,
+            Request::EpochMs { vm, ms, min_ms } => {
+                self.tell(&vm, &ToChild::EpochMs { ms, min_ms })?;
+            }
+        }
+        Ok(Reply::Ok)
     }
-}
 
-/// What the vCPUs of a VM or of a standby on this host are at.
-fn inspect(daemon: &Daemon, name: &str) -> Result<Vec<vmm::VcpuReport>, String> {
-    let (sender, receiver) = channel();
-    let child = {
-        let mut vms = lock(&daemon.vms);
-        let entry = vms.by_name(name).ok_or_else(|| {
+    fn order(&self, name: &str, order: Order) -> Result<Answered, String> {
+        if self.table.shown(name).is_none() {
+            return Err(self.elsewhere(name));
+        }
+        self.table.order(name, order, ORDER_PATIENCE)
+    }
+
+    /// Where a VM is that this host has no part in.
+    fn elsewhere(&self, name: &str) -> String {
+        let found = match self.env.master.read() {
+            Ok(snapshot) => snapshot.records.into_iter().find(|r| r.view.name == name),
+            Err(e) => return format!("this host has no part in a VM named {name:?}; {e}"),
+        };
+        match found {
+            None => {
+                format!("there is no VM named {name:?} (`understudy status` lists this host's)")
+            }
+            Some(record) if record.life == Life::Off => format!(
+                "{name} is off, and its newest disks are on {}: give the order there",
+                record.disks.host
+            ),
+            Some(record) => format!(
+                "{name} runs on {}; ask that host's agent",
+                record.view.owner
+            ),
+        }
+    }
+
+    fn switch(&self, name: &str, order: Order) -> Result<Reply, String> {
+        match self.order(name, order)? {
+            Answered::Switched(switched) => Ok(Reply::Switched(switched)),
+            Answered::Done => Ok(Reply::Switched(Switched::default())),
+        }
+    }
+
+    /// Boots a VM on this host, registered with the master before its first instruction. What can be checked is checked
+    /// before that.
+    fn start(&self, toml: &str, name: &str) -> Result<(), String> {
+        let config = VmConfig::from_text(Path::new(name), toml).map_err(|e| e.to_string())?;
+        if let Some(known) = self.known(&config.name)? {
+            return self.start_known(&known, toml);
+        }
+        let shape: VmShape = {
+            let disks = open_disks(&config).map_err(|e| e.to_string())?;
+            shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
+        };
+        taps(&self.env, &config, VmId::NIL)?;
+        self.known_to_master()?;
+        let register = Command::Register {
+            vm: VmId::random(),
+            life: Life::On,
+            name: config.name.clone(),
+            owner: self.env.host.clone(),
+            shape,
+        };
+        let register = || {
+            let registered = self.env.master.propose(&register);
+            registered.map_err(|e| e.to_string())
+        };
+        self.table.start(register, START_PATIENCE)
+    }
+
+    /// The record of a VM of that name, if there is one.
+    fn known(&self, name: &str) -> Result<Option<VmRecord>, String> {
+        let snapshot = self.env.master.read().map_err(|e| e.to_string())?;
+        let mut records = snapshot.records.into_iter();
+        Ok(records.find(|record| record.view.name == name))
+    }
+
+    /// A VM that exists boots from its newest disks, whatever images its configuration names: those may be older.
+    fn start_known(&self, record: &VmRecord, toml: &str) -> Result<(), String> {
+        let (view, name) = (&record.view, &record.view.name);
+        if record.life == Life::On {
+            return Err(format!(
+                "a VM named {name:?} runs on {} already",
+                view.owner
+            ));
+        }
+        if record.disks.host != self.env.host {
+            return Err(self.elsewhere(name));
+        }
+        if record.shape.config_toml != toml {
+            return Err(format!(
+                "{name} exists, is off, and is configured otherwise than in this file: `understudy start {name}` boots it as it is; `understudy delete {name}` forgets it, and its disks stay"
+            ));
+        }
+        self.order(name, Order::Start).map(drop)
+    }
+
+    /// Waits, briefly, until the master knows this host.
+    fn known_to_master(&self) -> Result<(), String> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let why = lock(&self.env.stranger).clone();
+            match why {
+                None => return Ok(()),
+                Some(why) if Instant::now() >= until => return Err(why),
+                Some(_) => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// A backup that nobody can reach would only be found out while the VM waits for it.
+    fn protect(&self, name: &str, backups: &[String]) -> Result<(), String> {
+        let hosts = backups
+            .iter()
+            .map(|backup| HostId::new(backup).map_err(|e| format!("backup {backup:?}: {e}")))
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(record) = self.table.summary(name).map(|summary| summary.record) {
+            let known = hosts.iter().filter_map(|host| {
+                let addr = self.env.peers.get(host)?;
+                Some(Member::new(host.clone(), *addr))
+            });
+            let known: Vec<Member> = known.collect();
+            for (host, health) in slow::probe(&self.env, &record.view, &known) {
+                if let Health::Silent(why) = health {
+                    return Err(format!(
+                        "backup {host} cannot be had: {why} (is its agent running?)"
+                    ));
+                }
+            }
+        }
+        self.order(name, Order::Protect { backups: hosts })
+            .map(drop)
+    }
+
+    fn recover(&self, name: &str) -> Result<(), String> {
+        let summary = self.table.summary(name).ok_or_else(|| {
+            format!("this host has no copy of {name:?} (`understudy status` lists what it has)")
+        })?;
+        let replica = self.env.replicas.status(summary.record.view.vm);
+        let resumable = replica.is_some_and(|replica| replica.state.could_resume());
+        self.order(name, Order::Recover { resumable }).map(drop)
+    }
+
+    /// Of a VM that runs on this host.
+    fn owned(&self, name: &str) -> Result<Arc<Shown>, String> {
+        let shown = self.table.shown(name).ok_or_else(|| {
+            format!("no VM named {name:?} runs on this host (`understudy status` lists them)")
+        })?;
+        let summary = lock(&shown.summary).clone();
+        match summary.role {
+            Role::Owner => Ok(shown),
+            _ => Err(format!(
+                "{name} runs on {}; ask that host's agent",
+                summary.record.view.owner
+            )),
+        }
+    }
+
+    fn tell(&self, name: &str, message: &ToChild) -> Result<(), String> {
+        send(&*self.owned(name)?, name, message)
+    }
+
+    fn stats(&self, name: &str) -> Result<EpochStats, String> {
+        let shown = self.owned(name)?;
+        let (sender, receiver) = channel();
+        lock(&shown.waiting).stats.push(sender);
+        send(&shown, name, &ToChild::TakeStats)?;
+        receiver
+            .recv_timeout(PATIENCE)
+            .map_err(|_| "the VM's process does not answer".to_string())
+    }
+
+    /// What the vCPUs of a VM or of a standby on this host are at.
+    fn inspect(&self, name: &str) -> Result<Vec<vmm::VcpuReport>, String> {
+        let shown = self.table.shown(name).ok_or_else(|| {
             format!("no VM named {name:?} is on this host (`understudy status` lists them)")
         })?;
-        entry.waiting.inspected.push(sender);
-        entry.child.clone()
-    };
-    child.send(&ToChild::Inspect).map_err(|e| e.to_string())?;
-    receiver
-        .recv_timeout(INSPECT_PATIENCE)
-        .map_err(|_| "the VM's process does not answer".to_string())?
-}
-
-/// Asks the chain's tail, wherever it is; any host of the cluster may.
-fn points(daemon: &Daemon, name: &str) -> Result<Vec<Point>, String> {
-    let snapshot = daemon.master.read().map_err(|e| e.to_string())?;
-    let record = snapshot
-        .records
-        .iter()
-        .find(|r| r.view.name == name)
-        .ok_or_else(|| format!("the master knows no VM named {name:?}"))?;
-    let everything = Query::Range(Epoch::ZERO, Epoch(u64::MAX));
-    let vm = record.view.vm;
-    let marks = chain::query(
-        daemon.master.as_ref(),
-        vm,
-        &daemon.host,
-        everything,
-        PATIENCE,
-    )
-    .map_err(|e| e.to_string())?;
-    Ok(marks
-        .iter()
-        .map(|mark| Point {
-            epoch: mark.epoch.0,
-            generation: mark.generation.0,
-            digest: mark.digest,
-        })
-        .collect())
-}
-
-fn tell(daemon: &Daemon, vm: &str, message: &ToChild) -> Result<(), String> {
-    let child = owned(lock(&daemon.vms).by_name(vm), vm)?.child.clone();
-    child.send(message).map_err(|e| e.to_string())
-}
-
-fn protect(daemon: &Arc<Daemon>, name: &str, backups: Vec<String>) -> Result<(), String> {
-    let view = {
-        let mut vms = lock(&daemon.vms);
-        owned(vms.by_name(name), name)?.record.view.clone()
-    };
-    let backups = if backups.is_empty() {
-        let mut vms = lock(&daemon.vms);
-        let entry = owned(vms.by_name(name), name)?;
-        VmConfig::from_text(Path::new(name), &entry.record.shape.config_toml)
-            .map_err(|e| e.to_string())?
-            .protect
-            .backups
-    } else {
-        backups
-    };
-    if backups.is_empty() {
-        return Err(format!(
-            "{name}: no backups are named, neither here nor in its configuration's [protect] backups"
-        ));
+        let (sender, receiver) = channel();
+        lock(&shown.waiting).inspected.push(sender);
+        send(&shown, name, &ToChild::Inspect)?;
+        receiver
+            .recv_timeout(INSPECT_PATIENCE)
+            .map_err(|_| "the VM's process does not answer".to_string())?
     }
-    let chain = backups
-        .iter()
-        .map(|backup| {
-            let addr = daemon.config.peers.get(backup).copied().ok_or_else(|| {
-                let known: Vec<&str> = daemon.config.peers.keys().map(String::as_str).collect();
-                format!("backup {backup:?} is not among this host's peers ({}): add it to [peers] in host.toml", known.join(", "))
-            })?;
-            // A backup that nobody can reach would only be found out while the VM waits for it.
-            std::net::TcpStream::connect_timeout(&addr, Duration::from_secs(2))
-                .map_err(|e| format!("backup {backup} at {addr} cannot be reached: {e} (is its agent running?)"))?;
-            Ok(Member::new(HostId::new(backup).map_err(|e| e.to_string())?, addr))
-        })
-        .collect::<Result<Vec<_>, String>>()?;
-    let wanted: Vec<HostId> = chain.iter().map(|m| m.host.clone()).collect();
-    let command = Command::Reconfigure {
-        vm: view.vm,
-        expect: view.generation,
-        by: daemon.host.clone(),
-        chain,
-        joining: None,
-        anew: true,
-    };
-    reconcile::decide(daemon, view.vm, view.generation, &command).map_err(|e| e.to_string())?;
-    if let Some(entry) = lock(&daemon.vms).map.get_mut(&view.vm) {
-        entry.wanted.clone_from(&wanted);
-    }
-    // The hosts of the new chain are noted with it; this forgets those that are not wanted any more.
-    let choose = Command::Choose {
-        vm: view.vm,
-        by: daemon.host.clone(),
-        backups: wanted,
-    };
-    if let Err(e) = daemon.master.propose(&choose) {
-        tracing::warn!("{name}: hosts that it had before may join again: {e}");
-    }
-    Ok(())
-}
 
-fn stop(daemon: &Arc<Daemon>, name: &str) -> Result<(), String> {
-    if rewind::stop(daemon, name) {
-        return Ok(());
+    /// Asks the chain's tail, wherever it is; any host of the cluster may.
+    fn points(&self, name: &str) -> Result<Vec<Point>, String> {
+        let snapshot = self.env.master.read().map_err(|e| e.to_string())?;
+        let record = snapshot
+            .records
+            .iter()
+            .find(|r| r.view.name == name)
+            .ok_or_else(|| format!("the master knows no VM named {name:?}"))?;
+        let everything = Query::Range(Epoch::ZERO, Epoch(u64::MAX));
+        let vm = record.view.vm;
+        let master = self.env.master.as_ref();
+        let marks = chain::query(master, vm, &self.env.host, everything, PATIENCE)
+            .map_err(|e| e.to_string())?;
+        Ok(marks
+            .iter()
+            .map(|mark| Point {
+                epoch: mark.epoch.0,
+                generation: mark.generation.0,
+                digest: mark.digest,
+            })
+            .collect())
     }
-    let view = {
-        let mut vms = lock(&daemon.vms);
-        match vms.orphan(name) {
-            Some(orphan) => orphan.record.view.clone(),
-            None => owned(vms.by_name(name), name)?.record.view.clone(),
+
+    /// The record of a VM whose replica is here, to be cloned under a name that is free.
+    fn replica_of(&self, name: &str, clone: &str) -> Result<VmRecord, String> {
+        if self.table.summary(clone).is_some() {
+            return Err(format!(
+                "a VM named {clone:?} is on this host already; choose another name"
+            ));
         }
-    };
-    let command = Command::Remove {
-        vm: view.vm,
-        expect: view.generation,
-        by: daemon.host.clone(),
-    };
-    daemon.master.propose(&command).map_err(|e| e.to_string())?;
-    let _changing = lock(&daemon.changing);
-    let entry = lock(&daemon.vms).map.remove(&view.vm);
-    if let Some(entry) = entry {
-        entry.child.kill();
+        let summary = self
+            .table
+            .summary(name)
+            .filter(|summary| matches!(summary.role, Role::Owner | Role::Standby))
+            .ok_or_else(|| {
+                format!(
+                    "this host holds no replica of {name:?} (`understudy status` lists what it has)"
+                )
+            })?;
+        if summary.role == Role::Owner {
+            let chain = summary.record.view.chain.iter();
+            let hosts: Vec<&str> = chain.map(|m| m.host.as_str()).collect();
+            return Err(match hosts.is_empty() {
+                true => format!("{name} runs here and has no backups: nobody keeps its past"),
+                false => format!(
+                    "{name} runs here; its past is kept by its backups: give the order on {}",
+                    hosts.join(" or ")
+                ),
+            });
+        }
+        Ok(summary.record)
     }
-    Ok(())
+}
+
+fn send(shown: &Shown, name: &str, message: &ToChild) -> Result<(), String> {
+    let child = lock(&shown.child).clone();
+    let child = child.ok_or_else(|| format!("{name} has no process at the moment"))?;
+    child.send(message).map_err(|e| e.to_string())
 }

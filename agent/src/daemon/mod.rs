@@ -1,33 +1,42 @@
-//! The agent: one per host. Replicas for other hosts' VMs, processes for its own, and the road from one to the other.
+//! The agent: one per host. What it decides about a VM is [`crate::host`]'s; here it is carried out, by one thread per VM.
+//!
+//! ```text
+//!   control ----+
+//!   watch ------+--> table --> run (one thread per VM) --> slow (on the side) --> copy, process, child --> env
+//!   clones -----+
+//! ```
 
-mod bridge;
 mod child;
+mod clones;
 mod control;
+mod copy;
+mod env;
 mod events;
-mod failover;
-mod reconcile;
-mod repair;
-mod reprotect;
-mod restart;
-mod rewind;
+mod found;
+mod process;
+mod run;
+mod slow;
 mod status;
-mod switch;
-mod vms;
+mod table;
+mod watch;
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use chain::master::{LocalMaster, Master, MasterError, MasterServer, PaxosMaster, RemoteMaster};
-use chain::{ReplicaServer, ServerError, ServerOptions};
-use checkpoint::{HostId, VmId};
+use chain::{ReplicaServer, ServerError, ServerEvent, ServerOptions};
+use checkpoint::HostId;
 
 use crate::config::{ConfigError, HostConfig};
+use crate::control::EventKind;
+use crate::engine::{self, EngineError};
+use crate::identity::{Identity, IdentityError};
+use env::{Env, vital};
 use events::EventLog;
-use vms::Vms;
+use table::Table;
 
 /// Why an agent did not start.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +49,10 @@ pub enum AgentError {
     Server(#[from] ServerError),
     /// The master.
     #[error(transparent)]
-    Master(#[from] MasterError),
+    Master(#[from] EngineError),
+    /// The data directory is another's.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The data directory.
     #[error("data_dir {path}: {source}")]
     DataDir {
@@ -62,31 +74,8 @@ pub enum AgentError {
     Thread(#[from] io::Error),
 }
 
-/// Everything the agent's threads share.
-struct Daemon {
-    config: HostConfig,
-    host: HostId,
-    master: Arc<dyn Master>,
-    /// The master, or its member, on this host.
-    serving: Option<Arc<dyn Master>>,
-    replicas: ReplicaServer,
-    vms: Mutex<Vms>,
-    events: EventLog,
-    /// Held while the host changes what it is to a VM (reconciliation, takeover): one change at a time.
-    changing: Mutex<()>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Daemon {
-    fn name_of(&self, vm: VmId) -> String {
-        lock(&self.vms)
-            .name(vm)
-            .unwrap_or_else(|| format!("VM {vm}"))
-    }
-}
+/// Between attempts to listen at an address that this host does not have yet.
+const ADDRESS_RETRY: Duration = Duration::from_secs(1);
 
 /// Runs the agent until the process ends.
 ///
@@ -94,84 +83,115 @@ impl Daemon {
 /// [`AgentError`] naming what keeps it from starting.
 pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
     let data_dir = config.data_dir.clone();
-    std::fs::create_dir_all(&data_dir).map_err(|source| AgentError::DataDir {
+    make_private(&data_dir).map_err(|source| AgentError::DataDir {
         path: data_dir.clone(),
         source,
     })?;
-    let mut serving = None;
-    if let Some(addr) = config.master.serve {
-        let members = &config.master.members;
-        let engine: Arc<dyn Master> = if members.is_empty() {
-            Arc::new(LocalMaster::open(&data_dir)?)
-        } else {
-            Arc::new(PaxosMaster::open(&data_dir, &config.id(), &members.0)?)
-        };
-        MasterServer::bind(addr, engine.clone())?;
-        serving = Some(engine);
-    }
+    let mut identity = Identity::open(&data_dir, &config.id())?;
+    let serving = engine::serve(&config, &mut identity)?;
     let (sender, server_events) = channel();
-    let host = config.id();
-    let replicas = ReplicaServer::bind(
-        config.listen,
-        ServerOptions {
-            host: host.clone(),
-            data_dir: data_dir.join("replicas"),
-            heartbeat: Duration::from_millis(config.detection.heartbeat_ms),
-            missed: config.detection.missed,
-        },
-        sender,
-    )?;
+    let replicas = bind_server(&config, &sender)?;
     let listener = control::bind(&config.control)?;
-    let daemon = Arc::new(Daemon {
-        master: engine_asked(&config)?,
+    let run_dir = data_dir.join("run");
+    make_private(&run_dir).map_err(|source| AgentError::DataDir {
+        path: run_dir.clone(),
+        source,
+    })?;
+    let found = found::scan(&run_dir, &config.id());
+    let peers = config.peers.iter().filter_map(|(name, addr)| {
+        let host = HostId::new(name).ok().filter(|host| *host != config.id())?;
+        Some((host, *addr))
+    });
+    let env = Arc::new(Env {
+        master: engine::asked(&config)?,
         serving,
         replicas,
-        host,
-        vms: Mutex::default(),
+        host: config.id(),
+        peers: Arc::new(peers.collect()),
         events: EventLog::default(),
-        changing: Mutex::default(),
+        found: Mutex::new(found),
+        identity: Mutex::new(identity),
+        stranger: Mutex::new(Some("the master has not been reached yet".into())),
         config,
     });
     tracing::info!(
         "agent of host {} listens at {}",
-        daemon.host,
-        daemon.replicas.addr()
+        env.host,
+        env.replicas.addr()
     );
-    let reconciling = daemon.clone();
-    std::thread::Builder::new()
-        .name("reconcile".into())
-        .spawn(move || reconcile::run(&reconciling))?;
-    let failing = daemon.clone();
-    std::thread::Builder::new()
-        .name("failover".into())
-        .spawn(move || failover::run(&failing, &server_events))?;
-    let protecting = daemon.clone();
-    std::thread::Builder::new()
-        .name("reprotect".into())
-        .spawn(move || reprotect::run(&protecting))?;
-    serve_control(&daemon, &listener)
-}
-
-/// What this agent asks for decisions.
-fn engine_asked(config: &HostConfig) -> Result<Arc<dyn Master>, AgentError> {
-    #[cfg(feature = "etcd")]
-    if !config.master.etcd.is_empty() {
-        let options = chain::master::EtcdOptions {
-            endpoints: config.master.etcd.clone(),
-            prefix: config.master.etcd_prefix.clone(),
-            user: config.master.etcd_credentials()?,
-        };
-        return Ok(Arc::new(chain::master::EtcdMaster::new(options)?));
+    if let Some(out) = &env.serving.out {
+        let events = &env.events;
+        events.add(EventKind::Failed, env.host.as_str(), out.clone());
     }
-    Ok(Arc::new(RemoteMaster::of(&config.master.addresses())))
+    let table = Table::new(env.clone());
+    vital("decisions", {
+        let (env, table) = (env.clone(), table.clone());
+        move || watch::decisions(&env, &table)
+    })?;
+    vital("server-events", {
+        let table = table.clone();
+        move || watch::server_events(&server_events, &table)
+    })?;
+    let service = Arc::new(control::Service::new(env, table));
+    serve_control(&service, &listener)
 }
 
-fn serve_control(daemon: &Arc<Daemon>, listener: &UnixListener) -> Result<(), AgentError> {
+/// Makes a directory that only its owner may look into: guests' disks and memory are in it.
+fn make_private(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)?;
+    let mut permissions = std::fs::metadata(dir)?.permissions();
+    if permissions.mode() & 0o077 != 0 {
+        permissions.set_mode(0o700);
+        std::fs::set_permissions(dir, permissions)?;
+    }
+    Ok(())
+}
+
+/// The chain server. At boot the agent may be faster than its network: it waits for its address, and says so.
+fn bind_server(
+    config: &HostConfig,
+    events: &std::sync::mpsc::Sender<ServerEvent>,
+) -> Result<ReplicaServer, AgentError> {
+    let mut said = false;
+    loop {
+        let options = ServerOptions {
+            host: config.id(),
+            data_dir: config.data_dir.join("replicas"),
+            heartbeat: Duration::from_millis(config.detection.heartbeat_ms),
+            missed: config.detection.missed,
+        };
+        match ReplicaServer::bind(config.listen, options, events.clone()) {
+            Err(ServerError::Bind { addr, source })
+                if source.kind() == io::ErrorKind::AddrNotAvailable =>
+            {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!(
+                        "waiting for this host to have the address {addr} (`listen` in host.toml)"
+                    );
+                }
+                std::thread::sleep(ADDRESS_RETRY);
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+fn serve_control(
+    service: &Arc<control::Service>,
+    listener: &UnixListener,
+) -> Result<(), AgentError> {
     for stream in listener.incoming().flatten() {
-        let daemon = daemon.clone();
-        std::thread::Builder::new()
+        let service = service.clone();
+        let served = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || control::serve(&daemon, &stream))?;
+            .spawn(move || service.serve(&stream));
+        if let Err(e) = served {
+            tracing::warn!("starting a thread for a command: {e}");
+        }
     }
     Ok(())
 }

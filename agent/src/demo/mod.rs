@@ -1,6 +1,6 @@
 //! `understudy demo`: a protected VM, a client that talks to it all the time, and the death of its host.
 
-pub mod cluster;
+pub mod end;
 pub mod redis;
 pub mod scenario;
 pub mod vmfile;
@@ -10,8 +10,9 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::cli::{DemoArgs, Victim};
-use cluster::Cluster;
+use crate::lab::{self, Lab, Masters, Options};
 use scenario::{BackupLoss, Failover, Traffic};
+use vmfile::VM;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -39,27 +40,36 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
             println!("{text}");
         }
     };
-    cluster::check_host()?;
-    let masters = if args.kill == Victim::Master { 3 } else { 1 };
-    let cluster = Cluster::launch(args.backups, args.keep, masters)?;
-    let names: Vec<&str> = cluster.hosts().iter().map(|h| h.name.as_str()).collect();
+    lab::check_machine()?;
+    lab::enter()?;
+    let lab = Lab::launch(Options {
+        masters: match args.kill {
+            Victim::Master => Masters::Three,
+            _ => Masters::One,
+        },
+        keep: args.keep,
+        ..Options::of(args.backups + 1)?
+    })?;
+    let names = lab.hosts();
     say(format!(
-        "Hosts {}: an agent each, on one machine, in a network namespace of the demo's own.",
+        "Hosts {}: an agent each, on one machine, each in a network namespace of its own.",
         names.join(", ")
     ));
-    let vm = vmfile::write(&cluster, args)?;
+    let vm = vmfile::of(args, &lab)?;
     let guest = if args.kernel.is_some() {
         "stock"
     } else {
         "probe"
     };
-    cluster.start_protected("demo", &vm)?;
+    lab.start_vm("a", &vm)?;
+    lab.protect(VM, "a", &names[1..])
+        .map_err(|e| lab.with_logs(e))?;
     let chain = names[1..].join(" -> ");
     say(format!(
         "VM demo ({guest} guest, {} MiB, {} vCPU) runs on a and is protected by the chain {chain}.",
         args.memory_mib, args.vcpus
     ));
-    let traffic = Traffic::start(args)?;
+    let traffic = Traffic::start(&lab, args)?;
     if !traffic.wait_acked(20, Duration::from_secs(20)) {
         return Err(format!("the client got no answers: {:?}", traffic.errors()).into());
     }
@@ -70,18 +80,16 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
     ));
     let (mut failover, mut loss) = (None, None);
     if args.kill == Victim::Master {
-        let leader = cluster.leader()?;
+        let leader = lab.leader()?;
         say(format!(
             "Now host {} dies, which leads the three members of the master.",
-            cluster.name(leader)
+            leader
         ));
-        cluster.kill(leader);
+        lab.strike(&leader)?;
     }
     if matches!(args.kill, Victim::Owner | Victim::Master) {
         say("Now host a dies: SIGKILL to its agent and its VM process at once.".into());
-        failover = Some(scenario::kill_owner_and_wait(
-            &cluster, "demo", 0, &traffic,
-        )?);
+        failover = Some(scenario::kill_owner_and_wait(&lab, VM, "a", &traffic)?);
     } else {
         let i = match args.kill {
             Victim::Head => 1,
@@ -99,12 +107,13 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
             "Now backup {} dies: SIGKILL to its agent and its standby at once.",
             names[i]
         ));
+        let backup = &names[i];
         loss = Some(scenario::kill_backup_and_wait(
-            &cluster, "demo", i, &traffic,
+            &lab, VM, "a", backup, &traffic,
         )?);
     }
     std::thread::sleep(Duration::from_secs(1));
-    let end = traffic.stop();
+    let end = traffic.stop(&lab);
     if let Some(failover) = &failover {
         tell(&say, failover);
     }
@@ -145,7 +154,7 @@ pub fn run(args: &DemoArgs) -> Outcome<()> {
             end.broken,
             end.verified,
             end.errors,
-            cluster.keep_logs().display()
+            lab.keep_logs().display()
         )
         .into());
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::scenario::End;
+use super::end::End;
 
 /// Between two requests.
 const PAUSE: Duration = Duration::from_millis(5);

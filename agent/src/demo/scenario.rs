@@ -3,15 +3,15 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use guest::proto::PORT;
 use serde::Serialize;
 
-use super::cluster::{Cluster, GUEST, wait};
+use super::end::End;
 use super::redis::RedisClient;
 use crate::child::monotonic_us;
 use crate::cli::DemoArgs;
-use crate::control::EventKind;
-use crate::probe::{ProbeClient, ProbeConfig};
+use crate::control::{EventKind, VmStatus};
+use crate::lab::{GUEST, Lab, wait};
+use crate::probe::ProbeClient;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -42,23 +42,6 @@ pub struct Failover {
     pub epoch: u64,
 }
 
-/// The client's end.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct End {
-    /// Acknowledged requests.
-    pub acked: u64,
-    /// Acknowledged requests that the guest does not know any more.
-    pub lost: u64,
-    /// Connections broken.
-    pub broken: u64,
-    /// Whether the guest could be asked at the end.
-    pub verified: bool,
-    /// Verified, nothing lost, nothing broken.
-    pub survived: bool,
-    /// What went wrong.
-    pub errors: Vec<String>,
-}
-
 /// The client's traffic: the probe guest's protocol, or redis.
 pub enum Traffic {
     /// Numbered increments.
@@ -72,28 +55,22 @@ impl Traffic {
     ///
     /// # Errors
     /// When the guest does not answer.
-    pub fn start(args: &DemoArgs) -> Outcome<Self> {
+    pub fn start(lab: &Lab, args: &DemoArgs) -> Outcome<Self> {
         if args.kernel.is_some() {
             let addr = SocketAddr::from((GUEST, args.port));
-            return Ok(Self::Redis(RedisClient::start(
-                addr,
-                Duration::from_secs(120),
-            )?));
+            let within = Duration::from_secs(120);
+            let client = lab.within_client(|| RedisClient::start(addr, within))?;
+            return Ok(Self::Redis(client));
         }
-        Self::probe(Duration::from_millis(5))
+        Self::probe(lab, Duration::from_millis(5))
     }
 
     /// Connects to the probe guest, one request every `interval`.
     ///
     /// # Errors
     /// When the guest does not answer.
-    pub fn probe(interval: Duration) -> Outcome<Self> {
-        let mut config = ProbeConfig::new(SocketAddr::from((GUEST, PORT)));
-        config.interval = interval;
-        Ok(Self::Probe(ProbeClient::start(
-            config,
-            Duration::from_secs(30),
-        )?))
+    pub fn probe(lab: &Lab, interval: Duration) -> Outcome<Self> {
+        Ok(Self::Probe(lab.client(GUEST, interval)?))
     }
 
     /// Acknowledged requests so far.
@@ -124,6 +101,15 @@ impl Traffic {
         }
     }
 
+    /// The longest time without an answer that ended after `t`, if the client notes such times.
+    #[must_use]
+    pub fn longest_gap_after(&self, t: Instant) -> Option<Duration> {
+        match self {
+            Self::Probe(client) => Some(client.longest_gap_after(t)?.len()),
+            Self::Redis(_) => None,
+        }
+    }
+
     /// What went wrong so far.
     #[must_use]
     pub fn errors(&self) -> Vec<String> {
@@ -135,13 +121,14 @@ impl Traffic {
 
     /// Stops, and asks the guest for everything that it acknowledged.
     #[must_use]
-    pub fn stop(self) -> End {
+    pub fn stop(self, lab: &Lab) -> End {
         match self {
             Self::Probe(client) => {
-                let report = client.stop(Duration::from_secs(10));
+                let report = lab.within_client(|| client.stop(Duration::from_secs(10)));
                 End {
                     acked: report.acked,
                     lost: report.lost,
+                    failed: report.failed,
                     broken: report.broken,
                     verified: report.verified,
                     survived: report.survived(),
@@ -153,37 +140,75 @@ impl Traffic {
     }
 }
 
-/// Kills host number `owner`, which owns the VM, and waits for the client's first reply from whoever takes over.
+/// A moment, by both clocks: this process's, and the one that agents' reports are in.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// This process's.
+    pub at: Instant,
+    /// CLOCK_MONOTONIC, microseconds.
+    pub us: u64,
+}
+
+impl Moment {
+    /// Now.
+    #[must_use]
+    pub fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            us: monotonic_us(),
+        }
+    }
+
+    /// When that was, for this process.
+    fn instant(self, us: u64) -> Instant {
+        self.at + Duration::from_micros(us.saturating_sub(self.us))
+    }
+}
+
+/// Kills `owner`, which owns the VM, and waits for the client's first reply from whoever takes over.
 ///
 /// # Errors
 /// When nobody takes over, or no reply comes.
 pub fn kill_owner_and_wait(
-    cluster: &Cluster,
+    lab: &Lab,
     vm: &str,
-    owner: usize,
+    owner: &str,
     traffic: &Traffic,
 ) -> Outcome<Failover> {
-    let before = cluster.status(owner, vm).map_or(0, |s| s.generation);
-    let origin = (Instant::now(), monotonic_us());
-    let killed_us = monotonic_us();
-    cluster.kill(owner);
-    let (owner, status) = cluster.wait_failover(vm, before)?;
+    let before = lab.status(vm, owner).map_or(0, |s| s.generation);
+    let killed = Moment::now();
+    lab.strike(owner)?;
+    let (owner, status) = lab
+        .wait_failover(vm, before)
+        .map_err(|e| lab.with_logs(e))?;
+    taken_over(lab, vm, &owner, status, killed, traffic)
+}
+
+/// The figures of the takeover that made `owner` what it says it is, after what happened at `begun`.
+///
+/// # Errors
+/// When the client gets no reply from it.
+pub fn taken_over(
+    lab: &Lab,
+    vm: &str,
+    owner: &str,
+    status: VmStatus,
+    begun: Moment,
+    traffic: &Traffic,
+) -> Outcome<Failover> {
     let report = status
         .failover
         .ok_or("the new owner has no report of its failover")?;
     // Answers that were on their way when the owner died are not the new owner's: those come after the decision.
-    let decided = origin.0 + Duration::from_micros(report.decided_us.saturating_sub(origin.1));
+    let decided = begun.instant(report.decided_us);
     let reply = wait("the client's first reply", || {
         traffic.first_reply_after(decided)
     })?;
-    let first_reply_us = reply.duration_since(origin.0).as_micros() as u64 + origin.1 - killed_us;
     let reprotected_us = if status.chain.is_empty() {
         None
     } else {
-        let mut control = cluster.control(owner)?;
         wait("the VM to be protected again", || {
-            let events = control.events(0).ok()?;
-            events
+            lab.events(owner)
                 .iter()
                 .find(|e| {
                     e.kind == EventKind::Protected && e.vm == vm && e.at_us >= report.decided_us
@@ -194,13 +219,13 @@ pub fn kill_owner_and_wait(
     };
     let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
     Ok(Failover {
-        detect_ms: ms(killed_us, report.suspected_us),
+        detect_ms: ms(begun.us, report.suspected_us),
         decide_ms: ms(report.suspected_us, report.decided_us),
         activate_ms: ms(report.decided_us, report.running_us),
         hand_over_ms: ms(report.decided_us, report.handed_us),
         restore_ms: ms(report.handed_us, report.restored_us),
-        first_reply_ms: first_reply_us as f64 / 1000.0,
-        reprotected_ms: reprotected_us.map(|at| ms(killed_us, at)),
+        first_reply_ms: reply.duration_since(begun.at).as_secs_f64() * 1000.0,
+        reprotected_ms: reprotected_us.map(|at| ms(begun.us, at)),
         new_owner: status.host,
         cause: report.cause,
         generation: report.generation,
@@ -223,28 +248,23 @@ pub struct BackupLoss {
     pub generation: u64,
 }
 
-/// Kills backup number `i` (1 is the head) and waits until the VM has settled without it.
+/// Kills `backup` of the VM, which runs on `owner`, and waits until the VM has settled without it.
 ///
 /// # Errors
 /// When it does not, or the client gets no reply.
 pub fn kill_backup_and_wait(
-    cluster: &Cluster,
+    lab: &Lab,
     vm: &str,
-    i: usize,
+    owner: &str,
+    backup: &str,
     traffic: &Traffic,
 ) -> Outcome<BackupLoss> {
-    let mut control = cluster.control(0)?;
-    let find = |control: &mut crate::control::ControlClient| {
-        control
-            .status()
-            .ok()
-            .and_then(|list| list.into_iter().find(|s| s.name == vm))
-    };
-    let before = find(&mut control).ok_or("the VM is gone")?.generation;
+    let before = lab.status(vm, owner).ok_or("the VM is gone")?.generation;
     let killed = Instant::now();
-    cluster.kill(i);
+    lab.strike(backup)?;
     let status = wait("the VM to settle without the backup", || {
-        find(&mut control).filter(|s| s.generation > before && (s.protected || s.chain.is_empty()))
+        lab.status(vm, owner)
+            .filter(|s| s.generation > before && (s.protected || s.chain.is_empty()))
     })?;
     let settled = Instant::now();
     let reply = wait("the client's next reply", || {
@@ -252,7 +272,7 @@ pub fn kill_backup_and_wait(
     })?;
     let ms = |at: Instant| at.duration_since(killed).as_secs_f64() * 1000.0;
     Ok(BackupLoss {
-        killed: cluster.hosts()[i].name.clone(),
+        killed: backup.into(),
         settled_ms: ms(settled),
         first_reply_ms: ms(reply),
         state: status.state,

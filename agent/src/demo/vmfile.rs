@@ -1,114 +1,60 @@
-//! The demo VM's configuration.
+//! The VM of the demo and the benches.
 
-use std::fs::{self, File};
+use std::fs;
+use std::path::Path;
 
-use super::cluster::{Cluster, GUEST};
 use crate::cli::DemoArgs;
-use crate::config::BUILTIN_PROBE;
+use crate::lab::{Boot, GUEST, Lab, VmFile};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
+/// Its name.
+pub const VM: &str = "demo";
 /// Size of the probe guest's disk.
 const DISK: u64 = 16 << 20;
-/// The guest's MAC address.
-pub const MAC: &str = "52:54:00:75:73:01";
 
-/// A probe guest's configuration.
-///
-/// # Errors
-/// When its disk cannot be made.
-pub fn probe(
-    cluster: &Cluster,
-    memory_mib: u64,
-    vcpus: u8,
-    load: (u64, u64),
-    epoch_ms: u64,
-) -> Outcome<String> {
-    let disk = cluster.dir().join("demo.img");
-    File::create(&disk)?.set_len(DISK)?;
-    let (pages, work) = load;
-    Ok(text(
-        cluster,
+/// A probe guest.
+#[must_use]
+pub fn probe(memory_mib: u64, vcpus: u8, (pages, work): (u64, u64), epoch_ms: u64) -> VmFile {
+    VmFile {
+        boot: Boot::Probe { pages, work },
         memory_mib,
         vcpus,
-        &format!(
-            "kernel = \"{BUILTIN_PROBE}\"\ncmdline = \"ip={GUEST}/24 pages={pages} work={work}\"\n"
-        ),
-        Some(&disk),
-        epoch_ms,
-    ))
+        disk_bytes: DISK,
+        protect: format!("epoch_ms = {epoch_ms}\n"),
+        ..VmFile::probe(VM, 1)
+    }
 }
 
-/// The configuration that the command line asks for.
+/// What the command line asks for.
 ///
 /// # Errors
-/// When a disk image cannot be copied.
-pub fn write(cluster: &Cluster, args: &DemoArgs) -> Outcome<String> {
+/// When a file is not there, or a disk image cannot be copied.
+pub fn of(args: &DemoArgs, lab: &Lab) -> Outcome<VmFile> {
+    let load = (args.pages, args.work);
+    let mut vm = probe(args.memory_mib, args.vcpus, load, args.epoch_ms);
     let Some(kernel) = &args.kernel else {
-        return probe(
-            cluster,
-            args.memory_mib,
-            args.vcpus,
-            (args.pages, args.work),
-            args.epoch_ms,
-        );
+        return Ok(vm);
     };
-    let mut boot = format!(
-        "kernel = \"{}\"\n",
-        fs::canonicalize(kernel)
-            .map_err(|e| named(kernel, e))?
-            .display()
-    );
+    let whole = |path: &Path| fs::canonicalize(path).map_err(|e| named(path, e));
+    let mut boot = format!("kernel = \"{}\"\n", whole(kernel)?.display());
     if let Some(initrd) = &args.initrd {
-        boot += &format!(
-            "initrd = \"{}\"\n",
-            fs::canonicalize(initrd)
-                .map_err(|e| named(initrd, e))?
-                .display()
-        );
+        boot += &format!("initrd = \"{}\"\n", whole(initrd)?.display());
     }
     let cmdline = args
         .cmdline
         .clone()
         .unwrap_or_else(|| format!("console=ttyS0 quiet us.ip={GUEST}/24"));
     boot += &format!("cmdline = {}\n", toml::Value::String(cmdline));
-    let disk = match &args.disk {
-        Some(disk) => {
-            let copy = cluster.dir().join("demo.img");
-            fs::copy(disk, &copy).map_err(|e| named(disk, e))?;
-            Some(copy)
-        }
-        None => None,
-    };
-    Ok(text(
-        cluster,
-        args.memory_mib,
-        args.vcpus,
-        &boot,
-        disk.as_deref(),
-        args.epoch_ms,
-    ))
-}
-
-fn named(path: &std::path::Path, e: std::io::Error) -> String {
-    format!("{}: {e}", path.display())
-}
-
-fn text(
-    cluster: &Cluster,
-    memory_mib: u64,
-    vcpus: u8,
-    boot: &str,
-    disk: Option<&std::path::Path>,
-    epoch_ms: u64,
-) -> String {
-    let console = cluster.dir().join("console.log");
-    let mut text = format!(
-        "name = \"demo\"\nvcpus = {vcpus}\nmemory_mib = {memory_mib}\n{boot}console = \"{}\"\n\n[[net]]\nmac = \"{MAC}\"\nnetwork = \"lan\"\nip = \"{GUEST}\"\n",
-        console.display()
-    );
-    if let Some(disk) = disk {
-        text += &format!("\n[[disk]]\npath = \"{}\"\n", disk.display());
+    vm.boot = Boot::Stock(boot);
+    vm.disk_bytes = 0;
+    if let Some(disk) = &args.disk {
+        let copy = lab.disks_of("a").join(format!("{VM}.img"));
+        fs::copy(disk, &copy).map_err(|e| named(disk, e))?;
     }
-    text + &format!("\n[protect]\nepoch_ms = {epoch_ms}\n")
+    Ok(vm)
+}
+
+fn named(path: &Path, e: std::io::Error) -> String {
+    format!("{}: {e}", path.display())
 }

@@ -142,6 +142,12 @@ impl ShipQueue {
         state.session
     }
 
+    /// Whether `session` is the one under way.
+    #[must_use]
+    pub fn is_current(&self, session: u64) -> bool {
+        self.lock().session == session
+    }
+
     /// The shipping thread of `session` has failed: whoever waits for room would wait for ever.
     pub fn end_session(&self, session: u64) {
         if self.lock().session == session {

@@ -234,7 +234,9 @@ impl RamView {
             .flat_map(|(region, mapped)| match mapped.file_offset() {
                 Some(at) => data(at, region),
                 // Memory without a file behind it, of which nobody can say.
-                None => vec![region.first_gfn..region.first_gfn + region.pages],
+                None => {
+                    std::iter::once(region.first_gfn..region.first_gfn + region.pages).collect()
+                }
             })
             .collect()
     }

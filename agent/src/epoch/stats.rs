@@ -33,14 +33,11 @@ impl Percentiles {
             return Self::default();
         }
         samples.sort_unstable();
-        // The nearest-rank definition: the smallest sample with at least q of all samples at or below it.
-        let rank = |q: f64| {
-            samples[((samples.len() as f64 * q).ceil() as usize).clamp(1, samples.len()) - 1]
-        };
+        let at = |percent| crate::rank::nearest(&samples, percent).unwrap_or_default();
         Self {
             count: samples.len() as u64,
-            p50: rank(0.50),
-            p99: rank(0.99),
+            p50: at(50),
+            p99: at(99),
             max: samples[samples.len() - 1],
             mean: samples.iter().sum::<u64>() / samples.len() as u64,
         }

@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::rank;
+
 /// Samples kept, 40 bytes each. A bench of 20,000 answers a second runs for 50 seconds before later ones are only counted.
 pub const MAX_SAMPLES: usize = 1_000_000;
 
@@ -58,10 +60,7 @@ impl Latency {
     /// The figures of these times.
     pub fn of(mut us: Vec<u64>) -> Latency {
         us.sort_unstable();
-        let at = |p: usize| {
-            let rank = (us.len() * p).div_ceil(100).max(1) - 1;
-            us.get(rank).copied().unwrap_or(0)
-        };
+        let at = |percent| rank::nearest(&us, percent).unwrap_or(0);
         Latency {
             count: us.len(),
             p50_us: at(50),

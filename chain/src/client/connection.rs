@@ -1,17 +1,19 @@
 //! A connection to head and tail of a chain, in one generation.
 
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{Epoch, Generation, HostId, VmId, codec};
 
+use super::acks::Acks;
 use super::{ClientError, ClientEvent};
 use crate::blocks;
 use crate::link::{HELLO_LIMIT, Link, Trouble};
+use crate::loss::{Loss, LossKind};
+use crate::pulse::Voice;
 use crate::view::Member;
-use crate::wire::{self, Frame, Kind, Payload, WireError};
+use crate::wire::{self, FLAG_DECLINED, Frame, Kind, Payload, WireError};
 
 /// A connection to a chain, in one generation.
 #[derive(Debug)]
@@ -20,9 +22,11 @@ pub struct Connection {
     pub(super) generation: Generation,
     pub(super) head: Member,
     pub(super) up: Link,
-    pub(super) acks: Link,
+    pub(super) acks_link: Link,
     pub(super) events: Mutex<Receiver<ClientEvent>>,
-    pub(super) acked: Arc<AtomicU64>,
+    pub(super) acks: Arc<Acks>,
+    /// None: the connection's own heartbeats have to do.
+    pub(super) voice: Option<Voice>,
 }
 
 impl Connection {
@@ -51,11 +55,14 @@ impl Connection {
             .map_err(|e| ClientError::Send(self.head.host.clone(), e))
     }
 
-    /// The owner lives. Sent only if nothing else is on its way.
+    /// The owner lives: by datagram, and by the connection if nothing else is on its way there.
     ///
     /// # Errors
     /// [`ClientError::Send`] once the connection is gone.
     pub fn heartbeat(&self) -> Result<(), ClientError> {
+        if let Some(voice) = &self.voice {
+            voice.beat();
+        }
         let frame = Frame {
             kind: Kind::Heartbeat,
             vm: self.vm,
@@ -75,7 +82,7 @@ impl Connection {
         if let ClientEvent::Ack { epoch, generation } = &event
             && *generation == self.generation
         {
-            self.acked.fetch_max(epoch.0, Ordering::AcqRel);
+            self.acks.note(*generation, *epoch);
         }
         Some(event)
     }
@@ -83,7 +90,7 @@ impl Connection {
     /// Ends it.
     pub fn close(&self) {
         self.up.close();
-        self.acks.close();
+        self.acks_link.close();
     }
 }
 
@@ -97,9 +104,18 @@ impl Drop for Connection {
 pub(super) fn listen(
     mut stream: &TcpStream,
     host: &HostId,
+    generation: Generation,
     is_acks: bool,
     events: &Sender<ClientEvent>,
 ) {
+    let lost = |named: Option<HostId>, kind, why| {
+        ClientEvent::Lost(Loss {
+            generation,
+            host: named,
+            kind,
+            why,
+        })
+    };
     let mut payload = Payload::default();
     loop {
         let read = wire::read(&mut stream, &mut payload);
@@ -130,7 +146,7 @@ pub(super) fn listen(
             Ok(Frame {
                 kind: Kind::JoinerReady,
                 ..
-            }) => ClientEvent::JoinerReady,
+            }) => ClientEvent::JoinerReady { generation },
             Ok(Frame {
                 kind: Kind::Compared,
                 epoch,
@@ -142,31 +158,27 @@ pub(super) fn listen(
                     epoch,
                     answer,
                 },
-                None => ClientEvent::Lost {
-                    host: Some(host.clone()),
-                    why: WireError::Payload(Kind::Compared).to_string(),
-                },
+                None => {
+                    let why = WireError::Payload(Kind::Compared).to_string();
+                    lost(Some(host.clone()), LossKind::Failed, why)
+                }
             },
             Ok(Frame {
-                kind: Kind::Broken, ..
+                kind: Kind::Broken,
+                flags,
+                ..
             }) => match codec::from_bytes::<Trouble>(&payload, HELLO_LIMIT) {
-                Ok((host, why)) => ClientEvent::Lost {
-                    host: Some(host),
-                    why,
-                },
-                Err(e) => ClientEvent::Lost {
-                    host: None,
-                    why: e.to_string(),
-                },
+                Ok((named, why)) if flags & FLAG_DECLINED != 0 => {
+                    lost(Some(named), LossKind::Declined, why)
+                }
+                Ok((named, why)) => lost(Some(named), LossKind::Failed, why),
+                Err(e) => lost(None, LossKind::Failed, e.to_string()),
             },
-            Ok(frame) => ClientEvent::Lost {
-                host: Some(host.clone()),
-                why: format!("it sent an unexpected frame ({:?})", frame.kind),
-            },
-            Err(e) => ClientEvent::Lost {
-                host: Some(host.clone()),
-                why: e.to_string(),
-            },
+            Ok(frame) => {
+                let why = format!("it sent an unexpected frame ({:?})", frame.kind);
+                lost(Some(host.clone()), LossKind::Failed, why)
+            }
+            Err(e) => lost(Some(host.clone()), LossKind::Silent, e.to_string()),
         };
         if events.send(event).is_err() || over {
             return;

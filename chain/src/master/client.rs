@@ -5,13 +5,14 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use checkpoint::RequestId;
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::server::{ANSWER_LIMIT, Answer, REQUEST_LIMIT, Request, receive, send};
-use super::{Command, Master, MasterError, Snapshot};
-use crate::view::VmRecord;
+use super::server::{ANSWER_LIMIT, Answer, Question, REQUEST_LIMIT, receive, send};
+use super::{Master, MasterError, Reply, Request, Snapshot, Wanted};
 
-/// Every command is idempotent (see [`super::MasterState::apply`]), so a broken connection is tried once more.
+/// A request is carried out once however often it is sent (see [`super::MasterState::answer`]), so a broken connection is
+/// tried once more.
 const TRIES: u32 = 2;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// If there is another one to try.
@@ -27,9 +28,18 @@ const UNACKNOWLEDGED_MS: u32 = 1000;
 #[derive(Debug)]
 pub struct RemoteMaster {
     addresses: Vec<SocketAddr>,
+    patience: Duration,
     proposals: Mutex<Connection>,
     watches: Mutex<Connection>,
     reads: Mutex<Connection>,
+}
+
+/// Why one address did not answer as hoped.
+enum Trouble {
+    /// Nothing was done.
+    No(MasterError),
+    /// The request may have been carried out, or may be yet.
+    Maybe(String),
 }
 
 #[derive(Debug, Default)]
@@ -55,29 +65,51 @@ impl RemoteMaster {
         assert!(!addresses.is_empty(), "a master has an address");
         Self {
             addresses: addresses.to_vec(),
+            patience: ANSWER_TIMEOUT,
             proposals: Mutex::default(),
             watches: Mutex::default(),
             reads: Mutex::default(),
         }
     }
 
-    /// Asks one after the other until one decides.
+    /// How long an answer may take, beyond a watch's own waiting, before it is given up.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Asks one after the other until one decides. `id` is that of the request, if it is one that changes something.
     fn call(
         &self,
         connection: &Mutex<Connection>,
-        request: &Request,
+        question: &Question,
+        id: Option<RequestId>,
         wait: Duration,
     ) -> Result<(SocketAddr, Answer), MasterError> {
         let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut errors = Vec::new();
+        let (mut errors, mut doubts) = (Vec::new(), Vec::new());
         for _ in 0..self.addresses.len() {
             let addr = self.addresses[connection.at];
-            match self.call_at(addr, &mut connection.stream, request, wait) {
+            match self.call_at(addr, &mut connection.stream, question, wait) {
                 Ok(answer) => return Ok((addr, answer)),
-                Err(e) => errors.push(e),
+                Err(Trouble::No(e)) => errors.push(e),
+                Err(Trouble::Maybe(why)) if id.is_some() => doubts.push((addr, why)),
+                Err(Trouble::Maybe(why)) => errors.push(MasterError::Engine { addr, why }),
             }
+            // Closed, so that what was given up here is not carried out there.
             connection.stream = None;
             connection.at = (connection.at + 1) % self.addresses.len();
+        }
+        if let (Some(id), false) = (id, doubts.is_empty()) {
+            let doubts = doubts
+                .iter()
+                .map(|(addr, why)| format!("the master at {addr}: {why}"));
+            let all: Vec<String> = doubts
+                .chain(errors.iter().map(ToString::to_string))
+                .collect();
+            let why = all.join("; ");
+            return Err(MasterError::Unknown { id, why });
         }
         if errors.len() > 1 {
             return Err(MasterError::Several(errors));
@@ -89,9 +121,10 @@ impl RemoteMaster {
         &self,
         addr: SocketAddr,
         connection: &mut Option<TcpStream>,
-        request: &Request,
+        question: &Question,
         wait: Duration,
-    ) -> Result<Answer, MasterError> {
+    ) -> Result<Answer, Trouble> {
+        let mut maybe = false;
         let mut why = String::new();
         // Only an old connection is worth a second try where another master can be tried instead.
         let tries = if self.addresses.len() > 1 && connection.is_none() {
@@ -100,31 +133,43 @@ impl RemoteMaster {
             TRIES
         };
         for _ in 0..tries {
-            match self.attempt(addr, connection, request, wait) {
-                Ok(Answer::Failed(why)) => return Err(MasterError::Engine { addr, why }),
+            let stream = match connection {
+                Some(stream) => stream,
+                None => match self.connect(addr) {
+                    Ok(stream) => connection.insert(stream),
+                    Err(e) => {
+                        why = e.to_string();
+                        continue;
+                    }
+                },
+            };
+            match self.exchange(stream, question, wait) {
+                Ok(Answer::Failed(why)) => {
+                    return Err(Trouble::No(MasterError::Engine { addr, why }));
+                }
+                Ok(Answer::Unknown(why)) => return Err(Trouble::Maybe(why)),
                 Ok(answer) => return Ok(answer),
                 Err(e) => {
                     *connection = None;
+                    maybe = true;
                     why = e.to_string();
                 }
             }
         }
-        Err(MasterError::Unreachable { addr, why })
+        if maybe {
+            return Err(Trouble::Maybe(format!("no answer: {why}")));
+        }
+        Err(Trouble::No(MasterError::Unreachable { addr, why }))
     }
 
-    fn attempt(
+    fn exchange(
         &self,
-        addr: SocketAddr,
-        connection: &mut Option<TcpStream>,
-        request: &Request,
+        stream: &TcpStream,
+        question: &Question,
         wait: Duration,
     ) -> io::Result<Answer> {
-        let stream = match connection {
-            Some(stream) => stream,
-            None => connection.insert(self.connect(addr)?),
-        };
-        stream.set_read_timeout(Some(wait + ANSWER_TIMEOUT))?;
-        send(stream, request, REQUEST_LIMIT)?;
+        stream.set_read_timeout(Some(wait + self.patience))?;
+        send(stream, question, REQUEST_LIMIT)?;
         receive(stream, ANSWER_LIMIT)
     }
 
@@ -148,17 +193,20 @@ impl RemoteMaster {
 }
 
 impl Master for RemoteMaster {
-    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
-        let request = Request::Propose(command.clone());
-        match self.call(&self.proposals, &request, Duration::ZERO)? {
-            (_, Answer::Record(record)) => Ok(*record),
+    fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
+        if !wanted.still() {
+            return Err(MasterError::GivenUp);
+        }
+        let question = Question::Request(Box::new(request.clone()));
+        match self.call(&self.proposals, &question, Some(request.id), Duration::ZERO)? {
+            (_, Answer::Reply(reply)) => Ok(reply),
             (_, Answer::Rejected(rejection)) => Err(rejection.into()),
             (addr, other) => Err(unexpected(addr, &other)),
         }
     }
 
     fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {
-        let request = Request::Watch {
+        let question = Question::Watch {
             since,
             timeout_ms: timeout.as_millis() as u64,
         };
@@ -166,7 +214,7 @@ impl Master for RemoteMaster {
             true => &self.reads,
             false => &self.watches,
         };
-        match self.call(connection, &request, timeout)? {
+        match self.call(connection, &question, None, timeout)? {
             (_, Answer::Snapshot(snapshot)) => Ok(snapshot),
             (addr, other) => Err(unexpected(addr, &other)),
         }
@@ -174,7 +222,7 @@ impl Master for RemoteMaster {
 }
 
 fn unexpected(addr: SocketAddr, answer: &Answer) -> MasterError {
-    MasterError::Unreachable {
+    MasterError::Engine {
         addr,
         why: format!("unexpected answer {answer:?}"),
     }

@@ -1,26 +1,26 @@
 //! The single-node engine: the state in one file, replaced atomically.
 //!
 //! ```text
-//! | magic "UMASTER2" | length u32 | CRC32C u32 | bincode MasterState |      all little endian
+//! | magic "UMASTER3" | length u32 | CRC32C u32 | bincode MasterState |      all little endian
 //! ```
 //!
 //! A change is decided once the new file is synced and renamed over the old one and the directory is synced. A failed
-//! sync leaves unknown what is on the disk: the engine then stops deciding for good.
+//! sync leaves unknown what is on the disk: the engine then stops deciding for good. While there is no room for the new
+//! file, changes are refused.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use checkpoint::codec;
+use checkpoint::{ClusterId, codec};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Command, Master, MasterError, MasterState, Snapshot};
-use crate::view::VmRecord;
+use super::record::{OsFiles, RecordFile, StoreError};
+use super::{Begin, Master, MasterError, MasterState, Reply, Request, Snapshot, Wanted};
 
-const MAGIC: &[u8; 8] = b"UMASTER2";
+const MAGIC: &[u8; 8] = b"UMASTER3";
 const HEADER: usize = 16;
 const LIMIT: usize = 64 << 20;
 
@@ -36,17 +36,23 @@ pub struct LocalMaster {
 
 #[derive(Debug)]
 struct Inner {
+    file: RecordFile,
     state: MasterState,
+    /// Why there was no room for the last record that was to be written.
+    no_room: Option<String>,
     poisoned: Option<String>,
 }
 
 impl LocalMaster {
-    /// Opens the record `master.record` in `dir`, or begins with none.
+    /// The record's name in its directory.
+    pub const RECORD: &str = RECORD;
+
+    /// Opens the record `master.record` in `dir`; where there is none, `begin` says whether one may be begun.
     ///
     /// # Errors
-    /// [`MasterError::Storage`] if the record is damaged or cannot be read: a master that forgot its decisions could
+    /// [`MasterError::NotBegun`] if there is no record and none may be begun. [`MasterError::Storage`] if the record is damaged or cannot be read: a master that forgot its decisions could
     /// give a VM to two owners, so it does not start. [`MasterError::InUse`] if another process decides from it.
-    pub fn open(dir: &Path) -> Result<Self, MasterError> {
+    pub fn open(dir: &Path, begin: Begin) -> Result<Self, MasterError> {
         let path = dir.join(RECORD);
         let fail = |why: String| MasterError::Storage {
             path: path.clone(),
@@ -60,35 +66,50 @@ impl LocalMaster {
                 why: "it is that of one of several members of a master: what they decided would be forgotten; name `[master] members` as before, or remove it only if no VM of this cluster runs".into(),
             });
         }
-        let state = match fs::read(&path) {
-            Ok(bytes) => parse(&bytes).map_err(|why| {
+        let mut file = RecordFile::new(Box::new(OsFiles), dir, RECORD);
+        let state = match file.load().map_err(|e| fail(e.to_string()))? {
+            Some(bytes) => parse(&bytes).map_err(|why| {
                 fail(format!("{why}; restore it from a backup, or remove it only if no VM of this cluster runs"))
             })?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => MasterState::default(),
+            None if begin == Begin::Existing => {
+                let place = path.display().to_string();
+                return Err(MasterError::NotBegun { place });
+            }
+            None => MasterState::new(ClusterId::random()),
+        };
+        // The first record; afterwards what was read may be in the page cache only.
+        let bytes = encode(&state).map_err(fail)?;
+        let no_room = match file.store(&bytes) {
+            Ok(()) => None,
+            // The old one is there.
+            Err(e @ StoreError::NoRoom(_)) if path.exists() => Some(e.to_string()),
             Err(e) => return Err(fail(e.to_string())),
         };
         Ok(Self {
             _lock: lock,
             path,
             inner: Mutex::new(Inner {
+                file,
                 state,
+                no_room,
                 poisoned: None,
             }),
             changed: Condvar::new(),
         })
     }
 
-    fn store(&self, state: &MasterState) -> io::Result<()> {
-        let body = codec::to_bytes(state, LIMIT).map_err(io::Error::other)?;
-        let temporary = self.path.with_extension("new");
-        let mut file = File::create(&temporary)?;
-        file.write_all(MAGIC)?;
-        file.write_all(&(body.len() as u32).to_le_bytes())?;
-        file.write_all(&crc32c::crc32c(&body).to_le_bytes())?;
-        file.write_all(&body)?;
-        file.sync_data()?;
-        fs::rename(&temporary, &self.path)?;
-        File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    /// Whose decisions these are.
+    #[must_use]
+    pub fn cluster(&self) -> ClusterId {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.state.cluster()
+    }
+
+    fn no_room(&self, why: &str) -> MasterError {
+        MasterError::NoRoom {
+            path: self.path.clone(),
+            why: why.to_string(),
+        }
     }
 
     fn storage(&self, why: &str) -> MasterError {
@@ -123,10 +144,23 @@ pub(super) fn lock_dir(dir: &Path, path: &Path) -> Result<Flock<File>, MasterErr
     Ok(lock)
 }
 
+fn encode(state: &MasterState) -> Result<Vec<u8>, String> {
+    let body = codec::to_bytes(state, LIMIT).map_err(|e| e.to_string())?;
+    let mut out = Vec::with_capacity(HEADER + body.len());
+    out.extend_from_slice(MAGIC);
+    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+    out.extend_from_slice(&body);
+    Ok(out)
+}
+
 fn parse(bytes: &[u8]) -> Result<MasterState, String> {
     let (header, body) = bytes.split_at_checked(HEADER).ok_or("it is cut off")?;
     if header.starts_with(&MAGIC[..7]) && header[7] != MAGIC[7] {
-        return Err("it was written by another version of this program".into());
+        return Err(
+            "it was written by another version of understudy: run that one, or, to begin a new cluster with this one, stop all VMs, move the data directories away and use `understudy init`"
+                .into(),
+        );
     }
     if &header[..8] != MAGIC {
         return Err("it is not a master's record".into());
@@ -141,25 +175,45 @@ fn parse(bytes: &[u8]) -> Result<MasterState, String> {
 }
 
 impl Master for LocalMaster {
-    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
+    fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(why) = &inner.poisoned {
             return Err(self.storage(why));
         }
+        // Asked with the lock held: a decision that the disk delays must not make those behind it come too late.
+        if !wanted.still() {
+            return Err(MasterError::GivenUp);
+        }
         let mut next = inner.state.clone();
-        let record = next.apply(command)?;
-        if next != inner.state {
-            if let Err(e) = self.store(&next) {
-                let why = format!(
-                    "{e}; it is unknown what is on the disk, so this master has stopped deciding"
-                );
-                inner.poisoned = Some(why.clone());
-                return Err(self.storage(&why));
+        let reply = next.answer(request);
+        if next.has_decided_since(&inner.state) {
+            let bytes = encode(&next).map_err(|why| self.storage(&why))?;
+            match inner.file.store(&bytes) {
+                Ok(()) => inner.no_room = None,
+                Err(e @ StoreError::NoRoom(_)) => {
+                    inner.no_room = Some(e.to_string());
+                    return Err(self.no_room(&e.to_string()));
+                }
+                Err(e) => {
+                    let why = format!("{e}, so this master has stopped deciding");
+                    inner.poisoned = Some(why.clone());
+                    return Err(MasterError::Unknown {
+                        id: request.id,
+                        why: self.storage(&why).to_string(),
+                    });
+                }
             }
-            inner.state = next;
             self.changed.notify_all();
         }
-        Ok(record)
+        inner.state = next;
+        Ok(reply?)
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let poisoned = inner.poisoned.as_ref().map(|why| self.storage(why));
+        let no_room = inner.no_room.as_ref().map(|why| self.no_room(why));
+        poisoned.or(no_room).map(|e| e.to_string())
     }
 
     fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {
@@ -185,8 +239,9 @@ impl Master for LocalMaster {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::VmShape;
-    use checkpoint::HostId;
+    use crate::master::Command;
+    use crate::view::{Life, VmShape};
+    use checkpoint::{HostId, VmId};
 
     fn register(name: &str) -> Command {
         let shape = VmShape {
@@ -197,21 +252,26 @@ mod tests {
             config_toml: "x".repeat(100),
         };
         Command::Register {
+            vm: VmId(name.bytes().fold(1, |n, b| n * 31 + u128::from(b))),
             name: name.into(),
             owner: HostId::new("a").unwrap(),
             shape,
+            life: Life::On,
         }
     }
 
     #[test]
     fn decisions_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         master.propose(&register("one")).unwrap();
         let before = master.read().unwrap();
         drop(master);
         assert_eq!(
-            LocalMaster::open(dir.path()).unwrap().read().unwrap(),
+            LocalMaster::open(dir.path(), Begin::New)
+                .unwrap()
+                .read()
+                .unwrap(),
             before
         );
     }
@@ -219,7 +279,7 @@ mod tests {
     #[test]
     fn a_damaged_record_is_never_taken_for_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
-        LocalMaster::open(dir.path())
+        LocalMaster::open(dir.path(), Begin::New)
             .unwrap()
             .propose(&register("one"))
             .unwrap();
@@ -229,30 +289,33 @@ mod tests {
             let mut bad = good.clone();
             bad[at] ^= 0x10;
             fs::write(&path, &bad).unwrap();
-            let error = LocalMaster::open(dir.path())
+            let error = LocalMaster::open(dir.path(), Begin::New)
                 .expect_err("damage must be found")
                 .to_string();
             assert!(error.contains("master.record"), "{error}");
             fs::write(&path, &good[..at]).unwrap();
-            assert!(LocalMaster::open(dir.path()).is_err(), "cut at {at}");
+            assert!(
+                LocalMaster::open(dir.path(), Begin::New).is_err(),
+                "cut at {at}"
+            );
         }
     }
 
     #[test]
     fn what_a_crash_left_half_written_counts_for_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         master.propose(&register("one")).unwrap();
         let before = master.read().unwrap();
         drop(master);
         let good = fs::read(dir.path().join("master.record")).unwrap();
         for cut in 0..good.len() {
             fs::write(dir.path().join("master.new"), &good[..cut]).unwrap();
-            let master = LocalMaster::open(dir.path()).unwrap();
+            let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
             assert_eq!(master.read().unwrap(), before);
         }
         // And the next decision is taken over it.
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         master.propose(&register("two")).unwrap();
         assert_eq!(master.read().unwrap().records.len(), 2);
     }
@@ -260,23 +323,23 @@ mod tests {
     #[test]
     fn i4_only_one_engine_decides_from_a_record() {
         let dir = tempfile::tempdir().unwrap();
-        let first = LocalMaster::open(dir.path()).unwrap();
-        let error = LocalMaster::open(dir.path()).unwrap_err();
+        let first = LocalMaster::open(dir.path(), Begin::New).unwrap();
+        let error = LocalMaster::open(dir.path(), Begin::New).unwrap_err();
         assert!(matches!(error, MasterError::InUse { .. }), "{error}");
         assert!(error.to_string().contains("data directory"), "{error}");
         drop(first);
-        LocalMaster::open(dir.path()).unwrap();
+        LocalMaster::open(dir.path(), Begin::New).unwrap();
     }
 
     #[test]
     fn a_failed_write_stops_the_master_for_good() {
         let dir = tempfile::tempdir().unwrap();
-        let master = LocalMaster::open(dir.path()).unwrap();
+        let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         // A directory in the temporary file's place makes the write fail, also for root.
         fs::create_dir(dir.path().join("master.new")).unwrap();
         assert!(matches!(
             master.propose(&register("one")),
-            Err(MasterError::Storage { .. })
+            Err(MasterError::Unknown { .. })
         ));
         fs::remove_dir(dir.path().join("master.new")).unwrap();
         assert!(matches!(

@@ -2,108 +2,36 @@
 //! [`PaxosMaster`] for several, and with feature `etcd` one that keeps its decisions there.
 
 mod client;
+mod command;
 #[cfg(feature = "etcd")]
 mod etcd;
+mod follower;
 mod local;
 mod paxos;
+mod record;
 mod server;
 mod state;
+mod wanted;
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use checkpoint::{Generation, HostId, VmId};
-use serde::{Deserialize, Serialize};
+use checkpoint::{HostId, HostUuid, RequestId};
 
 pub use client::RemoteMaster;
+pub use command::{
+    Begin, Command, DisksFrom, HostRecord, Order, Outcome, Reply, Request, Snapshot,
+};
 #[cfg(feature = "etcd")]
 pub use etcd::{EtcdMaster, EtcdOptions};
+pub use follower::{Followed, Follower};
 pub use local::LocalMaster;
 pub use paxos::PaxosMaster;
 pub use server::MasterServer;
-pub use state::{MasterState, Rejection};
+pub use state::{CHAIN_MAX, MasterState, Rejection};
+pub use wanted::Wanted;
 
-use crate::mark::Mark;
-use crate::view::{Member, VmRecord, VmShape};
-
-/// A change asked of the master. Each names the generation it is based on: compare-and-set.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Command {
-    /// A new VM, owned by `owner`, not protected.
-    Register {
-        /// Its name, free so far.
-        name: String,
-        /// Its first owner.
-        owner: HostId,
-        /// What a replica needs.
-        shape: VmShape,
-    },
-    /// The owner's wish for another chain; empty: not protected any more.
-    Reconfigure {
-        /// The VM.
-        vm: VmId,
-        /// The generation it is based on.
-        expect: Generation,
-        /// The owner, who alone may ask.
-        by: HostId,
-        /// The new chain, head first. In place it is what is left of the old one in its order, and perhaps the
-        /// replica that was joining at its end.
-        chain: Vec<Member>,
-        /// A replica for the tail to fill; no member of the chain.
-        joining: Option<Member>,
-        /// Begin anew: what replicas hold does not count any more, because output may flow before the chain is filled.
-        /// Otherwise the owner goes on holding and the chain goes on from what it has.
-        anew: bool,
-    },
-    /// A replica asks for ownership. The replicas after it stay; those before it may hold more than it has, which is no
-    /// part of the VM's history any more.
-    TakeOver {
-        /// The VM.
-        vm: VmId,
-        /// The generation it is based on.
-        expect: Generation,
-        /// A member of that generation's chain, frozen.
-        by: HostId,
-        /// The checkpoint it resumes from.
-        at: Mark,
-    },
-    /// The owner ends the VM.
-    Remove {
-        /// The VM.
-        vm: VmId,
-        /// The generation it is based on.
-        expect: Generation,
-        /// The owner.
-        by: HostId,
-    },
-    /// An administrator chooses the hosts that the VM is to have as backups from now on. Changes nothing at once.
-    Choose {
-        /// The VM.
-        vm: VmId,
-        /// The owner.
-        by: HostId,
-        /// The others.
-        backups: Vec<HostId>,
-    },
-    /// Nobody can resume the VM any more: `by`, the owner or a member of the chain, boots it from its own disks. From
-    /// here on no checkpoint and no other disk counts.
-    Restart {
-        /// The VM.
-        vm: VmId,
-        /// The generation it is based on.
-        expect: Generation,
-        /// Who boots it.
-        by: HostId,
-    },
-}
-
-/// What has been decided.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Snapshot {
-    /// Raised by every change.
-    pub revision: u64,
-    /// All VMs.
-    pub records: Vec<VmRecord>,
-}
+use crate::view::VmRecord;
 
 /// Why the master did not answer as hoped.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +39,34 @@ pub enum MasterError {
     /// The change was refused; nothing has changed.
     #[error(transparent)]
     Rejected(#[from] Rejection),
-    /// The master cannot be reached: nothing is known of the change.
+    /// It may have been carried out, or not: [`Master::outcome`] says which.
+    #[error("unknown whether it was done: {why} (request {id}: ask again)")]
+    Unknown {
+        /// The request.
+        id: RequestId,
+        /// Why nothing is known.
+        why: String,
+    },
+    /// It was done before.
+    #[error(
+        "the change was done, as revision {revision}, but later ones hide what was answered; ask for the VM's record"
+    )]
+    Superseded {
+        /// The master's revision then.
+        revision: u64,
+    },
+    /// Whoever asked does not wait any more: nothing was done.
+    #[error("whoever asked has given up")]
+    GivenUp,
+    /// There is no record, and none may be begun.
+    #[error(
+        "there is no master's record {place}: it has been lost, or what it is on is not mounted. A new cluster is begun by order only, with `understudy init`; a cluster that exists needs its record back"
+    )]
+    NotBegun {
+        /// Where it should be.
+        place: String,
+    },
+    /// The master cannot be reached: nothing was asked of it.
     #[error(
         "the master at {addr} does not answer: {why} (is its agent running, and is `master.connect` in host.toml right?)"
     )]
@@ -143,6 +98,14 @@ pub enum MasterError {
     /// The master's storage failed: it has stopped deciding.
     #[error("the master's record {path}: {why}")]
     Storage {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// There is no room for the master's record: it decides nothing until there is.
+    #[error("the master's record {path}: {why}")]
+    NoRoom {
         /// The file.
         path: std::path::PathBuf,
         /// Why.
@@ -195,11 +158,13 @@ fn majority(answering: usize, members: usize) -> String {
 
 /// An engine. Decisions are linearizable: a proposal that was answered is seen by every later read.
 pub trait Master: Send + Sync {
-    /// Decides on a change; returns the VM's record after it.
+    /// Carries a request out, if it is `wanted` still when its turn comes; one that was answered before is answered the
+    /// same and not carried out again.
     ///
     /// # Errors
-    /// [`MasterError::Rejected`] if it does not fit what has been decided meanwhile.
-    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError>;
+    /// [`MasterError::Rejected`] if it does not fit what has been decided meanwhile. [`MasterError::Unknown`] if it may have
+    /// been carried out and may not.
+    fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError>;
 
     /// Everything decided so far, once its revision exceeds `since`; after `timeout` whatever it is.
     ///
@@ -212,6 +177,11 @@ pub trait Master: Send + Sync {
         true
     }
 
+    /// What keeps it from deciding here, in words; `None`: nothing that it knows of.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+
     /// Everything decided so far.
     ///
     /// # Errors
@@ -219,4 +189,64 @@ pub trait Master: Send + Sync {
     fn read(&self) -> Result<Snapshot, MasterError> {
         self.watch(0, Duration::ZERO)
     }
+
+    /// Decides on a change; returns the VM's record after it.
+    ///
+    /// # Errors
+    /// As [`Master::request`].
+    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
+        let request = Request::new(Order::Vm(command.clone()));
+        match self.request(&request, &Wanted::always())? {
+            Reply::Vm(record) => Ok(*record),
+            Reply::Done { revision } => Err(MasterError::Superseded { revision }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Makes a host known, under an identity of its own.
+    ///
+    /// # Errors
+    /// [`Rejection::HostTaken`] if another has that name; else as [`Master::request`].
+    fn enroll(
+        &self,
+        host: &HostId,
+        id: HostUuid,
+        addr: SocketAddr,
+    ) -> Result<HostRecord, MasterError> {
+        let host = host.clone();
+        self.about_host(Order::Enroll { host, id, addr })
+    }
+
+    /// A host is gone for good: another may take its name. Returns what it was.
+    ///
+    /// # Errors
+    /// [`Rejection::UnknownHost`]; else as [`Master::request`].
+    fn forget(&self, host: &HostId) -> Result<HostRecord, MasterError> {
+        self.about_host(Order::Forget { host: host.clone() })
+    }
+
+    #[doc(hidden)]
+    fn about_host(&self, order: Order) -> Result<HostRecord, MasterError> {
+        match self.request(&Request::new(order), &Wanted::always())? {
+            Reply::Host(record) => Ok(record),
+            Reply::Done { revision } => Err(MasterError::Superseded { revision }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What became of a request. If it has not been carried out, it never will be.
+    ///
+    /// # Errors
+    /// As [`Master::request`].
+    fn outcome(&self, request: RequestId) -> Result<Outcome, MasterError> {
+        let ask = Request::new(Order::Settle { request });
+        match self.request(&ask, &Wanted::always())? {
+            Reply::Outcome(outcome) => Ok(outcome),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+fn unexpected(reply: &Reply) -> MasterError {
+    MasterError::Stopped(format!("unexpected answer {reply:?}"))
 }

@@ -13,8 +13,7 @@ use std::time::Duration;
 use checkpoint::codec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{Command, Master, MasterError, Rejection, Snapshot};
-use crate::view::VmRecord;
+use super::{Master, MasterError, Rejection, Reply, Request, Snapshot, Wanted};
 
 /// Longest request in bytes: a VM's configuration and little else. Every connection may make the master hold one.
 pub(super) const REQUEST_LIMIT: usize = 1 << 20;
@@ -27,17 +26,20 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 const WATCH_MAX_MS: u64 = 10_000;
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Request {
-    Propose(Command),
+pub(super) enum Question {
+    Request(Box<Request>),
     Watch { since: u64, timeout_ms: u64 },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Answer {
-    Record(Box<VmRecord>),
+    Reply(Reply),
     Rejected(Rejection),
     Snapshot(Snapshot),
+    /// Nothing was done, nothing is known.
     Failed(String),
+    /// It may have been done.
+    Unknown(String),
 }
 
 /// Serves an engine.
@@ -56,7 +58,20 @@ impl MasterServer {
             addr,
             why: why.to_string(),
         };
-        let listener = TcpListener::bind(addr).map_err(fail)?;
+        Self::on(TcpListener::bind(addr).map_err(fail)?, engine)
+    }
+
+    /// Serves `engine` to whoever connects, or has connected, to `listener`, until the process ends.
+    ///
+    /// # Errors
+    /// [`MasterError::Bind`].
+    pub fn on(listener: TcpListener, engine: Arc<dyn Master>) -> Result<Self, MasterError> {
+        let addr = listener.local_addr();
+        let addr = addr.unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+        let fail = |why: io::Error| MasterError::Bind {
+            addr,
+            why: why.to_string(),
+        };
         let bound = listener.local_addr().map_err(fail)?;
         std::thread::Builder::new()
             .name("master".into())
@@ -79,7 +94,7 @@ impl MasterServer {
                     let spawned = std::thread::Builder::new()
                         .name("master-conn".into())
                         .spawn(move || {
-                            if let Err(e) = serve(&stream, engine.as_ref())
+                            if let Err(e) = serve(&Arc::new(stream), engine.as_ref())
                                 && e.kind() != io::ErrorKind::UnexpectedEof
                             {
                                 tracing::debug!("master connection: {e}");
@@ -102,24 +117,37 @@ impl MasterServer {
     }
 }
 
-fn serve(stream: &TcpStream, engine: &dyn Master) -> io::Result<()> {
+fn serve(stream: &Arc<TcpStream>, engine: &dyn Master) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(Duration::from_secs(10)))?;
     loop {
-        let answer = match receive::<Request>(stream, REQUEST_LIMIT)? {
-            Request::Propose(command) => match engine.propose(&command) {
-                Ok(record) => Answer::Record(Box::new(record)),
-                Err(MasterError::Rejected(rejection)) => Answer::Rejected(rejection),
-                Err(e) => Answer::Failed(e.to_string()),
-            },
-            Request::Watch { since, timeout_ms } => {
+        let answer = match receive::<Question>(stream, REQUEST_LIMIT)? {
+            Question::Request(request) => {
+                match engine.request(&request, &Wanted::by(stream.clone())) {
+                    Ok(reply) => Answer::Reply(reply),
+                    Err(e) => failed(e),
+                }
+            }
+            Question::Watch { since, timeout_ms } => {
                 match engine.watch(since, Duration::from_millis(timeout_ms.min(WATCH_MAX_MS))) {
                     Ok(snapshot) => Answer::Snapshot(snapshot),
-                    Err(e) => Answer::Failed(e.to_string()),
+                    Err(e) => failed(e),
                 }
             }
         };
         send(stream, &answer, ANSWER_LIMIT)?;
+    }
+}
+
+fn failed(error: MasterError) -> Answer {
+    match error {
+        MasterError::Rejected(rejection) => Answer::Rejected(rejection),
+        // What was proposed may be decided yet, and what could not be synced may be on the disk.
+        e @ (MasterError::Unknown { .. }
+        | MasterError::NoDecision { .. }
+        | MasterError::Stopped(_)
+        | MasterError::Etcd(_)) => Answer::Unknown(e.to_string()),
+        e => Answer::Failed(e.to_string()),
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Event {
         epoch: Epoch,
         /// What it is applied to.
         base: Base,
+        /// From the end of the epoch before on the owner's output is held.
+        held: bool,
     },
     /// Part of a checkpoint: pages, disk writes, machine state.
     Data {
@@ -113,6 +115,8 @@ pub enum Event {
         /// Milliseconds, on any clock that only grows.
         now_ms: u64,
     },
+    /// The takeover that the replica froze for was not granted, and the configuration has not changed.
+    Unfreeze,
     /// One heartbeat's time has passed.
     Tick {
         /// Milliseconds, on the same clock.
@@ -144,6 +148,12 @@ pub enum Action {
     SayComplete(Epoch),
     /// The successor cannot go on from what it holds: tell the predecessor, end the connection.
     Unfit(String),
+    /// End the connection to the next replica, if there is one, and make it again: what it said meanwhile was not heeded,
+    /// and a new connection begins with it.
+    AskNext,
+    /// End the connection to the predecessor: what it sent meanwhile was not taken. It connects again, is told what this
+    /// replica holds, and sends what is missing.
+    AskPrevious,
     /// Fill the joining replica, then say [`Event::JoinerFed`].
     Feed,
     /// Tell the owner that the joining replica has everything and can become the tail.
@@ -186,7 +196,7 @@ pub enum State {
     Offline,
     /// Being filled by the tail, or just made a member and not sure to have everything acknowledged so far.
     Joining,
-    /// A member that holds no checkpoint of this history yet.
+    /// A member that holds no checkpoint of this history yet, or none before which the owner began to hold its output.
     Syncing,
     /// Could resume the VM.
     Serving,
@@ -215,6 +225,9 @@ pub enum FreezeError {
     /// It is empty, or being filled.
     #[error("this replica holds no complete checkpoint")]
     Empty,
+    /// The chain has just begun: the owner lets output out that this checkpoint does not know of.
+    #[error("this replica holds checkpoint {0}, but the VM's output was not held yet then")]
+    Flowing(Mark),
     /// Not a member, or not for long enough.
     #[error(
         "this replica holds checkpoint {0}, but it is still joining: newer ones may have been acknowledged without it"

@@ -6,46 +6,7 @@ use checkpoint::{Epoch, Generation};
 
 use super::{Action, Replica};
 use crate::mark::Mark;
-
-/// What was processed here and not acknowledged by those after this replica.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub(super) struct Sent {
-    /// What the first one is applied to.
-    base: Option<Mark>,
-    marks: VecDeque<Mark>,
-}
-
-impl Sent {
-    /// Nothing after `base` yet.
-    pub(super) fn after(base: Mark) -> Self {
-        Self {
-            base: Some(base),
-            marks: VecDeque::new(),
-        }
-    }
-
-    pub(super) fn push(&mut self, mark: Mark) {
-        self.marks.push_back(mark);
-    }
-
-    pub(super) fn range(&self) -> Option<(Epoch, Epoch)> {
-        Some((self.marks.front()?.epoch, self.marks.back()?.epoch))
-    }
-
-    /// Whether everything after `mark` is kept.
-    fn reaches(&self, mark: Mark) -> bool {
-        self.base == Some(mark) || self.marks.contains(&mark)
-    }
-
-    fn trim(&mut self, epoch: Epoch) -> bool {
-        let before = self.marks.len();
-        while let Some(first) = self.marks.front().filter(|mark| mark.epoch <= epoch) {
-            self.base = Some(*first);
-            self.marks.pop_front();
-        }
-        self.marks.len() < before
-    }
-}
+use crate::sent::Sent;
 
 impl Replica {
     /// Whether what is processed has to be kept for the next replica.
@@ -80,8 +41,11 @@ impl Replica {
             return;
         };
         // A tail keeps nothing before somebody joins: what is half received cannot be passed on from its beginning.
-        let from_here = holds == Some(hist) && (self.open.is_none() || !joiner);
-        match holds.filter(|holds| from_here || (!joiner && self.sent.reaches(*holds))) {
+        let after = match joiner {
+            true => holds.filter(|holds| *holds == hist && self.open.is_none()),
+            false => self.sent.goes_on_from(Some(hist), holds),
+        };
+        match after {
             Some(after) => {
                 if joiner {
                     self.sent = Sent::after(hist);
@@ -89,7 +53,7 @@ impl Replica {
                 }
                 self.linked = true;
                 actions.push_back(Action::Resend { after });
-                if !joiner && self.is_complete() {
+                if !joiner && self.has_everything() {
                     actions.push_back(Action::SayComplete(hist.epoch));
                 }
             }

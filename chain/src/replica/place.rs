@@ -1,8 +1,10 @@
 //! A replica's place: which configuration it follows, and what of its past counts in it.
 
+use std::collections::VecDeque;
+
 use checkpoint::HostId;
 
-use super::{FreezeError, Part, Replica, Sent, Silence};
+use super::{Action, FreezeError, Missed, Part, Replica, Sent, Silence};
 use crate::mark::Mark;
 use crate::view::View;
 
@@ -26,7 +28,7 @@ impl Replica {
         if holds.generation >= since {
             back.complete_in = Some(holds.generation);
         }
-        if back.is_tail() && back.is_complete() {
+        if back.is_tail() && back.has_everything() {
             back.acked = Some(holds.epoch);
         }
         back.silence.heard = true;
@@ -58,7 +60,7 @@ impl Replica {
         self.place(view);
         self.open = None;
         self.frozen = false;
-        self.lost = false;
+        self.missed_while_frozen = Missed::default();
         self.linked = false;
         self.joiner_target = None;
         let last_ms = self.silence.last_ms;
@@ -74,7 +76,7 @@ impl Replica {
                 self.sent = Sent::default();
             }
             Some(mark) => {
-                if self.is_tail() && self.is_complete() {
+                if self.is_tail() && self.has_everything() {
                     // Nobody is left who has to process it still.
                     self.acked = Some(mark.epoch);
                 }
@@ -105,21 +107,39 @@ impl Replica {
             return Err(FreezeError::Failed(failure.why.clone()));
         }
         let held = self.hist.ok_or(FreezeError::Empty)?;
-        if !self.is_complete() {
+        if !self.has_everything() {
             return Err(FreezeError::Joining(held));
         }
+        if !self.holds_output() {
+            return Err(FreezeError::Flowing(held));
+        }
         self.frozen = true;
-        self.lost |= self.open.take().is_some();
+        self.missed_while_frozen.sent |= self.open.take().is_some();
         Ok(held)
     }
 
-    /// The takeover was refused and the configuration has not changed: go on as before. What arrived meanwhile is
-    /// lost; the replica then declares itself failed, with the next tick or the next checkpoint, and never guesses. (It
-    /// cannot wait for that checkpoint: an owner whose checkpoints are not acknowledged sends no more.)
-    pub fn unfreeze(&mut self) {
-        self.frozen = false;
+    /// The takeover was not granted and the configuration has not changed: go on as before. What was not taken
+    /// meanwhile is asked for again, whatever it was: it cannot be waited for, since whoever sent it may be waiting for an
+    /// answer to it and send nothing more.
+    pub(super) fn unfreeze(&mut self, actions: &mut VecDeque<Action>) {
+        if !std::mem::take(&mut self.frozen) {
+            return;
+        }
         self.silence.suspected = false;
         self.silence.ticks = 0;
+        let missed = std::mem::take(&mut self.missed_while_frozen);
+        if self.failure.is_some() {
+            return;
+        }
+        if self.successor().is_some() || self.has_joiner {
+            actions.push_back(Action::AskNext);
+        }
+        if missed.sent {
+            actions.push_back(Action::AskPrevious);
+        }
+        if let Some(epoch) = missed.yielded {
+            self.yielded(epoch, actions);
+        }
     }
 
     /// The driver could not keep what it was told to keep: another successor cannot be brought up to date any more.

@@ -8,7 +8,13 @@ use super::{Action, Base, Open, Part, Replica, Sent, What};
 use crate::mark::Mark;
 
 impl Replica {
-    pub(super) fn begin(&mut self, epoch: Epoch, base: Base, actions: &mut VecDeque<Action>) {
+    pub(super) fn begin(
+        &mut self,
+        epoch: Epoch,
+        base: Base,
+        held: bool,
+        actions: &mut VecDeque<Action>,
+    ) {
         // Within a history epochs only grow, so this one has been processed before: its acknowledgement was lost.
         let duplicate = self.hist.is_some_and(|hist| epoch <= hist.epoch);
         let what = match base {
@@ -30,13 +36,13 @@ impl Replica {
                 What::Install(None)
             }
             Base::On { base, origin } => {
-                if let Some(why) = self.misfit(epoch, base, origin) {
+                if let Some(why) = self.misfit(epoch, base, origin, held) {
                     return self.fail(why, false, actions);
                 }
                 What::Next(origin)
             }
         };
-        let open = Open { epoch, what };
+        let open = Open { epoch, what, held };
         self.open = Some(open);
         if what == What::Duplicate {
             return;
@@ -78,6 +84,7 @@ impl Replica {
                 self.open = Some(Open {
                     epoch: mark.epoch,
                     what: What::Install(Some(mark)),
+                    held: mark.held,
                 });
                 return actions.push_back(Action::Prepare { epoch: mark.epoch });
             }
@@ -97,7 +104,13 @@ impl Replica {
     }
 
     /// Why checkpoint `epoch` on top of `base` does not fit what this replica holds.
-    pub(super) fn misfit(&self, epoch: Epoch, base: Mark, origin: Generation) -> Option<String> {
+    pub(super) fn misfit(
+        &self,
+        epoch: Epoch,
+        base: Mark,
+        origin: Generation,
+        held: bool,
+    ) -> Option<String> {
         let Some(hist) = self.hist else {
             return Some(format!(
                 "checkpoint {epoch} came, but this replica has no full checkpoint to apply it to"
@@ -118,7 +131,13 @@ impl Replica {
             generation: origin,
             epoch,
             digest: 0,
+            held,
         };
+        if base.held && !held {
+            return Some(format!(
+                "checkpoint {epoch} came with its output not held, after checkpoint {base}, whose was"
+            ));
+        }
         if origin < base.generation || origin > self.generation || !self.history.contains(mark) {
             return Some(format!(
                 "checkpoint {mark} cannot follow checkpoint {base} in generation {}",
@@ -132,7 +151,7 @@ impl Replica {
         let Some(mark) = self.name_of_open(digest) else {
             return;
         };
-        let Some(Open { epoch, what }) = self.open.take() else {
+        let Some(Open { epoch, what, .. }) = self.open.take() else {
             return;
         };
         self.hist = Some(mark);

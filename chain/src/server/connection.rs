@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use checkpoint::{Epoch, codec};
 
+use super::env::Env;
+use super::registry::Registry;
 use super::slot::Slot;
-use super::{Shared, lock};
-use crate::link::{HELLO_LIMIT, Hello, Link, Role};
+use crate::greet::{Hello, Role};
+use crate::link::{HELLO_LIMIT, Link};
 use crate::wire::{self, Frame, Kind, Payload, WireError};
 
 /// A peer that does not greet keeps a thread for this long.
@@ -16,17 +18,17 @@ const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Serves one connection to its end. A malformed or hostile peer is logged and cut off; nothing of what it sent before
 /// a complete checkpoint has any effect.
-pub(super) fn serve(shared: &Shared, stream: &TcpStream) {
+pub(super) fn serve(registry: &Registry, stream: &TcpStream) {
     let peer = stream
         .peer_addr()
         .map_or_else(|_| "a peer".to_string(), |a| a.to_string());
-    match run(shared, stream) {
+    match run(registry, stream) {
         Ok(()) | Err(WireError::Closed) => {}
         Err(e) => tracing::warn!("connection from {peer}: {e}"),
     }
 }
 
-fn run(shared: &Shared, mut stream: &TcpStream) -> Result<(), WireError> {
+fn run(registry: &Registry, mut stream: &TcpStream) -> Result<(), WireError> {
     let link = Arc::new(Link::new(stream)?);
     let mut payload = Payload::default();
     stream.set_read_timeout(Some(GREETING_PATIENCE))?;
@@ -37,44 +39,78 @@ fn run(shared: &Shared, mut stream: &TcpStream) -> Result<(), WireError> {
         }
         let hello: Hello = codec::from_bytes(&payload, HELLO_LIMIT)
             .map_err(|_| WireError::Payload(Kind::Hello))?;
-        let slot = lock(&shared.slots).get(&frame.vm).cloned();
-        match slot {
-            Some(slot) if slot.greet(shared, &frame, &hello, &link)? => break (slot, hello.role),
-            Some(_) => {}
-            None => absent(shared, &frame, &link)?,
+        if let Some(slot) = greeted(registry, &frame, &hello, &link)? {
+            break (slot, hello.role);
         }
     };
     stream.set_read_timeout(None)?;
-    let result = frames(shared, &slot, role, stream, &link);
+    let result = frames(&registry.env, &slot, role, stream, &link);
     slot.disconnected(&link);
     result
 }
 
-/// No replica of that VM is here, any more or yet.
-fn absent(shared: &Shared, frame: &Frame, link: &Link) -> Result<(), WireError> {
-    let answer = |kind, generation| Frame {
+/// Answers a greeting; the replica, if the connection stands.
+fn greeted(
+    registry: &Registry,
+    frame: &Frame,
+    hello: &Hello,
+    link: &Arc<Link>,
+) -> Result<Option<Arc<Slot>>, WireError> {
+    let me = &registry.env.options.host;
+    if hello.to != *me {
+        let payload = codec::to_bytes(me, HELLO_LIMIT).unwrap_or_default();
+        link.send(&answer(frame, Kind::Stranger), &payload)?;
+        return Ok(None);
+    }
+    if hello.role == Role::Probe {
+        let alive = registry.alive(frame.vm).to_bytes();
+        link.send(&answer(frame, Kind::Alive), &alive)?;
+        return Ok(None);
+    }
+    match registry.find(frame.vm) {
+        Some(slot) => Ok(slot
+            .greet(&registry.env, frame, hello, link)?
+            .then_some(slot)),
+        None => absent(registry, frame, link).map(|()| None),
+    }
+}
+
+fn answer(to: &Frame, kind: Kind) -> Frame {
+    Frame {
         kind,
-        vm: frame.vm,
-        generation,
+        vm: to.vm,
+        generation: to.generation,
         epoch: Epoch::ZERO,
         flags: 0,
-    };
-    let gone = lock(&shared.gone).get(&frame.vm).copied();
-    if let Some(newer) = gone.filter(|newer| *newer > frame.generation) {
-        return Ok(link.send(&answer(Kind::Refused, newer), &[])?);
     }
-    let host = shared.options.host.clone();
-    let why = match lock(&shared.declined).get(&frame.vm) {
-        Some(why) => format!("cannot stand by: {why}"),
-        None => format!("holds no replica of VM {} yet", frame.vm),
+}
+
+/// No replica of that VM is here, any more or yet.
+fn absent(registry: &Registry, frame: &Frame, link: &Link) -> Result<(), WireError> {
+    let gone = registry.gone(frame.vm);
+    if let Some(newer) = gone.filter(|newer| *newer > frame.generation) {
+        let refusal = Frame {
+            generation: newer,
+            ..answer(frame, Kind::Refused)
+        };
+        return Ok(link.send(&refusal, &[])?);
+    }
+    let host = registry.env.options.host.clone();
+    let declined = registry.declined(frame.vm);
+    // What keeps it from one generation's replica need not keep it from a later one's.
+    let (kind, why) = match declined.filter(|(then, _)| frame.generation <= *then) {
+        Some((_, why)) => (Kind::Declined, format!("cannot stand by: {why}")),
+        None => (
+            Kind::NotReady,
+            format!("holds no replica of VM {} yet", frame.vm),
+        ),
     };
-    let trouble = (host, why);
-    let payload = codec::to_bytes(&trouble, HELLO_LIMIT).unwrap_or_default();
-    Ok(link.send(&answer(Kind::NotReady, frame.generation), &payload)?)
+    let payload = codec::to_bytes(&(host, why), HELLO_LIMIT).unwrap_or_default();
+    Ok(link.send(&answer(frame, kind), &payload)?)
 }
 
 fn frames(
-    shared: &Shared,
+    env: &Env,
     slot: &Slot,
     role: Role,
     mut stream: &TcpStream,
@@ -84,10 +120,10 @@ fn frames(
         let mut payload = slot.buffers.take();
         let frame = wire::read(&mut stream, &mut payload)?;
         match role {
-            Role::Update => slot.frame(shared, &frame, payload, link)?,
+            Role::Update => slot.frame(env, &frame, payload, link)?,
             Role::Query => slot.query(&frame, &payload, link)?,
-            Role::Look if frame.kind == Kind::Yield => slot.yielded(shared, &frame)?,
-            Role::Acks | Role::Look => {
+            Role::Look if frame.kind == Kind::Yield => slot.yielded(env, &frame)?,
+            Role::Acks | Role::Look | Role::Probe => {
                 return Err(WireError::OutOfPlace(
                     frame.kind,
                     "this connection is for acks, or for the answer to its greeting, only",

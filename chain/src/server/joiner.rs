@@ -1,48 +1,38 @@
 //! Fills a joining replica from the tail's own content, while the chain goes on (the paper's extension of a chain).
-//! The guest and its owner take no part in it.
-//!
-//! Most of it is copied piece by piece, each under the replica's lock for a moment. The last bit is sent between two
-//! checkpoints, with the lock held: the joining replica is then at exactly the tail's checkpoint, and is sent from
-//! there on what a successor would be.
+//! The guest and its owner take no part in it, and do not feel it: a thread reads memory and mirrors beside the replica,
+//! whose lock it takes for moments only.
 
 use std::io;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Tally, codec, disk_records, records};
 
+use super::env::{Env, lock, spawn};
 use super::slot::Slot;
-use super::state::{State, other};
-use super::{Shared, lock};
+use super::state::{Copier, Feeding, State};
+use crate::blocks;
 use crate::kept::begin_payload;
 use crate::link::{HELLO_LIMIT, Link};
-use crate::replica::{Base, Event};
-use crate::store::{Piece, StoreError};
-use crate::wire::{FLAG_INSTALL, Frame, Kind};
+use crate::replica::Base;
+use crate::store::{CUT_PAGES, Copying, Cut, Piece, Source, StoreError};
+use crate::wire::{FLAG_INSTALL, Frame, Kind, WireError};
 
-/// Bytes copied under the lock at a time, about.
-const PIECE: usize = 256 << 10;
-/// The rest is sent between two checkpoints once it is no more than this, in bytes ...
+/// The rest is cut off between two checkpoints once a round was no more than this, in bytes ...
 const SMALL: u64 = 4 << 20;
-/// ... or once this many times the content has been sent: a guest that writes faster than the link carries is slowed
-/// down then.
-const TIMES: u64 = 4;
+/// ... or once rounds do not get smaller any more, or there were so many.
+const ROUNDS: usize = 16;
 const MACHINE_PIECE: usize = 512 << 10;
-
-/// How far the filling of a joining replica is.
-#[derive(Debug)]
-pub(super) enum Feeding {
-    /// The replica asks for it.
-    Wanted,
-    /// A thread is copying.
-    Copying,
-    /// Everything but the rest has been sent: it follows once no checkpoint is half received.
-    Rest(Filling),
-}
+/// A joining replica reads up to a GiB of its disks for each frame of digests.
+const DIGESTS_PATIENCE: Duration = Duration::from_secs(60);
+/// Frames of digests that wait to be looked at.
+const DIGESTS_WAITING: usize = 4;
+/// Between two looks at something that others do.
+const PAUSE: Duration = Duration::from_micros(500);
 
 /// What has been sent so far.
-#[derive(Debug)]
-pub(super) struct Filling {
+struct Filling {
     link: Arc<Link>,
     /// As all its frames, which belong to no checkpoint in particular.
     frame: Frame,
@@ -73,10 +63,6 @@ impl Filling {
     }
 }
 
-/// A joining replica reads a GiB of its disks for each frame of digests.
-const DIGESTS_PATIENCE: Duration = Duration::from_secs(60);
-const DIGESTS_PAUSE: Duration = Duration::from_millis(2);
-
 /// Why a joining replica was not filled.
 #[derive(Debug, thiserror::Error)]
 enum FeedError {
@@ -90,23 +76,27 @@ enum FeedError {
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 /// If the replica wants a joining one filled over `link`, begins to.
-pub(super) fn begin_if_wanted(slot: &Arc<Slot>, shared: &Arc<Shared>, link: &Arc<Link>) {
+pub(super) fn begin_if_wanted(slot: &Arc<Slot>, env: &Arc<Env>, link: &Arc<Link>) {
+    let (sender, digests) = sync_channel(DIGESTS_WAITING);
+    let copier = Copier::new(link.clone(), sender);
     {
         let mut state = lock(&slot.state);
         if !matches!(state.feeding, Some(Feeding::Wanted)) {
             return;
         }
-        state.feeding = Some(Feeding::Copying);
+        state.feeding = Some(Feeding::Copying(copier.clone()));
     }
-    let (feeding, feeder, link) = (slot.clone(), shared.clone(), link.clone());
-    let spawned = super::spawn("chain-feed", move || {
-        if let Err(e) = feed(&feeding, &feeder, &link) {
-            let mut state = lock(&feeding.state);
-            if state.is_down(&link) {
+    let (slot, env) = (slot.clone(), env.clone());
+    let spawned = spawn("chain-feed", move || {
+        if let Err(e) = feed(&slot, &env, &copier, digests) {
+            let mut state = lock(&slot.state);
+            if state.is_down(&copier.link) && copier.is_alive() {
                 state.lost_next(&e.to_string());
             }
         }
@@ -116,119 +106,177 @@ pub(super) fn begin_if_wanted(slot: &Arc<Slot>, shared: &Arc<Shared>, link: &Arc
     }
 }
 
-fn follows<'a>(slot: &'a Slot, link: &Arc<Link>) -> Result<MutexGuard<'a, State>, FeedError> {
+/// The replica, if it is still to be copied.
+fn copied<'a>(slot: &'a Slot, copier: &Copier) -> Result<MutexGuard<'a, State>, FeedError> {
     let state = lock(&slot.state);
-    let copying = matches!(state.feeding, Some(Feeding::Copying));
-    if copying && state.is_down(link) {
-        return Ok(state);
+    // A copier that is not alive any more may have been followed by another one.
+    match copier.is_alive() && state.is_down(&copier.link) {
+        true => Ok(state),
+        false => Err(FeedError::Over),
     }
-    Err(FeedError::Over)
 }
 
-fn feed(slot: &Slot, shared: &Shared, link: &Arc<Link>) -> Result<(), FeedError> {
-    let (mut filling, whole) = {
-        let mut state = follows(slot, link)?;
-        let frame = state.own_frame(Kind::Begin, Epoch::ZERO);
-        state.compared = false;
-        let store = state.store.as_mut().ok_or(StoreError::Empty)?;
-        store.copy_begin()?;
+fn feed(
+    slot: &Slot,
+    env: &Env,
+    copier: &Copier,
+    digests: Receiver<Vec<u8>>,
+) -> Result<(), FeedError> {
+    let (mut filling, mut source, newest) = {
+        let mut state = copied(slot, copier)?;
         let filling = Filling {
-            link: link.clone(),
-            frame,
+            link: copier.link.clone(),
+            frame: state.own_frame(Kind::Begin, Epoch::ZERO),
             tally: Tally::default(),
         };
-        (filling, store.copy_left())
+        let store = state.store.as_mut().ok_or(StoreError::Empty)?;
+        let Copying(source) = store.copy_begin()?;
+        (filling, source, state.base()?.newest_writes())
     };
     let (flags, payload) = begin_payload(Base::Install);
     filling.send(Kind::Begin, flags, &payload)?;
-    compared(slot, link)?;
-    let mut sent: u64 = 0;
-    loop {
-        let piece = {
-            let mut state = follows(slot, link)?;
-            let store = state.store.as_mut().ok_or(StoreError::Empty)?;
-            let rest = store.copy_left() <= SMALL || sent > whole.saturating_mul(TIMES);
-            match rest {
-                true => None,
-                false => store.copy_next(PIECE)?,
-            }
+    compare(&mut source, copier, &digests)?;
+    // Whoever says more than that is not waited for.
+    drop(digests);
+    settle(slot, copier, newest)?;
+    send_round(slot, copier, &mut filling, &mut source)?;
+    let mut before = u64::MAX;
+    for _ in 0..ROUNDS {
+        let fresh = source.fresh();
+        let (changes, newest) = {
+            let mut state = copied(slot, copier)?;
+            let base = state.base()?;
+            (base.copy_changes(fresh)?, base.newest_writes())
         };
-        // Sent without the lock: a slow joining replica does not slow the chain down.
-        let Some(piece) = piece else { break };
-        filling.piece(&piece)?;
-        sent += PIECE as u64;
+        let bytes = changes.bytes();
+        if changes.writes.is_none() {
+            // They are read from the mirrors.
+            settle(slot, copier, newest)?;
+        }
+        source.begin(changes);
+        send_round(slot, copier, &mut filling, &mut source)?;
+        if bytes <= SMALL || bytes >= before {
+            break;
+        }
+        before = bytes;
     }
-    let mut state = follows(slot, link)?;
-    state.feeding = Some(Feeding::Rest(filling));
-    // Now, or when the checkpoint that is being received ends.
-    send_the_rest(&mut state, shared);
+    send_rest(slot, env, copier, filling, source)
+}
+
+/// Hears what the joining replica's disks hold.
+fn compare(
+    source: &mut Source,
+    copier: &Copier,
+    digests: &Receiver<Vec<u8>>,
+) -> Result<(), FeedError> {
+    let mut since = Instant::now();
+    loop {
+        if !copier.is_alive() {
+            return Err(FeedError::Over);
+        }
+        match digests.recv_timeout(Duration::from_millis(50)) {
+            Ok(payload) if payload.is_empty() => return Ok(()),
+            Ok(payload) => {
+                let malformed = WireError::Payload(Kind::Digests);
+                let Some((disk, first, said)) = blocks::parse(&payload) else {
+                    return Err(malformed.into());
+                };
+                if !source.compare(disk, first, said) {
+                    return Err(malformed.into());
+                }
+                since = Instant::now();
+            }
+            Err(RecvTimeoutError::Timeout) if since.elapsed() < DIGESTS_PATIENCE => {}
+            Err(_) => return Err(FeedError::Digests),
+        }
+    }
+}
+
+/// Waits until the mirrors have all writes up to `newest`.
+fn settle(slot: &Slot, copier: &Copier, newest: u64) -> Result<(), FeedError> {
+    // A disk that hangs ends this with the configuration.
+    while !copied(slot, copier)?.base()?.in_mirrors(newest)? {
+        std::thread::sleep(PAUSE);
+    }
     Ok(())
 }
 
-/// Waits until the joining replica has said what its disks hold.
-fn compared(slot: &Slot, link: &Arc<Link>) -> Result<(), FeedError> {
-    let (mut seen, mut since) = (0, Instant::now());
-    loop {
-        {
-            let state = follows(slot, link)?;
-            if state.compared {
-                return Ok(());
-            }
-            if state.digest_frames != seen {
-                (seen, since) = (state.digest_frames, Instant::now());
-            }
+fn send_round(
+    slot: &Slot,
+    copier: &Copier,
+    filling: &mut Filling,
+    source: &mut Source,
+) -> Result<(), FeedError> {
+    while let Some(piece) = source.next()? {
+        if !copier.is_alive() {
+            return Err(FeedError::Over);
         }
-        if since.elapsed() > DIGESTS_PATIENCE {
-            return Err(FeedError::Digests);
+        if let Some(piece) = piece {
+            filling.piece(&piece)?;
         }
-        std::thread::sleep(DIGESTS_PAUSE);
+        slot.board.note_filling(Some(source.filled()));
     }
+    Ok(())
 }
 
-/// Between two checkpoints: brings the joining replica to exactly what this one holds.
-pub(super) fn send_the_rest(state: &mut State, shared: &Shared) {
-    if !matches!(state.feeding, Some(Feeding::Rest(_))) || !state.replica.is_between_checkpoints() {
-        return;
+/// Sends what has changed until some moment between two checkpoints, which the joining replica then holds.
+fn send_rest(
+    slot: &Slot,
+    env: &Env,
+    copier: &Copier,
+    mut filling: Filling,
+    mut source: Source,
+) -> Result<(), FeedError> {
+    let mut cut = cut_off(slot, env, copier, &source)?;
+    for write in cut.writes {
+        filling.piece(&Piece::Disk(write))?;
     }
-    let Some(Feeding::Rest(filling)) = state.feeding.take() else {
-        return;
-    };
-    let generation = filling.frame.generation;
-    // Nobody waits for a joining replica, least of all with the lock held.
-    if let Err(e) = filling.link.set_queued() {
-        return state.lost_next(&e.to_string());
+    cut.gfns.sort_unstable();
+    let mut pages = Vec::with_capacity(CUT_PAGES);
+    for gfns in cut.gfns.chunks(CUT_PAGES) {
+        copied(slot, copier)?.base()?.cut_pages(gfns, &mut pages)?;
+        filling.piece(&source.encode(gfns, &pages))?;
     }
-    if let Err(e) = rest(state, filling) {
-        return state.lost_next(&e.to_string());
+    for piece in cut.machine.chunks(MACHINE_PIECE) {
+        filling.tally.add(piece, 0, 0);
+        filling.send(Kind::Machine, 0, piece)?;
     }
-    if let Err(e) = state.run(shared, Event::JoinerFed { generation }, None) {
-        state.lost_next(&e.to_string());
-    }
-}
-
-fn rest(state: &mut State, mut filling: Filling) -> Result<(), FeedError> {
-    let mark = state.replica.hist().ok_or(StoreError::Empty)?;
-    let store = state.store.as_mut().ok_or(StoreError::Empty)?;
-    while let Some(piece) = store.copy_next(PIECE)? {
-        filling.piece(&piece)?;
-    }
-    let filled = store.copy_filled().unwrap_or_default();
+    let mut payload = cut.mark.to_bytes().to_vec();
+    let end = codec::to_bytes(&filling.tally.end(), HELLO_LIMIT).map_err(io::Error::other)?;
+    payload.extend(end);
+    filling.send(Kind::End, FLAG_INSTALL, &payload)?;
+    // It follows the checkpoints since then.
+    filling.link.release()?;
+    copied(slot, copier)?.end_filling();
+    let filled = source.filled();
+    slot.board.note_filled(filled);
     tracing::info!(
         "a joining replica has been filled: {} pages sent, {} disk blocks sent, {} it had",
         filled.pages_sent,
         filled.blocks_sent,
         filled.blocks_equal
     );
-    state.filled = Some(filled);
-    let store = state.store.as_mut().ok_or(StoreError::Empty)?;
-    store.copy_end();
-    let machine = store.machine_state().ok_or(StoreError::Empty)?;
-    for piece in machine.chunks(MACHINE_PIECE) {
-        filling.tally.add(piece, 0, 0);
-        filling.send(Kind::Machine, 0, piece)?;
-    }
-    let mut payload = mark.to_bytes().to_vec();
-    payload.extend(codec::to_bytes(&filling.tally.end(), HELLO_LIMIT).map_err(other)?);
-    filling.send(Kind::End, FLAG_INSTALL, &payload)?;
     Ok(())
+}
+
+/// Cuts, now or when the checkpoint that is being received ends.
+fn cut_off(slot: &Slot, env: &Env, copier: &Copier, source: &Source) -> Result<Cut, FeedError> {
+    let spare = source.spare();
+    {
+        let mut state = copied(slot, copier)?;
+        state.feeding = Some(Feeding::Rest(copier.clone(), spare));
+        state.cut_if_due(env);
+    }
+    loop {
+        let mut state = copied(slot, copier)?;
+        match state.feeding.take() {
+            Some(Feeding::Cut(copier, cut)) => {
+                state.feeding = Some(Feeding::Finishing(copier));
+                return Ok(cut);
+            }
+            other => state.feeding = other,
+        }
+        drop(state);
+        std::thread::sleep(PAUSE);
+    }
 }

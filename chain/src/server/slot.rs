@@ -1,20 +1,22 @@
 //! One VM's replica at this host, as the rest of the server sees it: each operation takes the replica's lock once.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Generation, VmId, codec};
 
-use super::state::{Beat, State};
-use super::{ReplicaStatus, ServerError, ServerOptions, Shared, lock};
+use super::board::Board;
+use super::env::{Env, Handover, ServerError, ServerOptions, lock, spawn};
+use super::pulses::Pulses;
+use super::state::{Beat, End, Lack, State};
+use crate::greet::{Hello, Role};
 use crate::kept::Buffers;
-use crate::link::{HELLO_LIMIT, Hello, Link, Role, Trouble};
+use crate::link::{FEED_TIMEOUT, HELLO_LIMIT, Link};
 use crate::mark::Mark;
 use crate::query::{Query, answer_payload};
 use crate::replica::{Event, FreezeError, Replica};
-use crate::store::{self, Handover, ReplicaStore, Rewound, StoreError};
+use crate::store::{self, ReplicaStore, Rewound, StoreError, Taken};
 use crate::view::{View, VmShape};
 use crate::wire::{Frame, Kind, Payload, WireError};
 
@@ -23,13 +25,25 @@ const OUT_PIECE: usize = 1 << 20;
 /// ... and in between somebody else may have the lock.
 const OUT_PAUSE: Duration = Duration::from_micros(200);
 
+/// A joining replica for which so much waits that the chain is held up may take nothing for this long; nobody else waits
+/// for it.
+const JOINER_PATIENCE: Duration = Duration::from_secs(1);
+/// Owners that are told of acknowledgements: there is one, and perhaps connections that it has given up.
+const OWNERS_MAX: usize = 8;
+
+/// Whoever needs the replica waits for the frame in hand for so long. A disk that takes longer hangs.
+const HANGS: Duration = Duration::from_secs(2);
+/// Between two tries to get the lock.
+const TRY: Duration = Duration::from_micros(50);
+
 pub(super) struct Slot {
     vm: VmId,
-    /// A frame is being handled: the stream is not silent, however long that takes.
-    busy: AtomicBool,
+    /// What may be known without the lock.
+    pub(super) board: Arc<Board>,
     /// What frames are read into.
     pub(super) buffers: Arc<Buffers>,
     pub(super) beat: Beat,
+    pub(super) pulses: Pulses,
     pub(super) state: Mutex<State>,
 }
 
@@ -50,97 +64,100 @@ impl Slot {
         Arc::new(Self {
             vm,
             buffers,
-            busy: AtomicBool::new(false),
+            board: state.board.clone(),
             beat: state.beat.clone(),
+            pulses: Pulses::default(),
             state: Mutex::new(state),
         })
     }
 
-    pub(super) fn status(&self) -> ReplicaStatus {
-        let state = lock(&self.state);
-        ReplicaStatus {
-            view: state.view.clone(),
-            state: state.replica.state(),
-            epoch: state.replica.hist().map(|mark| mark.epoch),
-            acked: state.replica.acked(),
-            failed: state.replica.failed().map(str::to_string),
-            filled: state.filled,
-            filling: state.store.as_ref().and_then(|store| store.copy_filled()),
+    /// The replica, unless its disk hangs.
+    fn patiently(&self) -> Result<MutexGuard<'_, State>, ServerError> {
+        let since = Instant::now();
+        loop {
+            match self.state.try_lock() {
+                Ok(state) => return Ok(state),
+                Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if since.elapsed() > HANGS => {
+                    return Err(ServerError::Busy(since.elapsed()));
+                }
+                Err(TryLockError::WouldBlock) => std::thread::sleep(TRY),
+            }
         }
     }
 
+    /// Ends what there is of it: now or, if its disk hangs, on a thread once that is over. Whether it has been done.
+    pub(super) fn end(self: Arc<Self>, how: End) -> bool {
+        if let Ok(mut state) = self.patiently() {
+            state.end(how);
+            return true;
+        }
+        let later = move || lock(&self.state).end(how);
+        if let Err(e) = spawn("chain-end", later) {
+            tracing::error!("{e}");
+        }
+        false
+    }
+
     /// Follows a newer configuration; false if it is none.
-    pub(super) fn adopt(&self, view: View) -> bool {
-        let mut state = lock(&self.state);
+    pub(super) fn adopt(&self, view: View) -> Result<bool, ServerError> {
+        let mut state = self.patiently()?;
         let newer = view.generation > state.replica.generation();
         if newer {
             state.adopt(view);
         }
-        newer
-    }
-
-    pub(super) fn retire(&self, generation: Generation) {
-        let mut state = lock(&self.state);
-        if generation <= state.replica.generation()
-            && let Some(up) = state.up.take()
-        {
-            // Still a member, but without a replica: the predecessor has to notice. After a newer decision it stays
-            // connected instead, to be told of it.
-            up.close();
-        }
-        let view = View {
-            generation,
-            chain: Vec::new(),
-            joining: None,
-            ..state.view.clone()
-        };
-        state.replica.adopt(&view);
-        state.store = None;
-        state.kept.clear();
-        state.hang_up();
-    }
-
-    pub(super) fn close(&self) {
-        let mut state = lock(&self.state);
-        state.hang_up();
-        state.store = None;
-        let up = state.up.take();
-        for link in up.into_iter().chain(state.owners.drain(..)) {
-            link.close();
-        }
+        Ok(newer)
     }
 
     pub(super) fn freeze(&self) -> Result<Mark, ServerError> {
-        lock(&self.state).replica.freeze().map_err(|e| match e {
+        let mut state = self.patiently()?;
+        let frozen = state.replica.freeze();
+        state.note();
+        frozen.map_err(|e| match e {
             FreezeError::Failed(why) => ServerError::Failed(why),
             FreezeError::Empty => StoreError::Empty.into(),
-            joining @ FreezeError::Joining(_) => ServerError::Joining(joining.to_string()),
+            not_yet @ (FreezeError::Joining(_) | FreezeError::Flowing(_)) => {
+                ServerError::Joining(not_yet.to_string())
+            }
         })
     }
 
-    pub(super) fn unfreeze(&self) {
-        let mut state = lock(&self.state);
-        state.replica.unfreeze();
-        if state.down.is_some() && !state.replica.is_linked() {
-            // A connection made meanwhile was not heeded: once more.
-            state.hang_up();
+    pub(super) fn unfreeze(&self, env: &Env) -> Result<(), ServerError> {
+        let mut state = self.patiently()?;
+        let result = state.run(env, Event::Unfreeze, None);
+        state.note();
+        if let Err(e) = result {
+            tracing::warn!("VM {}: {e}", self.vm);
         }
+        Ok(())
     }
 
     pub(super) fn hand_over(&self, view: &View) -> Result<Handover, ServerError> {
         let (store, mut kept) = {
-            let mut state = lock(&self.state);
+            let mut state = self.patiently()?;
             let kept = std::mem::take(&mut state.kept);
             // From here on the old owner's frames are answered with a refusal.
             state.replica.adopt(view);
             state.view = view.clone();
+            state.note();
             state.hang_up();
             (state.store.take().ok_or(StoreError::Empty)?, kept)
         };
         kept.abandon();
-        let mut handover = store.hand_over(view.generation)?;
-        handover.kept = kept;
-        Ok(handover)
+        let Taken {
+            mark,
+            machine,
+            disks,
+            ram,
+        } = store.hand_over(view.generation)?;
+        Ok(Handover {
+            epoch: mark.epoch,
+            mark,
+            machine,
+            disks,
+            ram,
+            kept,
+        })
     }
 
     pub(super) fn rewind(
@@ -190,7 +207,7 @@ impl Slot {
     /// Answers a greeting; true if the connection stands. Answered under the lock, so that nothing else goes first.
     pub(super) fn greet(
         &self,
-        shared: &Shared,
+        env: &Env,
         frame: &Frame,
         hello: &Hello,
         link: &Arc<Link>,
@@ -202,12 +219,16 @@ impl Slot {
                 generation: mine,
                 ..state.own_frame(Kind::Refused, Epoch::ZERO)
             };
-            link.send(&refusal, &[])?;
+            link.post(&refusal, &[])?;
             return Ok(false);
         }
-        if let Some(trouble) = obstacle(&state, shared, frame.generation, hello) {
-            let payload = codec::to_bytes(&trouble, HELLO_LIMIT).unwrap_or_default();
-            link.send(&state.own_frame(Kind::NotReady, Epoch::ZERO), &payload)?;
+        if let Some(lack) = obstacle(&state, env, frame.generation, hello) {
+            let payload = codec::to_bytes(&lack.trouble, HELLO_LIMIT).unwrap_or_default();
+            let kind = match lack.is_final {
+                true => Kind::Declined,
+                false => Kind::NotReady,
+            };
+            link.post(&state.own_frame(kind, Epoch::ZERO), &payload)?;
             return Ok(false);
         }
         let holds = match hello.role {
@@ -216,20 +237,28 @@ impl Slot {
         };
         let holds = holds.map(|mark| mark.to_bytes());
         let payload = holds.as_ref().map_or(&[][..], |bytes| &bytes[..]);
-        link.send(&state.own_frame(Kind::HelloOk, Epoch::ZERO), payload)?;
+        link.post(&state.own_frame(Kind::HelloOk, Epoch::ZERO), payload)?;
         // What was acknowledged while nobody listened must not be lost with the old connection.
         let acked = match hello.role {
             Role::Update => state.replica.acked_up(),
             Role::Acks => state.replica.acked(),
-            Role::Query | Role::Look => None,
+            Role::Query | Role::Look | Role::Probe => None,
         };
         if let Some(acked) = acked {
-            link.send(&state.own_frame(Kind::Ack, acked), &[])?;
+            link.post(&state.own_frame(Kind::Ack, acked), &[])?;
         }
         match hello.role {
-            Role::Update => state.up = Some(link.clone()),
-            Role::Acks => state.owners.push(link.clone()),
-            Role::Query | Role::Look => {}
+            Role::Update => {
+                state.up = Some(link.clone());
+                state.tell_refusal();
+            }
+            Role::Acks => {
+                if state.owners.len() == OWNERS_MAX {
+                    state.owners.remove(0).close();
+                }
+                state.owners.push(link.clone());
+            }
+            Role::Query | Role::Look | Role::Probe => {}
         }
         Ok(true)
     }
@@ -245,24 +274,55 @@ impl Slot {
     /// Handles one frame from the predecessor.
     pub(super) fn frame(
         &self,
-        shared: &Shared,
+        env: &Env,
         frame: &Frame,
         payload: Payload,
         link: &Arc<Link>,
     ) -> Result<(), WireError> {
-        self.busy.store(true, Ordering::Release);
-        let result = lock(&self.state).frame(shared, frame, payload, link);
-        self.busy.store(false, Ordering::Release);
-        result
+        self.board.busy(env.now_ms());
+        let handled = self.handle(env, frame, payload, link);
+        self.board.idle();
+        let (down, patience) = handled?;
+        // A next replica that is slow holds up who feeds this one, and nobody who needs its lock.
+        if let Some(down) = down {
+            down.wait_for_room(patience);
+        }
+        Ok(())
+    }
+
+    /// The next replica, and for how long it may take nothing.
+    fn handle(
+        &self,
+        env: &Env,
+        frame: &Frame,
+        payload: Payload,
+        link: &Arc<Link>,
+    ) -> Result<(Option<Arc<Link>>, Duration), WireError> {
+        let jobs = {
+            let mut state = lock(&self.state);
+            let handled = state.frame(env, frame, payload, link);
+            let jobs = std::mem::take(&mut state.jobs);
+            handled.map(|()| jobs)?
+        };
+        for job in jobs {
+            let done = job.run(|| self.board.busy(env.now_ms()));
+            lock(&self.state).done(env, done, link)?;
+        }
+        let state = lock(&self.state);
+        let patience = match state.replica.is_tail() {
+            true => JOINER_PATIENCE,
+            false => FEED_TIMEOUT,
+        };
+        Ok((state.down.clone(), patience))
     }
 
     /// The owner does not run the VM any more.
-    pub(super) fn yielded(&self, shared: &Shared, frame: &Frame) -> Result<(), WireError> {
+    pub(super) fn yielded(&self, env: &Env, frame: &Frame) -> Result<(), WireError> {
         let event = Event::Yield {
             generation: frame.generation,
             epoch: frame.epoch,
         };
-        lock(&self.state).run(shared, event, None)
+        lock(&self.state).run(env, event, None)
     }
 
     /// Answers a query from what has been processed, if this is (still) the tail in the asker's generation.
@@ -290,7 +350,7 @@ impl Slot {
                     generation: replica.generation(),
                     ..state.own_frame(Kind::Refused, Epoch::ZERO)
                 };
-                return Ok(link.send(&refusal, &[])?);
+                return Ok(link.post(&refusal, &[])?);
             }
             let newest = replica.hist();
             let kept = state.store.as_mut().and_then(|store| store.history());
@@ -303,7 +363,8 @@ impl Slot {
         Ok(link.send(&frame, &answer_payload(&answer))?)
     }
 
-    pub(super) fn tick(&self, shared: &Shared) {
+    pub(super) fn tick(&self, env: &Env) {
+        self.pulses.beat();
         let beat = lock(&self.beat).clone();
         if let Some((down, frame)) = beat {
             // A failure shows on the thread that reads the successor's acks; that one reports it.
@@ -312,28 +373,24 @@ impl Slot {
         let Ok(mut state) = self.state.try_lock() else {
             return;
         };
-        if self.busy.load(Ordering::Acquire) {
+        if self.board.is_busy() {
             return;
         }
-        let now_ms = shared.now_ms();
-        if state.up.as_ref().is_some_and(|up| up.has_unread()) {
-            // Not silence: this host is late with reading.
-            let _ = state.run(shared, Event::Heard { now_ms }, None);
+        let now_ms = env.now_ms();
+        let heard = self.pulses.tick(env, &state);
+        if heard || state.up.as_ref().is_some_and(|up| up.has_unread()) {
+            // Unread is not silence either: this host is late with reading.
+            let _ = state.run(env, Event::Heard { now_ms }, None);
         }
-        if let Err(e) = state.run(shared, Event::Tick { now_ms }, None) {
+        if let Err(e) = state.run(env, Event::Tick { now_ms }, None) {
             tracing::warn!("VM {}: {e}", self.vm);
         }
     }
 }
 
 /// What keeps a greeting from being accepted, and whose fault it is.
-fn obstacle(
-    state: &State,
-    shared: &Shared,
-    generation: Generation,
-    hello: &Hello,
-) -> Option<Trouble> {
-    let here = |why: String| Some((shared.options.host.clone(), why));
+fn obstacle(state: &State, env: &Env, generation: Generation, hello: &Hello) -> Option<Lack> {
+    let here = |why: String| Some(Lack::passing((env.options.host.clone(), why)));
     if generation > state.replica.generation() {
         return here(format!("has not been told of generation {generation} yet"));
     }
@@ -347,10 +404,10 @@ fn obstacle(
         return here(format!("this replica has failed: {why}"));
     }
     let view = &state.view;
-    let predecessor = match view.position(&shared.options.host) {
+    let predecessor = match view.position(&env.options.host) {
         Some(0) => &view.owner,
         Some(position) => &view.chain[position - 1].host,
-        None if view.is_joining(&shared.options.host) => &view.chain.last()?.host,
+        None if view.is_joining(&env.options.host) => &view.chain.last()?.host,
         None => return here("is no member of the chain".into()),
     };
     match hello.role {
@@ -362,8 +419,8 @@ fn obstacle(
             if state.replica.successor().is_none() || state.down.is_some() {
                 return None;
             }
-            match &state.down_trouble {
-                Some(trouble) => Some(trouble.clone()),
+            match &state.lack {
+                Some(lack) => Some(lack.clone()),
                 None => here("is not connected to the next replica yet".into()),
             }
         }
@@ -371,7 +428,7 @@ fn obstacle(
         Role::Query if !state.replica.state().could_resume() => {
             here("holds no complete checkpoint yet".into())
         }
-        Role::Query | Role::Look => None,
+        Role::Query | Role::Look | Role::Probe => None,
         Role::Acks if hello.from != state.view.owner => {
             let owner = &state.view.owner;
             here(format!("{} is not the owner, {owner} is", hello.from))

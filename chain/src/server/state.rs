@@ -1,21 +1,25 @@
 //! What a replica's lock protects: the state machine, its store and its links; carries out the machine's actions.
 
 mod content;
+mod filling;
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::{Arc, Mutex};
 
-use checkpoint::{Epoch, codec};
+use checkpoint::{Epoch, Generation, codec};
 
-use super::joiner::{self, Feeding};
-use super::{ServerEvent, Shared, lock};
+use super::board::Board;
+use super::env::{Env, ServerEvent, lock};
 use crate::kept::{Buffers, KEPT_MAX, Kept, base_of, end_of};
 use crate::link::{HELLO_LIMIT, Link, Trouble};
 use crate::replica::{Action, Event, Replica};
-use crate::store::{Filled, ReplicaStore};
+use crate::store::ReplicaStore;
 use crate::view::View;
-use crate::wire::{FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError};
+use crate::wire::{
+    FLAG_DECLINED, FLAG_HELD, FLAG_INSTALL, FLAG_KEEP, Frame, Kind, Payload, WireError,
+};
+pub(super) use content::Job;
+pub(super) use filling::{Copier, Feeding};
 
 /// Where heartbeats go and what they say.
 pub(super) type Beat = Arc<Mutex<Option<(Arc<Link>, Frame)>>>;
@@ -36,19 +40,47 @@ pub(super) struct State {
     keep: bool,
     /// Somebody fills a joining replica, and waits for the moment between two checkpoints.
     pub(super) feeding: Option<Feeding>,
-    /// The joining replica has said all that its disks hold.
-    pub(super) compared: bool,
-    /// How the last filling of a joining replica went.
-    pub(super) filled: Option<Filled>,
-    /// In so many frames so far.
-    pub(super) digest_frames: u64,
-    /// Why there is no successor yet.
-    pub(super) down_trouble: Option<Trouble>,
+    /// What is to be done before the next frame, without the lock.
+    pub(super) jobs: Vec<Job>,
+    /// Why there is no next replica yet.
+    pub(super) lack: Option<Lack>,
+    /// What the predecessor has been told of a host that declines: once more for one that connects later.
+    refusal: Option<(Frame, Vec<u8>)>,
     /// Owners who want the tail's acks.
     pub(super) owners: Vec<Arc<Link>>,
     /// Apart from the rest, so that a checkpoint being processed delays no heartbeat.
     pub(super) beat: Beat,
+    /// What others may know without waiting.
+    pub(super) board: Arc<Board>,
     actions: VecDeque<Action>,
+}
+
+/// Why there is no next replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Lack {
+    /// Who is to blame, and for what.
+    pub(super) trouble: Trouble,
+    /// There will be none in this generation: its host declines, or another one is at its address.
+    pub(super) is_final: bool,
+}
+
+impl Lack {
+    /// One that may pass.
+    pub(super) fn passing(trouble: Trouble) -> Self {
+        Self {
+            trouble,
+            is_final: false,
+        }
+    }
+}
+
+/// How a replica ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// This host is no member any more since that generation, or has no replica in it: whoever speaks is told so.
+    Retired(Generation),
+    /// With all its connections: another one takes its place, or the server ends.
+    Closed,
 }
 
 /// The frame that an event is about.
@@ -70,6 +102,7 @@ fn event_of(frame: &Frame, payload: &Payload) -> Result<Event, WireError> {
             generation,
             epoch,
             base: base_of(frame.flags, payload).ok_or(WireError::Payload(Kind::Begin))?,
+            held: frame.flags & FLAG_HELD != 0,
         },
         Kind::Complete => Event::Complete { generation, epoch },
         Kind::Yield => Event::Yield { generation, epoch },
@@ -100,6 +133,7 @@ impl State {
         buffers: Arc<Buffers>,
     ) -> Self {
         Self {
+            board: Arc::new(Board::new(&view, &replica)),
             view,
             replica,
             store: Some(store),
@@ -109,14 +143,18 @@ impl State {
             buffers,
             keep: false,
             feeding: None,
-            compared: false,
-            filled: None,
-            digest_frames: 0,
-            down_trouble: None,
+            jobs: Vec::new(),
+            lack: None,
+            refusal: None,
             owners: Vec::new(),
             beat: Beat::default(),
             actions: VecDeque::new(),
         }
+    }
+
+    /// Notes where the replica stands, for those who do not wait for the lock.
+    pub(super) fn note(&self) {
+        self.board.note(&self.replica);
     }
 
     pub(super) fn is_up(&self, link: &Arc<Link>) -> bool {
@@ -133,6 +171,8 @@ impl State {
     pub(super) fn adopt(&mut self, view: View) {
         self.replica.adopt(&view);
         self.view = view;
+        self.board.note_view(&self.view);
+        self.note();
         self.hang_up();
         self.kept.abandon();
         if self.replica.successor().is_none() || self.replica.hist().is_none() {
@@ -145,17 +185,49 @@ impl State {
     /// Ends the connection to the next replica, if there is one.
     pub(super) fn hang_up(&mut self) {
         *lock(&self.beat) = None;
-        self.down_trouble = None;
-        if self.feeding.take().is_some()
-            && let Some(store) = &mut self.store
-        {
-            store.copy_end();
-        }
+        self.found_next();
+        self.stop_filling();
         if let Some(down) = self.down.take() {
             down.close();
         }
         let mut actions = VecDeque::new();
         self.replica.step(Event::NextDown, &mut actions);
+    }
+
+    /// The replica is over.
+    pub(super) fn end(&mut self, how: End) {
+        match how {
+            End::Retired(generation) => self.retire(generation),
+            End::Closed => {
+                self.hang_up();
+                self.store = None;
+                let up = self.up.take();
+                for link in up.into_iter().chain(self.owners.drain(..)) {
+                    link.close();
+                }
+            }
+        }
+    }
+
+    fn retire(&mut self, generation: Generation) {
+        if generation <= self.replica.generation()
+            && let Some(up) = self.up.take()
+        {
+            // Still a member, but without a replica: the predecessor has to notice. After a newer decision it stays
+            // connected instead, to be told of it.
+            up.close();
+        }
+        let view = View {
+            generation,
+            chain: Vec::new(),
+            joining: None,
+            ..self.view.clone()
+        };
+        self.replica.adopt(&view);
+        self.note();
+        self.store = None;
+        self.kept.clear();
+        self.hang_up();
     }
 
     pub(super) fn own_frame(&self, kind: Kind, epoch: Epoch) -> Frame {
@@ -170,17 +242,60 @@ impl State {
 
     pub(super) fn tell_up(&mut self, kind: Kind, epoch: Epoch, payload: &[u8]) {
         let frame = self.own_frame(kind, epoch);
+        self.say_up(&frame, payload);
+    }
+
+    /// Passes a frame of the next replica's up, as this one's.
+    pub(super) fn pass_up(&mut self, frame: &Frame, payload: &[u8]) {
+        let frame = Frame {
+            flags: frame.flags,
+            ..self.own_frame(frame.kind, frame.epoch)
+        };
+        self.say_up(&frame, payload);
+    }
+
+    fn say_up(&mut self, frame: &Frame, payload: &[u8]) {
+        if frame.flags & FLAG_DECLINED != 0 {
+            self.refusal = Some((*frame, payload.to_vec()));
+        }
         if let Some(up) = &self.up
-            && up.send(&frame, payload).is_err()
+            && up.post(frame, payload).is_err()
         {
             self.up = None;
         }
     }
 
-    pub(super) fn tell_trouble(&mut self, trouble: &Trouble) {
-        if let Ok(payload) = codec::to_bytes(trouble, HELLO_LIMIT) {
-            self.tell_up(Kind::Broken, Epoch::ZERO, &payload);
+    /// Tells whoever waits for this tail's acknowledgements.
+    fn tell_owners(&mut self, frame: &Frame, payload: &[u8]) {
+        self.owners
+            .retain(|owner| owner.post(frame, payload).is_ok());
+    }
+
+    /// Somebody has connected as the predecessor.
+    pub(super) fn tell_refusal(&mut self) {
+        if let Some((frame, payload)) = self.refusal.take() {
+            self.say_up(&frame, &payload);
         }
+    }
+
+    /// Nothing is known to be wrong with the next replica, or with the way to it, any more.
+    pub(super) fn found_next(&mut self) {
+        self.lack = None;
+        self.refusal = None;
+    }
+
+    pub(super) fn tell_lack(&mut self, lack: &Lack) {
+        if let Ok(payload) = codec::to_bytes(&lack.trouble, HELLO_LIMIT) {
+            let frame = Frame {
+                flags: if lack.is_final { FLAG_DECLINED } else { 0 },
+                ..self.own_frame(Kind::Broken, Epoch::ZERO)
+            };
+            self.say_up(&frame, &payload);
+        }
+    }
+
+    fn tell_failed(&mut self, env: &Env, why: String) {
+        self.tell_lack(&Lack::passing((env.options.host.clone(), why)));
     }
 
     /// The connection to the next replica has ended, or is of no use.
@@ -195,15 +310,15 @@ impl State {
         };
         self.hang_up();
         tracing::warn!("{}: lost the next replica, {host}: {why}", self.view.name);
-        let trouble = (host, why.to_string());
-        self.tell_trouble(&trouble);
-        self.down_trouble = Some(trouble);
+        let lack = Lack::passing((host, why.to_string()));
+        self.tell_lack(&lack);
+        self.lack = Some(lack);
     }
 
     /// Handles one frame from a predecessor. Its payload goes back to the buffers, unless it is kept.
     pub(super) fn frame(
         &mut self,
-        shared: &Shared,
+        env: &Env,
         frame: &Frame,
         payload: Payload,
         link: &Arc<Link>,
@@ -213,18 +328,19 @@ impl State {
             payload: &payload,
             link,
         };
-        let result = self.handle(shared, hand);
+        let result = self.handle(env, hand);
         if std::mem::take(&mut self.keep) {
             self.keep_frame(frame, payload);
         } else {
             self.buffers.give(payload);
         }
-        joiner::send_the_rest(self, shared);
+        self.cut_if_due(env);
         result
     }
 
     fn keep_frame(&mut self, frame: &Frame, payload: Payload) {
-        if self.kept.push(*frame, payload).is_err() {
+        self.kept.push(*frame, payload);
+        if self.kept.bytes() > KEPT_MAX {
             tracing::warn!(
                 "{}: more than {} MiB are not acknowledged by the next replica: not kept any more",
                 self.view.name,
@@ -239,7 +355,7 @@ impl State {
         }
     }
 
-    fn handle(&mut self, shared: &Shared, hand: InHand<'_>) -> Result<(), WireError> {
+    fn handle(&mut self, env: &Env, hand: InHand<'_>) -> Result<(), WireError> {
         let frame = hand.frame;
         if frame.vm != self.view.vm {
             return Err(WireError::OutOfPlace(
@@ -256,10 +372,10 @@ impl State {
                 "another connection has taken this one's place",
             ));
         }
-        self.run(shared, event, Some(hand))?;
+        self.run(env, event, Some(hand))?;
         if frame.generation == mine {
-            let now_ms = shared.now_ms();
-            self.run(shared, Event::Heard { now_ms }, None)?;
+            let now_ms = env.now_ms();
+            self.run(env, Event::Heard { now_ms }, None)?;
         }
         Ok(())
     }
@@ -267,7 +383,7 @@ impl State {
     /// Feeds one event to the machine and does what it answers, and what follows from that.
     pub(super) fn run(
         &mut self,
-        shared: &Shared,
+        env: &Env,
         event: Event,
         hand: Option<InHand<'_>>,
     ) -> Result<(), WireError> {
@@ -275,26 +391,27 @@ impl State {
         self.replica.step(event, &mut actions);
         let mut result = Ok(());
         while let Some(action) = actions.pop_front() {
-            match self.carry_out(shared, action, hand) {
+            match self.carry_out(env, action, hand) {
                 Ok(Some(follows)) => self.replica.step(follows, &mut actions),
                 Ok(None) => {}
                 Err(e) => result = Err(e),
             }
         }
         self.actions = actions;
+        self.note();
         result
     }
 
     fn carry_out(
         &mut self,
-        shared: &Shared,
+        env: &Env,
         action: Action,
         hand: Option<InHand<'_>>,
     ) -> Result<Option<Event>, WireError> {
         match action {
             Action::Forward => {
                 if let (Some(down), Some(hand)) = (&self.down, hand)
-                    && let Err(e) = down.forward(hand.frame, hand.payload)
+                    && let Err(e) = down.post_on(hand.frame, hand.payload)
                 {
                     self.lost_next(&e.to_string());
                 }
@@ -302,11 +419,12 @@ impl State {
             Action::Keep => self.keep = true,
             Action::Resend { after } => {
                 let generation = self.replica.generation();
-                let joins = self.replica.is_tail();
+                let mut frames = self.kept.after(after, generation);
                 if let Some(down) = &self.down
-                    && let Err(e) = if joins { down.set_queued() } else { Ok(()) }
-                        .and_then(|()| self.kept.resend(down, after, generation))
+                    && let Err(e) =
+                        frames.try_for_each(|(frame, payload)| down.post_on(&frame, payload))
                 {
+                    drop(frames);
                     self.lost_next(&e.to_string());
                 }
             }
@@ -315,12 +433,18 @@ impl State {
             Action::SayComplete(epoch) => {
                 let frame = self.own_frame(Kind::Complete, epoch);
                 if let Some(down) = &self.down
-                    && let Err(e) = down.send(&frame, &[])
+                    && let Err(e) = down.post_down(&frame, &[])
                 {
                     self.lost_next(&e.to_string());
                 }
             }
             Action::Unfit(why) => self.lost_next(&why),
+            Action::AskNext => self.hang_up(),
+            Action::AskPrevious => {
+                if let Some(up) = self.up.take() {
+                    up.close();
+                }
+            }
             Action::Feed => self.feeding = Some(Feeding::Wanted),
             Action::JoinerReady => self.tell_up(Kind::JoinerReady, Epoch::ZERO, &[]),
             Action::Open { epoch, full } => {
@@ -328,10 +452,10 @@ impl State {
                 let flags = hand.map_or(0, |hand| hand.frame.flags);
                 if flags & (FLAG_INSTALL | FLAG_KEEP) != 0 {
                     let failed = self.on_store(|store| store.begin_install(generation, epoch));
-                    return Ok(match flags & FLAG_INSTALL != 0 {
-                        true => failed.or_else(|| self.say_digests(hand)),
-                        false => failed,
-                    });
+                    if failed.is_none() && flags & FLAG_INSTALL != 0 {
+                        self.say_digests(hand);
+                    }
+                    return Ok(failed);
                 }
                 return Ok(self.on_store(|store| store.begin(generation, epoch, full)));
             }
@@ -346,7 +470,7 @@ impl State {
             }
             Action::Compare => {
                 if let Some(hand) = hand {
-                    return self.compare(hand);
+                    self.compare(hand)?;
                 }
             }
             Action::Prepare { .. } => {
@@ -358,11 +482,13 @@ impl State {
                 if let Some(store) = &mut self.store {
                     store.commit(mark);
                 }
+                // Whoever hears the acknowledgement may ask.
+                self.note();
             }
             Action::AckUp(epoch) => self.tell_up(Kind::Ack, epoch, &[]),
             Action::AckOwner(epoch) => {
                 let frame = self.own_frame(Kind::Ack, epoch);
-                self.owners.retain(|owner| owner.send(&frame, &[]).is_ok());
+                self.tell_owners(&frame, &[]);
             }
             Action::Refuse(generation) => {
                 if let Some(hand) = hand {
@@ -370,31 +496,26 @@ impl State {
                         generation,
                         ..self.own_frame(Kind::Refused, Epoch::ZERO)
                     };
-                    hand.link.send(&refusal, &[])?;
+                    hand.link.post(&refusal, &[])?;
                 }
             }
             Action::Suspect(silence_ms) => {
                 let vm = self.view.vm;
-                let _ = shared.events.send(ServerEvent::Suspect { vm, silence_ms });
+                let _ = env.events.send(ServerEvent::Suspect { vm, silence_ms });
             }
-            Action::Failed(why) => self.failed(shared, why),
-            Action::StillFailed(why) => self.tell_trouble(&(shared.options.host.clone(), why)),
+            Action::Failed(why) => self.failed(env, why),
+            Action::StillFailed(why) => self.tell_failed(env, why),
         }
         Ok(None)
     }
 
     /// This replica has declared itself failed. Its connections stay, so that predecessor and owner hear of it, but it
     /// beats no more: if the owner is gone too, its successor has to notice the silence.
-    fn failed(&mut self, shared: &Shared, why: String) {
+    fn failed(&mut self, env: &Env, why: String) {
         tracing::error!("{}: this host's replica has failed: {why}", self.view.name);
         *lock(&self.beat) = None;
-        self.tell_trouble(&(shared.options.host.clone(), why.clone()));
+        self.tell_failed(env, why.clone());
         let vm = self.view.vm;
-        let _ = shared.events.send(ServerEvent::Failed { vm, why });
+        let _ = env.events.send(ServerEvent::Failed { vm, why });
     }
-}
-
-/// Why a frame that should not come ends a connection, as an I/O error.
-pub(super) fn other(why: impl std::fmt::Display) -> io::Error {
-    io::Error::other(why.to_string())
 }

@@ -13,7 +13,7 @@ use diskbuf::{Durability, ReplicaDisks, Role};
 
 use super::log::{Log, LogError, Options, gfns};
 use super::query::{Files, Memory, Past};
-use super::{Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore};
+use super::{Copying, History, ReplicaStore, Retention, StoreError, Taken, VmStore};
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -270,20 +270,8 @@ impl ReplicaStore for DurableStore {
         self.inner.commit(mark);
     }
 
-    fn copy_begin(&mut self) -> Result<(), StoreError> {
-        self.guard(|store| store.inner.copy_begin())
-    }
-
-    fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError> {
-        self.guard(|store| store.inner.copy_next(limit))
-    }
-
-    fn copy_left(&self) -> u64 {
-        self.inner.copy_left()
-    }
-
-    fn copy_end(&mut self) {
-        self.inner.copy_end();
+    fn copy_begin(&mut self) -> Result<Copying, StoreError> {
+        self.guard(|store| store.inner.begin_copy())
     }
 
     fn holds(&self) -> Option<Mark> {
@@ -305,7 +293,7 @@ impl ReplicaStore for DurableStore {
         })
     }
 
-    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Taken, StoreError> {
         let handover = Box::new(self.inner).hand_over(generation);
         // What is being folded is of no use any more. It stops at its next step, and the VM does not wait for that.
         self.log.abandon();

@@ -9,7 +9,7 @@ use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder, 
 use diskbuf::Durability;
 
 use super::query::{Back, Files, Memory, Past};
-use super::{Handover, History, Piece, ReplicaStore, Retention, StoreError, VmStore};
+use super::{History, ReplicaStore, Retention, StoreError, Taken, VmStore};
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -170,22 +170,6 @@ impl ReplicaStore for MemoryStore {
         self.inner.commit(mark);
     }
 
-    fn copy_begin(&mut self) -> Result<(), StoreError> {
-        self.inner.copy_begin()
-    }
-
-    fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError> {
-        self.inner.copy_next(limit)
-    }
-
-    fn copy_left(&self) -> u64 {
-        self.inner.copy_left()
-    }
-
-    fn copy_end(&mut self) {
-        self.inner.copy_end();
-    }
-
     fn holds(&self) -> Option<Mark> {
         self.inner.holds()
     }
@@ -203,7 +187,7 @@ impl ReplicaStore for MemoryStore {
         self.inner.copy_past(past, files)
     }
 
-    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(self: Box<Self>, generation: Generation) -> Result<Taken, StoreError> {
         Box::new(self.inner).hand_over(generation)
     }
 }

@@ -6,16 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use checkpoint::{CheckpointEnd, Epoch, Generation, Stage, StageError, StageLimits, VmId, Whole};
-use checkpoint::{MachineState, disk_records};
-use diskbuf::{Durability, ReplicaDisks};
+use checkpoint::{MachineState, Page, PageBitmap, disk_records};
+use diskbuf::{Durability, Mirror, ReplicaDisks};
 
-use super::copy::Copy;
+use super::copy::{Copy, Cut};
 use super::out::{CopiedOut, CopyOut};
 use super::query::{Files, Past};
-use super::{Filled, Handover, Piece, ReplicaStore, StoreError};
-use crate::blocks::{self, Digest};
+use super::{Changes, Copying, ReplicaStore, Source, StoreError, Taken};
 use crate::image::Image;
-use crate::kept::Kept;
 use crate::mark::Mark;
 use crate::view::VmShape;
 
@@ -98,7 +96,7 @@ impl VmStore {
             .process(epoch, generation, &whole.disk)
             .map_err(|e| StoreError::Disks(e.to_string()))?;
         if let Some(copy) = &mut self.copy {
-            copy.disk_changed(&whole.disk);
+            copy.disk_changed(whole.disk);
         }
         self.prepared = Some(whole.machine);
         Ok(())
@@ -151,25 +149,66 @@ impl VmStore {
 
 /// What [`ReplicaStore`] does with whatever store is built on this one.
 impl VmStore {
-    pub(super) fn disk_digests(
-        &self,
-        disk: u16,
-        first: u64,
-        count: usize,
-    ) -> Result<Vec<Digest>, StoreError> {
-        let Some(mirror) = self.disks.mirrors().get(usize::from(disk)) else {
-            return Ok(Vec::new());
-        };
-        blocks::digests(mirror, first, count).map_err(|e| StoreError::Disks(e.to_string()))
+    /// The mirrors, for reading without a lock on this store.
+    pub(crate) fn mirrors(&self) -> Arc<Vec<Mirror>> {
+        self.disks.share()
     }
 
-    pub(super) fn copy_compare(&mut self, disk: u16, first: u64, digests: &[Digest]) -> bool {
-        let copy = self.copy.as_mut();
-        copy.is_some_and(|copy| copy.compare(disk, first, digests))
+    pub(super) fn begin_copy(&mut self) -> Result<Copying, StoreError> {
+        if self.machine.is_none() {
+            return Err(StoreError::Empty);
+        }
+        let memory = self.image.reader()?;
+        self.copy = Some(Copy::new(&self.shape.ram));
+        let source = Source::new(&self.shape.ram, memory, self.disks.share());
+        Ok(Copying(source))
     }
 
-    pub(super) fn copy_filled(&self) -> Option<Filled> {
-        self.copy.as_ref().map(Copy::filled)
+    pub(super) fn end_copy(&mut self) {
+        self.copy = None;
+    }
+
+    fn copy(&mut self) -> Result<&mut Copy, StoreError> {
+        self.copy.as_mut().ok_or(StoreError::CopyInterrupted)
+    }
+
+    /// What has been committed since the copy's last round began; `fresh` notes what follows.
+    pub(crate) fn copy_changes(&mut self, fresh: Changes) -> Result<Changes, StoreError> {
+        self.copy()?.changes(fresh)
+    }
+
+    /// The newest disk writes, which have to be in the mirrors before a round reads these.
+    pub(crate) fn newest_writes(&self) -> u64 {
+        self.disks.newest()
+    }
+
+    /// Whether they are. Does not wait.
+    pub(crate) fn in_mirrors(&mut self, newest: u64) -> Result<bool, StoreError> {
+        self.disks
+            .in_mirrors(newest)
+            .map_err(|e| StoreError::Disks(e.to_string()))
+    }
+
+    /// What is left of the copy is from here on what it is now, at the newest checkpoint.
+    pub(crate) fn copy_cut(&mut self, spare: PageBitmap) -> Result<Cut, StoreError> {
+        let (gfns, writes) = self.copy()?.cut(spare)?;
+        let (mark, machine) = self.machine.clone().ok_or(StoreError::Empty)?;
+        Ok(Cut {
+            mark,
+            machine,
+            gfns,
+            writes,
+        })
+    }
+
+    /// Reads pages of the cut, at most [`super::CUT_PAGES`].
+    pub(crate) fn cut_pages(
+        &mut self,
+        gfns: &[u64],
+        out: &mut Vec<Page>,
+    ) -> Result<(), StoreError> {
+        let copy = self.copy.as_mut().ok_or(StoreError::CopyInterrupted)?;
+        copy.cut_pages(gfns, &self.image, out)
     }
 
     pub(super) fn out_next(&mut self, limit: usize) -> Result<bool, StoreError> {
@@ -264,7 +303,8 @@ impl ReplicaStore for VmStore {
     fn commit(&mut self, mark: Mark) {
         if let Some(machine) = self.prepared.take() {
             if let Some(copy) = &mut self.copy {
-                self.image.staged().for_each(|gfn| copy.page_changed(gfn));
+                let image = &self.image;
+                image.staged().for_each(|gfn| copy.before_page(gfn, image));
             }
             if let Some(out) = &mut self.out {
                 out.before_pages(self.image.staged(), &self.image);
@@ -272,30 +312,6 @@ impl ReplicaStore for VmStore {
             self.image.apply();
             self.machine = Some((mark, machine));
         }
-    }
-
-    fn copy_begin(&mut self) -> Result<(), StoreError> {
-        if self.machine.is_none() {
-            return Err(StoreError::Empty);
-        }
-        self.disks
-            .flush()
-            .map_err(|e| StoreError::Disks(e.to_string()))?;
-        self.copy = Some(Copy::new(&self.shape.ram, &self.shape.disks));
-        Ok(())
-    }
-
-    fn copy_next(&mut self, limit: usize) -> Result<Option<Piece>, StoreError> {
-        let copy = self.copy.as_mut().ok_or(StoreError::NotOpen)?;
-        copy.next(limit, &self.image, &mut self.disks)
-    }
-
-    fn copy_left(&self) -> u64 {
-        self.copy.as_ref().map_or(0, Copy::left)
-    }
-
-    fn copy_end(&mut self) {
-        self.copy = None;
     }
 
     fn holds(&self) -> Option<Mark> {
@@ -306,7 +322,7 @@ impl ReplicaStore for VmStore {
         self.machine.as_ref().map(|(_, machine)| machine.as_slice())
     }
 
-    fn hand_over(mut self: Box<Self>, generation: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(mut self: Box<Self>, generation: Generation) -> Result<Taken, StoreError> {
         self.image.discard();
         let (mark, machine) = self.machine.take().ok_or(StoreError::Empty)?;
         let disks = self
@@ -319,13 +335,11 @@ impl ReplicaStore for VmStore {
             .into_iter()
             .map(|fd| fd.try_clone_to_owned())
             .collect::<Result<_, _>>()?;
-        Ok(Handover {
-            epoch: mark.epoch,
+        Ok(Taken {
             mark,
             machine,
             disks,
             ram,
-            kept: Kept::default(),
         })
     }
 }

@@ -43,7 +43,6 @@ impl World {
             },
             Err(_) => return,
         };
-        standby.excused = true;
         standby.asking = Some((expect, held));
         let mut at = held;
         if mutant == Mutant::ResumeOutdated {

@@ -71,7 +71,7 @@ impl World {
             return Ok(());
         };
         let event = match &message {
-            Message::Begin { epoch, base } => {
+            Message::Begin { epoch, base, held } => {
                 let mut base = *base;
                 if mutant == Mutant::AnyBase
                     && let Base::On { origin, .. } = base
@@ -100,6 +100,7 @@ impl World {
                     generation,
                     epoch: *epoch,
                     base,
+                    held: *held,
                 }
             }
             Message::Data { epoch, .. } => Event::Data {
@@ -171,6 +172,7 @@ impl World {
                 let begin = Message::Begin {
                     epoch: Epoch::ZERO,
                     base: Base::Install,
+                    held: false,
                 };
                 self.send_down(link, [begin]);
             }

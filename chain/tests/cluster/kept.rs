@@ -1,9 +1,11 @@
-//! What was sent on and not acknowledged, as `src/kept.rs` keeps it (that one writes to sockets).
+//! The frames of what was sent on and not acknowledged, as `src/kept.rs` keeps them (that one writes to sockets). What of
+//! them is sent, and when, the production machines say.
 
 use std::collections::VecDeque;
 
 use chain::Mark;
 use chain::replica::Base;
+use chain::sent::Sent;
 use checkpoint::Epoch;
 
 use super::Message;
@@ -44,18 +46,21 @@ impl Kept {
         *self = Self::default();
     }
 
-    pub fn reaches(&self, mark: Mark, base: Option<Mark>) -> bool {
-        let first = match self.whole.front() {
-            Some((_, messages)) => match messages.first() {
+    /// The names of what is kept.
+    pub fn sent(&self) -> Sent {
+        let base = self
+            .whole
+            .front()
+            .and_then(|(_, messages)| match messages.first() {
                 Some(Message::Begin {
                     base: Base::On { base, .. },
                     ..
                 }) => Some(*base),
                 _ => None,
-            },
-            None => base,
-        };
-        first == Some(mark) || self.whole.iter().any(|(kept, _)| *kept == mark)
+            });
+        let mut sent = base.map(Sent::after).unwrap_or_default();
+        self.whole.iter().for_each(|(mark, _)| sent.push(*mark));
+        sent
     }
 
     pub fn after(&self, after: Option<Mark>) -> Vec<Message> {
@@ -63,9 +68,5 @@ impl Kept {
         let from = known.map_or(0, |position| position + 1);
         let whole = self.whole.range(from..).flat_map(|(_, messages)| messages);
         whole.chain(self.open.iter().flatten()).cloned().collect()
-    }
-
-    pub fn len(&self) -> usize {
-        self.whole.len()
     }
 }

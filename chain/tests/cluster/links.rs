@@ -53,17 +53,20 @@ impl World {
             return Ok(());
         };
         let generation = standby.machine.generation();
-        let joiner = standby.machine.successor().is_none();
         match self.greet(i, next, generation) {
             Ok(()) => {}
             Err(Greeting::Lost(who)) => {
                 let once = self.is(Mutant::TroubleOnce);
                 if let Some(standby) = self.standby(i) {
                     standby.trouble = Some(who);
-                    // A successor that does not come keeps the owner from connecting, which then asks why. Nobody
-                    // waits for a joining replica.
-                    if joiner && !once {
-                        self.tell_up(i, Message::Broken(who));
+                    // A successor that does not come keeps the owner from connecting, which then asks why. But nobody
+                    // waits for a joining replica, or for one whose connection was ended to ask it again.
+                    let broken = Message::Broken(who);
+                    let said = self
+                        .up_link(i)
+                        .is_some_and(|up| self.links[&up].up.back() == Some(&broken));
+                    if !once && !said {
+                        self.tell_up(i, broken);
                     }
                 }
                 return Ok(());
@@ -97,7 +100,7 @@ impl World {
         if let Some(owner) = &mut self.hosts[from].owner
             && owner.generation() == generation
         {
-            owner.connected = false;
+            owner.sender.lost();
             owner.troubles.insert(to);
             self.links
                 .retain(|l, _| l.from != from || l.generation != generation);

@@ -81,14 +81,18 @@ pub enum Mutant {
     QueryIncompleteTail,
     /// What tells the owner that the joining replica is ready is sent only once.
     ReadyOnce,
-    /// A successor that came while its predecessor was frozen stays as it is.
-    NoRelink,
-    /// A replica that lost something while it was frozen waits for the next checkpoint to show it.
-    NoTick,
+    /// What the next replica said while its predecessor was frozen is not asked for again.
+    NextNotAsked,
+    /// It is only if its connection was made meanwhile: an acknowledgement over an older one is missed.
+    AcksNotAsked,
+    /// What a predecessor sent while its successor was frozen is not asked for again.
+    PreviousNotAsked,
     /// A failed replica says so only once.
     FailedOnce,
-    /// A joining replica that does not come is not named to the owner.
+    /// A next replica that does not come is not named to the owner.
     TroubleOnce,
+    /// A full checkpoint can be resumed from at once, while output flows.
+    FullHeld,
 }
 
 /// What happens in one step.
@@ -225,6 +229,7 @@ pub enum Message {
     Begin {
         epoch: Epoch,
         base: Base,
+        held: bool,
     },
     Data {
         epoch: Epoch,
@@ -299,6 +304,9 @@ impl Hash for Asked {
                 ..
             } => (expect, chain, joining, anew).hash(state),
             Command::Register { .. }
+            | Command::Start { .. }
+            | Command::PowerOff { .. }
+            | Command::Update { .. }
             | Command::Remove { .. }
             | Command::Restart { .. }
             | Command::Choose { .. } => {}
@@ -376,9 +384,11 @@ impl World {
             config_toml: String::new(),
         };
         let register = Command::Register {
+            vm: checkpoint::VmId(1),
             name: "vm".into(),
             owner: name(0),
             shape,
+            life: chain::Life::On,
         };
         let view = Arc::new(master.apply(&register).expect("the first VM").view);
         let mut hosts = vec![

@@ -1,10 +1,11 @@
-//! A host's part as a VM's owner: what it executed, what it sent, what it let out. As `src/client.rs` and an agent do it.
+//! A host's part as a VM's owner: what it executed and let out, and the production machine for what it sends (`src/client.rs`
+//! drives it with sockets). When output is held an agent decides as here.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use chain::replica::Base;
-use chain::{Mark, View};
+use chain::owner::{Joined, Sender};
+use chain::{History, Mark, View};
 use checkpoint::{Epoch, Generation};
 
 use super::kept::Kept;
@@ -18,18 +19,20 @@ pub struct Owner {
     pub since: Generation,
     /// Everything the VM has done.
     pub content: Content,
-    /// The generation last connected in: new checkpoints are named after it.
-    pub sending: Generation,
-    /// The last checkpoint sent, or resumed from.
-    pub base: Option<Mark>,
+    /// What it sends.
+    pub sender: Sender,
+    /// The frames of what that has pending.
     pub kept: Kept,
-    pub connected: bool,
     /// Output is held until it is acknowledged.
     pub holding: bool,
+    /// The chain has acknowledged something since it began: with the next checkpoint output begins to be held.
+    pub synced: bool,
+    /// Newest epoch acknowledged by the chain, or the one before its first.
+    pub acked: usize,
     /// Newest epoch whose output may be out.
     pub committed: usize,
     /// What the replicas that are left may lack after a takeover.
-    pub bridge: Option<(Mark, Kept)>,
+    pub bridge: Option<Bridge>,
     /// The chain cannot go on from what its head holds.
     pub unfit: bool,
     /// Replicas said to be lost.
@@ -38,6 +41,15 @@ pub struct Owner {
     pub ready: bool,
     /// A change has been asked of the master in this generation.
     pub asked: bool,
+}
+
+/// A new owner's sender, for what it had as a replica.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Bridge {
+    pub sender: Sender,
+    pub kept: Kept,
+    /// What it resumed from.
+    pub mark: Mark,
 }
 
 /// Why somebody does not take a connection.
@@ -62,15 +74,22 @@ impl Owner {
     ) -> Self {
         let protected = !view.chain.is_empty();
         let resumed = resumed.filter(|_| protected);
+        let committed = content.len().min(acked.0 as usize);
+        let generation = view.generation;
+        let base = resumed.as_ref().map(|(mark, _)| *mark);
         Self {
-            since: view.generation,
-            sending: view.generation,
-            base: resumed.as_ref().map(|(mark, _)| *mark),
+            since: generation,
+            sender: Sender::new(generation, base),
             kept: Kept::default(),
-            connected: false,
             holding: protected,
-            committed: content.len().min(acked.0 as usize),
-            bridge: resumed,
+            synced: protected,
+            acked: committed,
+            committed,
+            bridge: resumed.map(|(mark, kept)| Bridge {
+                sender: Sender::taking_over(generation, mark, kept.sent()),
+                kept,
+                mark,
+            }),
             unfit: false,
             troubles: BTreeSet::new(),
             ready: false,
@@ -92,10 +111,16 @@ impl Owner {
         self.view.generation
     }
 
+    /// Connected to head and tail.
+    pub fn connected(&self) -> bool {
+        self.sender.is_linked()
+    }
+
     fn begin_anew(&mut self) {
         self.holding = false;
+        self.synced = false;
         self.committed = self.content.len();
-        self.base = None;
+        self.sender = Sender::new(self.generation(), None);
         self.kept.clear();
         self.bridge = None;
     }
@@ -118,58 +143,67 @@ impl World {
     /// Whether the owner may run one epoch more.
     pub fn can_run(&self, i: usize) -> bool {
         self.hosts[i].owner.as_ref().is_some_and(|owner| {
-            !owner.holding || owner.content.len() - owner.committed < self.rules.in_flight
+            owner.sender.newest().is_none()
+                || owner.content.len() - owner.acked < self.rules.in_flight
         })
     }
 
     /// The VM runs for an epoch, which is then sent, or kept to be sent.
     pub fn run_owner(&mut self, i: usize) -> Result<(), String> {
+        let claims_held = self.is(Mutant::FullHeld);
         let owner = self.owner_mut(i);
         let e = owner.content.len() + 1;
         let item = (owner.generation().0 << 32) | ((e as u64) << 8) | i as u64;
         owner.content.push(item);
         let (content, generation) = (owner.content.clone(), owner.generation());
         let epoch = Epoch(e as u64);
-        let head = owner.view.chain.first().map(|m| index(&m.host));
-        let (connected, owner_since) = (owner.connected, owner.since);
-        let (base, origin, items) = match owner.base {
-            Some(base) => (
-                Base::On {
-                    base,
-                    origin: owner.sending,
-                },
-                owner.sending,
-                vec![item],
-            ),
+        let before = owner.sender.newest();
+        let full = before.is_none();
+        if full && !owner.connected() {
             // The first of a history; only a chain that has begun anew takes it.
-            None if connected => (Base::Nothing, generation, content.clone()),
-            None => return self.let_out(i),
-        };
-        let mark = Mark {
-            generation: origin,
-            epoch,
-            digest: digest(&items),
+            return self.let_out(i);
+        }
+        if full {
+            owner.acked = e - 1;
+        } else if owner.synced && !owner.holding {
+            // What it said up to the end of the epoch before it said unprotected; what comes now is held.
+            owner.holding = true;
+            owner.committed = e - 1;
+        }
+        let held = owner.holding || claims_held;
+        let begun = owner.sender.begin(epoch, full, held);
+        let begun = begun.map_err(|e| format!("h{i}: {e}"))?;
+        let items = match full {
+            true => content.clone(),
+            false => vec![item],
         };
         let frames = [
-            Message::Begin { epoch, base },
-            Message::Data { epoch, items },
+            Message::Begin {
+                epoch,
+                base: begun.base,
+                held: begun.held,
+            },
+            Message::Data {
+                epoch,
+                items: items.clone(),
+            },
             Message::End {
                 epoch,
                 install: None,
-                digest: mark.digest,
+                digest: digest(&items),
             },
         ];
-        let before = owner.base.replace(mark);
-        if before.is_some() {
+        let pass = owner.sender.pass().ok_or("nothing is open")?;
+        if pass.keep {
             frames.iter().for_each(|f| owner.kept.push(f.clone()));
-            owner.kept.close(mark);
         }
-        if !owner.holding {
-            // What it said up to here it said unprotected; what comes now is held.
-            owner.holding = true;
-            owner.committed = e;
+        let ended = owner.sender.end(digest(&items)).ok_or("nothing is open")?;
+        if ended.kept {
+            owner.kept.close(ended.mark);
         }
-        Arc::make_mut(&mut self.truth).insert((origin, epoch), content);
+        let (mark, owner_since) = (ended.mark, owner.since);
+        let head = owner.view.chain.first().map(|m| index(&m.host));
+        Arc::make_mut(&mut self.truth).insert((mark.generation, epoch), content);
         self.ops.0.push(Op::Update {
             host: i,
             owner_since,
@@ -177,7 +211,9 @@ impl World {
             mark,
         });
         self.say(|| format!("h{i} sends checkpoint {mark} in {generation}"));
-        if connected && let Some(head) = head {
+        if pass.forward
+            && let Some(head) = head
+        {
             self.send_down(Self::update_link(i, head, generation), frames);
         }
         self.let_out(i)
@@ -215,7 +251,11 @@ impl World {
         if !(current || any) || e > owner.content.len() {
             return Ok(());
         }
-        owner.kept.trim(epoch);
+        if owner.sender.acked(generation, epoch) || any {
+            owner.kept.trim(epoch);
+        }
+        owner.acked = owner.acked.max(e);
+        owner.synced |= owner.sender.newest().is_some();
         if owner.holding && e > owner.committed {
             owner.committed = e;
             let owner_since = owner.since;
@@ -263,7 +303,7 @@ impl World {
     pub fn owner_follows(&mut self, i: usize, view: &Arc<View>) -> Result<(), String> {
         let owner = self.owner_mut(i);
         let before = owner.generation();
-        owner.connected = false;
+        owner.sender.lost();
         owner.unfit = false;
         owner.troubles.clear();
         owner.ready = false;
@@ -324,7 +364,7 @@ impl World {
 
     pub fn can_connect(&self, i: usize) -> bool {
         self.hosts[i].owner.as_ref().is_some_and(|o| {
-            !o.connected
+            !o.connected()
                 && !o.unfit
                 && !o.view.chain.is_empty()
                 && (o.bridge.is_none() || {
@@ -357,43 +397,38 @@ impl World {
         let numbers_only = self.is(Mutant::AnyBase);
         let undecided = self.is(Mutant::FullUndecided);
         let owner = self.owner_mut(i);
-        let go_on = owner.view.in_place() || (owner.sending == generation && owner.base.is_some());
+        let alike = |mark: &Mark| holds.is_some_and(|held| held.epoch == mark.epoch);
+        let holds = match owner.sender.newest().filter(alike) {
+            Some(newest) if numbers_only => Some(newest),
+            _ => holds,
+        };
         let mut frames = Vec::new();
-        if go_on {
-            let fits = |mark: &Mark| {
-                owner.kept.reaches(*mark, owner.base)
-                    || (numbers_only && owner.base.is_some_and(|b| b.epoch == mark.epoch))
-            };
-            let Some(after) = holds.filter(fits) else {
-                self.counts.0.unfit += 1;
-                self.say(|| format!("h{i}: h{head} is unfit in {generation}"));
+        match owner.sender.connected(&owner.view.clone(), holds) {
+            Joined::GoesOn { after, complete } => {
+                frames = owner.kept.after(Some(after));
+                frames.extend(complete.map(Message::Complete));
+                self.counts.0.in_place += 1;
+            }
+            Joined::Anew => owner.kept.clear(),
+            Joined::Unfit { .. } => {
                 if undecided {
-                    self.open_links(i, head, tail, generation)?;
-                    let owner = self.owner_mut(i);
+                    let mut decided = View::clone(&owner.view);
+                    decided.history = History::new(generation);
                     owner.begin_anew();
-                    owner.connected = true;
-                    owner.sending = generation;
+                    owner.sender.connected(&decided, None);
+                    self.open_links(i, head, tail, generation)?;
                     return self.let_out(i);
                 }
-                self.owner_mut(i).unfit = true;
+                owner.unfit = true;
+                self.counts.0.unfit += 1;
+                self.say(|| format!("h{i}: h{head} is unfit in {generation}"));
                 return Ok(());
-            };
-            frames = owner.kept.after(Some(after));
-            if let Some(base) = owner.base {
-                frames.push(Message::Complete(base.epoch));
             }
-            self.counts.0.in_place += 1;
-        } else {
-            owner.base = None;
-            owner.kept.clear();
         }
         let resent = frames.len();
         self.open_links(i, head, tail, generation)?;
         self.counts.0.resent += u64::from(resent > 1);
         self.send_down(Self::update_link(i, head, generation), frames);
-        let owner = self.owner_mut(i);
-        owner.connected = true;
-        owner.sending = generation;
         self.say(|| format!("h{i} connects to {chain:?} in {generation}, sends {resent} frames"));
         Ok(())
     }
@@ -441,21 +476,24 @@ impl World {
         let holds = self.head_holds(head);
         let owner = self.owner_mut(i);
         let generation = owner.generation();
-        let Some((mark, kept)) = &owner.bridge else {
+        let Some(bridge) = &mut owner.bridge else {
             return Ok(());
         };
-        if holds == Some(*mark) {
-            owner.bridge = None;
-            return Ok(());
-        }
-        let Some(after) = holds.filter(|held| kept.reaches(*held, None)) else {
-            owner.unfit = true;
-            owner.bridge = None;
-            self.counts.0.unfit += 1;
-            self.say(|| format!("h{i} cannot bridge what h{head} lacks in {generation}"));
-            return Ok(());
+        let after = match bridge.sender.connected(&owner.view, holds) {
+            Joined::GoesOn { after, .. } if after == bridge.mark => {
+                owner.bridge = None;
+                return Ok(());
+            }
+            Joined::GoesOn { after, .. } => after,
+            Joined::Anew | Joined::Unfit { .. } => {
+                owner.unfit = true;
+                owner.bridge = None;
+                self.counts.0.unfit += 1;
+                self.say(|| format!("h{i} cannot bridge what h{head} lacks in {generation}"));
+                return Ok(());
+            }
         };
-        let mut frames = kept.after(Some(after));
+        let mut frames = bridge.kept.after(Some(after));
         // Only whole ones: the rest died with the owner before.
         while frames
             .last()
@@ -477,7 +515,7 @@ impl World {
         if owner
             .bridge
             .as_ref()
-            .is_some_and(|(mark, _)| epoch >= mark.epoch)
+            .is_some_and(|bridge| epoch >= bridge.mark.epoch)
         {
             let head = index(&owner.view.chain[0].host);
             self.links.remove(&Self::update_link(i, head, generation));

@@ -216,19 +216,11 @@ impl World {
     }
 
     pub fn unfreeze(&mut self, i: usize) -> Result<(), String> {
-        let relink = !self.is(Mutant::NoRelink);
         let Some(standby) = self.standby(i) else {
             return Ok(());
         };
         standby.asking = None;
-        standby.machine.unfreeze();
-        if relink && !standby.machine.is_linked() {
-            self.hang_up(i);
-        }
-        if self.is(Mutant::NoTick) {
-            return Ok(());
-        }
-        self.step_machine(i, Event::Tick { now_ms: 0 }, None)
+        self.step_machine(i, Event::Unfreeze, None)
     }
 
     /// Feeds a replica's machine and carries out what it answers.
@@ -305,6 +297,24 @@ impl World {
                 self.counts.0.unfit += 1;
                 self.say(|| format!("h{at}: its next replica is unfit: {why}"));
                 self.lost_next(at);
+            }
+            Action::AskNext => {
+                let relinks = match mutant {
+                    Mutant::NextNotAsked => false,
+                    Mutant::AcksNotAsked => !standby.machine.is_linked(),
+                    _ => true,
+                };
+                if relinks {
+                    self.hang_up(at);
+                }
+            }
+            Action::AskPrevious => {
+                if let Some(up) = up
+                    && mutant != Mutant::PreviousNotAsked
+                {
+                    self.say(|| format!("h{at} asks h{} for what it missed", up.from));
+                    self.cut(up);
+                }
             }
             Action::Feed => {
                 standby.feeding = Some(Feeding::Wanted);

@@ -2,16 +2,23 @@
 
 use checkpoint::{Epoch, Generation, HostId, VmId};
 
-use super::{Command, Mark, Member, VmShape};
+use super::{Command, Life, Mark, Member, VmShape};
 
 pub fn host(name: &str) -> HostId {
     HostId::new(name).unwrap()
 }
 
+/// The same for the same name.
+pub fn vm_of(name: &str) -> VmId {
+    VmId(name.bytes().fold(1, |n, b| n * 31 + u128::from(b)))
+}
+
 pub fn register(name: &str, owner: &str) -> Command {
     Command::Register {
+        vm: vm_of(name),
         name: name.into(),
         owner: host(owner),
+        life: Life::On,
         shape: VmShape {
             ram: vec![],
             vcpus: 1,
@@ -43,6 +50,7 @@ pub fn take_over(vm: VmId, expect: Generation, by: &str) -> Command {
             generation: expect,
             epoch: Epoch(7),
             digest: 0,
+            held: true,
         },
     }
 }

@@ -141,9 +141,11 @@ impl Cluster {
     fn servers(count: usize, missed: u32, shape: VmShape) -> Self {
         let mut master = MasterState::default();
         let register = Command::Register {
+            vm: VM,
             name: "vm".into(),
             owner: host("owner"),
             shape: shape.clone(),
+            life: chain::Life::On,
         };
         let view = master.apply(&register).unwrap().view;
         assert_eq!(view.vm, VM);
@@ -218,6 +220,24 @@ impl Cluster {
         self.tell();
     }
 
+    /// The master decides, and nobody is told yet.
+    pub fn reconfigure_silently(&mut self, chain: &[usize], joining: Option<usize>) {
+        self.decide_chain(chain, joining, false);
+    }
+
+    /// As [`Cluster::anew`], and nobody is told yet.
+    pub fn anew_silently(&mut self, chain: &[usize]) {
+        self.decide_chain(chain, None, true);
+    }
+
+    /// These, which have replicas, are told what has been decided.
+    pub fn tell_only(&self, which: &[usize]) {
+        for i in which {
+            let server = self.hosts[*i].server();
+            server.adopt(self.view.clone()).unwrap();
+        }
+    }
+
     /// This host takes over. The others are not told yet.
     pub fn take_over_silently(&mut self, taker: usize) -> Handover {
         let server = self.hosts[taker].server();
@@ -281,7 +301,13 @@ pub struct Owner {
 
 impl Owner {
     pub fn new(view: &View, base: Option<Mark>) -> Self {
-        let client = ChainClient::new(VM, view.owner.clone(), view.generation, base);
+        let client = ChainClient::new(
+            VM,
+            view.owner.clone(),
+            view.generation,
+            base,
+            chain::KEPT_MAX,
+        );
         let connection = connect(&client, view);
         let said = hear(&connection);
         Self {

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use chain::store::Piece;
-use chain::{ChainClient, ClientEvent, Handover, Mark, ReplicaStore, ServerEvent, StoreError};
+use chain::{ChainClient, ClientEvent, Loss, Mark, ReplicaStore, ServerEvent, StoreError, Taken};
 use checkpoint::{CheckpointEnd, EncoderOptions, Epoch, Generation, PageEncoder};
 
 use crate::cluster::{Cluster, Owner, PATIENCE, VM, Vm, committed, host, trouble};
@@ -43,7 +42,7 @@ fn i7_damage_on_the_wire_is_found_and_costs_only_what_was_under_way() {
         });
         assert!(noticed, "{damage:?} was not noticed");
         let event = trouble(&client, vm.epoch);
-        assert!(matches!(event, ClientEvent::Lost { .. }), "{event:?}");
+        assert!(matches!(event, ClientEvent::Lost(_)), "{event:?}");
         // Neither replica has failed; each is at a complete checkpoint, and the tail not beyond the head.
         // (The tail is asked first: what arrived before the damage may still be being processed.)
         let [head, tail] = &cluster.hosts[..] else {
@@ -63,7 +62,7 @@ fn i7_a_checkpoint_that_does_not_fit_fails_the_replica_and_is_never_acknowledged
     let spoils: [(&str, Spoil); 4] = [
         ("checksum", |client, vm| {
             vm.epoch = vm.epoch.next();
-            client.begin(vm.epoch, false).unwrap();
+            client.begin(vm.epoch, false, true).unwrap();
             let mut pages = Vec::new();
             PageEncoder::new(EncoderOptions { lz4: false }).encode(3, &[9; 4096], None, &mut pages);
             *pages.last_mut().unwrap() ^= 1;
@@ -73,18 +72,18 @@ fn i7_a_checkpoint_that_does_not_fit_fails_the_replica_and_is_never_acknowledged
         }),
         ("no machine state", |client, vm| {
             vm.epoch = vm.epoch.next();
-            client.begin(vm.epoch, false).unwrap();
+            client.begin(vm.epoch, false, true).unwrap();
             client.end().unwrap();
         }),
         ("not a machine state", |client, vm| {
             vm.epoch = vm.epoch.next();
-            client.begin(vm.epoch, false).unwrap();
+            client.begin(vm.epoch, false, true).unwrap();
             client.machine(&[7; 100]).unwrap();
             client.end().unwrap();
         }),
         ("outside the VM's memory", |client, vm| {
             vm.epoch = vm.epoch.next();
-            client.begin(vm.epoch, false).unwrap();
+            client.begin(vm.epoch, false, true).unwrap();
             let mut pages = Vec::new();
             PageEncoder::new(EncoderOptions { lz4: false }).encode(
                 1 << 19,
@@ -106,10 +105,11 @@ fn i7_a_checkpoint_that_does_not_fit_fails_the_replica_and_is_never_acknowledged
         let good = vm.clone();
         spoil(&client, &mut vm);
         let event = trouble(&client, good.epoch);
-        let ClientEvent::Lost {
+        let ClientEvent::Lost(Loss {
             host: Some(named),
             why,
-        } = &event
+            ..
+        }) = &event
         else {
             panic!("{event:?}")
         };
@@ -159,23 +159,13 @@ impl ReplicaStore for Failing {
     fn commit(&mut self, mark: Mark) {
         self.committed.store(mark.epoch.0, Ordering::SeqCst);
     }
-    fn copy_begin(&mut self) -> Result<(), StoreError> {
-        Err(StoreError::Empty)
-    }
-    fn copy_next(&mut self, _: usize) -> Result<Option<Piece>, StoreError> {
-        Err(StoreError::Empty)
-    }
-    fn copy_left(&self) -> u64 {
-        0
-    }
-    fn copy_end(&mut self) {}
     fn holds(&self) -> Option<Mark> {
         None
     }
     fn machine_state(&self) -> Option<&[u8]> {
         None
     }
-    fn hand_over(self: Box<Self>, _: Generation) -> Result<Handover, StoreError> {
+    fn hand_over(self: Box<Self>, _: Generation) -> Result<Taken, StoreError> {
         Err(StoreError::Empty)
     }
 }
@@ -204,10 +194,11 @@ fn i2_a_checkpoint_that_one_replica_cannot_store_reaches_none_after_it() {
     vm.checkpoint(&client, false);
     vm.checkpoint(&client, false);
     let event = trouble(&client, Epoch(2));
-    let ClientEvent::Lost {
+    let ClientEvent::Lost(Loss {
         host: Some(named),
         why,
-    } = &event
+        ..
+    }) = &event
     else {
         panic!("{event:?}")
     };

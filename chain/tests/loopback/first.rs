@@ -124,6 +124,9 @@ fn i3_an_interrupted_first_copy_goes_on_where_it_was() {
         owner.disk(&vm.disk_record(at, 512)).unwrap();
         finish(&mut vm, &owner);
         committed(&owner, vm.epoch, cluster.view.generation);
+        // It can be resumed from once output is held.
+        vm.checkpoint(&owner, false);
+        committed(&owner, vm.epoch, cluster.view.generation);
         vm.check(&last_one(&mut cluster, length));
     }
 }

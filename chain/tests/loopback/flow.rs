@@ -32,7 +32,13 @@ pub struct Flow {
 impl Flow {
     /// A VM's owner: from its first checkpoint on, or resumed from `base`.
     pub fn start(view: &View, mut vm: Vm, base: Option<Mark>) -> Self {
-        let client = ChainClient::new(VM, view.owner.clone(), view.generation, base);
+        let client = ChainClient::new(
+            VM,
+            view.owner.clone(),
+            view.generation,
+            base,
+            chain::KEPT_MAX,
+        );
         let client = Arc::new(client);
         let connection = connect(&client, view);
         let counts = Arc::<Counts>::default();
@@ -106,7 +112,7 @@ impl Flow {
     /// Waits until the chain has said that the joining replica can become the tail.
     pub fn joiner_ready(&self) {
         self.hear("the joining replica is ready", |event| {
-            *event == ClientEvent::JoinerReady
+            matches!(event, ClientEvent::JoinerReady { .. })
         });
     }
 
@@ -114,10 +120,10 @@ impl Flow {
     pub fn lost(&self, who: &HostId) -> String {
         let said = self.hear(
             "it is lost",
-            |event| matches!(event, ClientEvent::Lost { host, .. } if host.as_ref() == Some(who)),
+            |event| matches!(event, ClientEvent::Lost(loss) if loss.host.as_ref() == Some(who)),
         );
         match said {
-            ClientEvent::Lost { why, .. } => why,
+            ClientEvent::Lost(loss) => loss.why,
             other => unreachable!("{other:?}"),
         }
     }

@@ -12,9 +12,15 @@ use crate::cluster::{Cluster, Owner, PATIENCE, VM, Vm, committed, host};
 #[test]
 fn a_stranger_is_not_taken_for_the_predecessor_or_the_owner() {
     let cluster = Cluster::new(1);
-    let error = ChainClient::new(VM, host("stranger"), cluster.view.generation, None)
-        .connect(&cluster.view)
-        .unwrap_err();
+    let error = ChainClient::new(
+        VM,
+        host("stranger"),
+        cluster.view.generation,
+        None,
+        chain::KEPT_MAX,
+    )
+    .connect(&cluster.view)
+    .unwrap_err();
     assert!(
         error
             .to_string()

@@ -239,7 +239,7 @@ fn a_joining_replica_that_reads_slowly_does_not_slow_the_chain_down() {
     // That it is ready may be said once more at any time: the owner may have missed it.
     let trouble = |flow: &Flow| {
         let mut said = flow.said();
-        said.retain(|event| *event != ClientEvent::JoinerReady);
+        said.retain(|event| !matches!(event, ClientEvent::JoinerReady { .. }));
         said
     };
     assert_eq!(trouble(&flow), [], "it has not been given up");

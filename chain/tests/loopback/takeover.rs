@@ -33,7 +33,7 @@ fn i5_whoever_takes_over_has_everything_that_was_acknowledged() {
                         assert_eq!(generation, cluster.view.generation);
                         break;
                     }
-                    ClientEvent::Lost { .. } => {}
+                    ClientEvent::Lost(_) => {}
                     other => panic!("{other:?}"),
                 }
             }
@@ -79,7 +79,13 @@ fn i4_a_superseded_owner_is_refused_when_it_connects_and_when_it_speaks() {
             .all(|h| h.epoch() == Some(Epoch(1)))
     );
     let stale = || {
-        let client = ChainClient::new(VM, old_view.owner.clone(), Generation(2), None);
+        let client = ChainClient::new(
+            VM,
+            old_view.owner.clone(),
+            Generation(2),
+            None,
+            chain::KEPT_MAX,
+        );
         client.connect(&old_view).unwrap_err()
     };
     let error = stale();

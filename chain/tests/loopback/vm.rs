@@ -44,6 +44,8 @@ pub struct Vm {
     lives: Vec<(Epoch, u64)>,
     /// All of its memory changes in each epoch, to what nothing compresses.
     pub busy: bool,
+    /// Output is held, says its owner.
+    pub holds: bool,
 }
 
 impl Vm {
@@ -67,6 +69,7 @@ impl Vm {
             written: Vec::new(),
             lives: vec![(Epoch::ZERO, 0)],
             busy: false,
+            holds: true,
         }
     }
 
@@ -111,6 +114,7 @@ impl Vm {
         let mut vm = Self {
             lives: self.lives.clone(),
             busy: self.busy,
+            holds: self.holds,
             ..Self::with_disk(self.born.clone())
         };
         while vm.epoch < epoch {
@@ -192,7 +196,7 @@ impl Vm {
     pub fn send_body(&mut self, client: &ChainClient, full: bool) -> Result<(), ClientError> {
         self.epoch = self.epoch.next();
         let (pages, disk) = self.records(full);
-        client.begin(self.epoch, full)?;
+        client.begin(self.epoch, full, self.holds)?;
         let size = if full {
             24 + (64 << 10)
         } else {

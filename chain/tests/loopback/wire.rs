@@ -1,9 +1,9 @@
 //! The way to a host: every connection to its server goes through one of these, which counts frames, and can be cut,
-//! held up, or hold answers back.
+//! held up, or hold answers back; and so do datagrams, which it can lose.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,8 @@ struct Shared {
     full: AtomicUsize,
     installs: AtomicUsize,
     greetings: AtomicUsize,
+    loses_datagrams: AtomicBool,
+    datagrams: AtomicUsize,
 }
 
 pub struct Wire {
@@ -49,9 +51,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Wire {
     /// A way to `target`; it ends with the test's process.
     pub fn to(target: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (listener, socket, addr) = bind();
         setsockopt(&listener, sockopt::RcvBuf, &BUFFER).unwrap();
-        let addr = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
             target: Mutex::new(target),
             open: Mutex::default(),
@@ -62,7 +63,11 @@ impl Wire {
             full: AtomicUsize::new(0),
             installs: AtomicUsize::new(0),
             greetings: AtomicUsize::new(0),
+            loses_datagrams: AtomicBool::new(false),
+            datagrams: AtomicUsize::new(0),
         });
+        let passing = shared.clone();
+        std::thread::spawn(move || passing.datagrams(&socket));
         let serving = shared.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -138,6 +143,16 @@ impl Wire {
         self.set(&self.shared.answers, Hold::Now);
     }
 
+    /// Datagrams to the host are lost from here on.
+    pub fn lose_datagrams(&self) {
+        self.shared.loses_datagrams.store(true, Ordering::SeqCst);
+    }
+
+    /// Datagrams that came so far, lost ones too.
+    pub fn datagrams(&self) -> usize {
+        self.shared.datagrams.load(Ordering::SeqCst)
+    }
+
     /// Full checkpoints begun so far.
     pub fn full(&self) -> usize {
         self.shared.full.load(Ordering::SeqCst)
@@ -154,6 +169,18 @@ impl Wire {
     }
 }
 
+/// The same port for both.
+fn bind() -> (TcpListener, UdpSocket, SocketAddr) {
+    for _ in 0..16 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        if let Ok(socket) = UdpSocket::bind(addr) {
+            return (listener, socket, addr);
+        }
+    }
+    panic!("no port is free for both");
+}
+
 /// However a direction ended, so does the connection.
 fn over(from: &TcpStream, to: &TcpStream, _: io::Result<()>) {
     let _ = to.shutdown(Shutdown::Both);
@@ -168,6 +195,20 @@ impl Shared {
                 .changed
                 .wait(hold)
                 .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn datagrams(&self, socket: &UdpSocket) {
+        let mut bytes = [0; 2048];
+        loop {
+            // What is refused at the other end shows here, as an error of the next call.
+            let Ok(n) = socket.recv(&mut bytes) else {
+                continue;
+            };
+            self.datagrams.fetch_add(1, Ordering::SeqCst);
+            if !self.loses_datagrams.load(Ordering::SeqCst) {
+                let _ = socket.send_to(&bytes[..n], *lock(&self.target));
+            }
         }
     }
 

@@ -58,10 +58,12 @@ struct Cluster {
     grain: Grain,
     /// Replicas keep what they have prepared when they crash.
     durable: bool,
+    /// The chain has been decided on, and nothing sent.
+    empty: bool,
 }
 
 impl Cluster {
-    /// The owner is protected by the first replicas, which hold its first checkpoint.
+    /// The owner is protected by the first replicas, which hold its first checkpoints: with the second, output is held.
     fn begun(&self) -> World {
         let mut world = World::new(Rules {
             hosts: self.hosts,
@@ -89,9 +91,18 @@ impl Cluster {
             panic!("the beginning does not end");
         };
         settle(&mut world);
-        world.apply(&Step::Run(0)).expect("the first checkpoint");
-        settle(&mut world);
-        assert_eq!(world.visible.len(), 1, "the first checkpoint is committed");
+        if self.empty {
+            return world;
+        }
+        for _ in 0..2 {
+            world.apply(&Step::Run(0)).expect("a checkpoint");
+            settle(&mut world);
+        }
+        assert_eq!(
+            world.visible.len(),
+            2,
+            "the first checkpoints are committed"
+        );
         world
     }
 
@@ -235,7 +246,7 @@ impl Model for Cluster {
                             let owner = state.world.hosts[i].owner.as_ref();
                             i > 0
                                 && owner
-                                    .is_some_and(|o| o.holding && o.connected && o.committed > 1)
+                                    .is_some_and(|o| o.holding && o.connected() && o.committed > 2)
                         })
                 },
             ),
@@ -257,7 +268,7 @@ impl Model for Cluster {
                         || shorter
                             && index(&view.owner) == 0
                             && view.in_place()
-                            && state.world.visible.len() > 1
+                            && state.world.visible.len() > 2
                 },
             ),
             Property::sometimes(
@@ -305,7 +316,31 @@ fn cluster(hosts: usize, replicas: usize, grain: Grain, small: Bounds, deeper: B
         mutant: Mutant::None,
         grain,
         durable: false,
+        empty: false,
     }
+}
+
+/// FIELD H16: output flows until the first checkpoint has been acknowledged, whoever suspects whom meanwhile.
+fn beginning() -> Cluster {
+    let small = Bounds {
+        runs: 3,
+        asks: 1,
+        ..NOTHING
+    };
+    let deeper = Bounds {
+        runs: 4,
+        crashes: 1,
+        ..small
+    };
+    Cluster {
+        empty: true,
+        ..cluster(2, 1, Grain::Half, small, deeper)
+    }
+}
+
+#[test]
+fn a_chain_that_begins() {
+    explore("a chain begins", beginning());
 }
 
 #[test]
@@ -448,6 +483,11 @@ mod mutants {
             ..NOTHING
         };
         planted(Mutant::ForwardEndEarly, three(bounds), "I2");
+    }
+
+    #[test]
+    fn i5_resuming_from_a_full_checkpoint_at_once_is_found() {
+        planted(Mutant::FullHeld, beginning(), "I5");
     }
 
     #[test]

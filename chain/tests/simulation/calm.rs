@@ -47,14 +47,14 @@ pub fn sensible(world: &World, i: usize) -> Option<Step> {
     } else if let Some(joining) = joining
         && world.is(Mutant::PromoteEarly)
         && is_up(&joining)
-        && owner.connected
+        && owner.connected()
     {
         Plan::Promote
     } else if chain.is_empty() {
         let mut hosts = spare(&[]);
         hosts.truncate(world.rules.wanted);
         (!hosts.is_empty()).then_some(Plan::Anew(hosts))?
-    } else if chain.len() < world.rules.wanted && joining.is_none() && owner.connected {
+    } else if chain.len() < world.rules.wanted && joining.is_none() && owner.connected() {
         Plan::Join(*spare(&chain).first()?)
     } else {
         return None;
@@ -224,7 +224,7 @@ impl Stepper {
             })
         };
         owner.generation() == view.generation
-            && owner.connected
+            && owner.connected()
             && owner.holding
             && view.joining.is_none()
             && view.chain.len() >= self.wanted()
@@ -265,7 +265,7 @@ impl Stepper {
                 text += &format!(
                     ", owner in {}, connected {}, unfit {}, troubles {:?}, ready {}, asked {}, bridge {}, has {} committed {}",
                     owner.generation(),
-                    owner.connected,
+                    owner.connected(),
                     owner.unfit,
                     owner.troubles,
                     owner.ready,

@@ -38,6 +38,17 @@ fn seeds() -> std::ops::Range<u64> {
     from..from + number("CHAIN_SEEDS").unwrap_or(500)
 }
 
+/// Seeds in which something was found once.
+#[test]
+fn what_was_found_once_stays_mended() {
+    // A new owner's bridge waited for ever for an ack that its head had missed while frozen.
+    for seed in [10_073_883, 10_092_747, 10_137_835, 10_157_210] {
+        if let Err(why) = run(seed, Mutant::None, true) {
+            panic!("{why}");
+        }
+    }
+}
+
 #[test]
 fn no_interleaving_loses_what_was_acknowledged_and_all_comes_right_again() {
     let mut total = Counts::default();

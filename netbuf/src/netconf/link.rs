@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use super::{NetconfError, control_socket, ifreq, ioctl};
 
@@ -12,6 +13,9 @@ const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 const SIOCBRDELIF: libc::c_ulong = 0x89a3;
 const SIOCDEVPRIVATE: libc::c_ulong = 0x89f0;
 const BRCTL_SET_BRIDGE_FORWARD_DELAY: libc::c_ulong = 8;
+const BRCTL_SET_BRIDGE_STP_STATE: libc::c_ulong = 14;
+/// The kernel takes a bridge's times in hundredths of a second.
+const USER_HZ_MS: u128 = 10;
 
 /// Makes an Ethernet bridge, down, with a forwarding delay of 0 (a port forwards as soon as it is added) and no
 /// spanning tree. Ageing is left as the kernel has it.
@@ -19,18 +23,39 @@ const BRCTL_SET_BRIDGE_FORWARD_DELAY: libc::c_ulong = 8;
 /// # Errors
 /// [`NetconfError::Exists`], or another; also if the kernel has no bridge support.
 pub fn create_bridge(name: &str) -> Result<(), NetconfError> {
-    const WHAT: &str = "creating bridge";
-    let mut req = ifreq(name)?;
-    bridge_by_name(WHAT, name, SIOCBRADDBR)?;
-    // A private bridge ioctl takes an array of four words, the first one its number.
-    let mut args: [libc::c_ulong; 4] = [BRCTL_SET_BRIDGE_FORWARD_DELAY, 0, 0, 0];
+    ifreq(name)?;
+    bridge_by_name("creating bridge", name, SIOCBRADDBR)?;
+    set_forward_delay(name, Duration::ZERO)
+}
+
+/// Sets how long a bridge's new port listens, and then learns, before it forwards; with a spanning tree from 2 to 30 s.
+///
+/// # Errors
+/// [`NetconfError`].
+pub fn set_forward_delay(bridge: &str, delay: Duration) -> Result<(), NetconfError> {
+    let units = (delay.as_millis() / USER_HZ_MS) as libc::c_ulong;
+    let what = "setting the forwarding delay of bridge";
+    private(what, bridge, [BRCTL_SET_BRIDGE_FORWARD_DELAY, units, 0, 0])
+}
+
+/// Switches a bridge's spanning tree protocol.
+///
+/// # Errors
+/// [`NetconfError`].
+pub fn set_stp(bridge: &str, on: bool) -> Result<(), NetconfError> {
+    let what = "switching the spanning tree of bridge";
+    private(what, bridge, [BRCTL_SET_BRIDGE_STP_STATE, on.into(), 0, 0])
+}
+
+/// A private bridge ioctl takes an array of four words, the first one its number.
+fn private(
+    what: &'static str,
+    bridge: &str,
+    mut args: [libc::c_ulong; 4],
+) -> Result<(), NetconfError> {
+    let mut req = ifreq(bridge)?;
     req.ifr_ifru.ifru_data = args.as_mut_ptr().cast();
-    ioctl(
-        "setting the forwarding delay of bridge",
-        name,
-        SIOCDEVPRIVATE,
-        &mut req,
-    )
+    ioctl(what, bridge, SIOCDEVPRIVATE, &mut req)
 }
 
 /// Removes a bridge, which must be down.

@@ -1,10 +1,11 @@
-//! The few interface settings the demo and the tests need, by ioctl and netlink: no external programs.
+//! The few interface settings that taps, the demo and the tests need, by ioctl and netlink: no external programs.
 //!
 //! Everything acts on the calling thread's network namespace and takes `CAP_NET_ADMIN` there.
 
 mod link;
 mod netlink;
 mod ns;
+mod state;
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -13,10 +14,11 @@ use thiserror::Error;
 
 pub use link::{
     add_to_bridge, create_bridge, delete_bridge, exists, index, mac, remove_from_bridge,
-    set_addr_v4, set_link, set_mac, set_mtu,
+    set_addr_v4, set_forward_delay, set_link, set_mac, set_mtu, set_stp,
 };
-pub use netlink::{create_veth, delete_link, move_to_netns};
+pub use netlink::{create_veth, delete_link, move_to_netns, no_ipv6_address};
 pub use ns::{NsError, unshare_netns, unshare_userns_netns};
+pub use state::{BridgeState, Change, LinkMonitor, LinkState, links};
 
 /// Why an interface could not be set up.
 #[derive(Debug, Error)]

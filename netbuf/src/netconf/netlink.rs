@@ -1,4 +1,4 @@
-//! What ioctls cannot do: pairs of virtual Ethernet devices, by rtnetlink(7).
+//! What ioctls cannot do, by rtnetlink(7): pairs of virtual Ethernet devices, moving between namespaces, silence.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -6,8 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use super::{NetconfError, ifreq, index, socket};
 
 const VETH_INFO_PEER: u16 = 1; // linux/veth.h
-const IFLA_INFO_KIND: u16 = 1; // linux/if_link.h
-const IFLA_INFO_DATA: u16 = 2;
+pub(super) const IFLA_INFO_KIND: u16 = 1; // linux/if_link.h
+pub(super) const IFLA_INFO_DATA: u16 = 2;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
 /// Makes a pair of virtual Ethernet devices, both down: what goes into one comes out of the other.
 ///
@@ -50,11 +52,36 @@ pub fn move_to_netns(name: &str, netns: BorrowedFd<'_>) -> Result<(), NetconfErr
     m.send("moving to another network namespace", name)
 }
 
+/// The host gives the interface no IPv6 address of its own, so its stack has nothing to say there (neighbour discovery,
+/// router solicitation). A host without IPv6 says nothing anyway.
+///
+/// # Errors
+/// [`NetconfError`].
+pub fn no_ipv6_address(name: &str) -> Result<(), NetconfError> {
+    let mut m = Message::new(libc::RTM_NEWLINK, 0, index(name)?);
+    m.nested(libc::IFLA_AF_SPEC, |m| {
+        m.nested(libc::AF_INET6 as u16, |m| {
+            m.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+        });
+    });
+    match m.send("keeping IPv6 off", name) {
+        Err(NetconfError::Io { source, .. })
+            if matches!(
+                source.raw_os_error(),
+                Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
+            ) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
 /// One rtnetlink request about a link: nlmsghdr, ifinfomsg, attributes; all in the host's byte order, 4-byte aligned.
-struct Message(Vec<u8>);
+pub(super) struct Message(Vec<u8>);
 
 impl Message {
-    fn new(kind: u16, flags: libc::c_int, ifindex: u32) -> Message {
+    pub(super) fn new(kind: u16, flags: libc::c_int, ifindex: u32) -> Message {
         let flags = (flags | libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
         let mut m = Message(Vec::with_capacity(128));
         m.0.extend(0u32.to_ne_bytes()); // the length, set by send
@@ -94,37 +121,41 @@ impl Message {
         self.0.resize(self.0.len().next_multiple_of(4), 0);
     }
 
-    /// Sends the request and waits for the kernel's answer, which comes before sending returns.
-    fn send(mut self, what: &'static str, name: &str) -> Result<(), NetconfError> {
+    /// The request's bytes.
+    pub(super) fn finish(mut self) -> Vec<u8> {
         let len = self.0.len() as u32;
         self.0[..4].copy_from_slice(&len.to_ne_bytes());
-        self.exchange()
-            .map_err(|e| NetconfError::from_io(what, name, e))
+        self.0
     }
 
-    fn exchange(&self) -> io::Result<()> {
-        let sock = socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)?;
-        // Unconnected netlink sockets send to the kernel.
-        // SAFETY: the buffer is readable for its length.
-        let n = unsafe { libc::send(sock.as_raw_fd(), self.0.as_ptr().cast(), self.0.len(), 0) };
-        if n < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let mut answer = [0u8; 1024];
-        // SAFETY: the buffer is writable for its length.
-        let n = unsafe {
-            libc::recv(
-                sock.as_raw_fd(),
-                answer.as_mut_ptr().cast(),
-                answer.len(),
-                0,
-            )
-        };
-        if n < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        error_of(&answer[..n as usize])
+    /// Sends the request and waits for the kernel's answer, which comes before sending returns.
+    fn send(self, what: &'static str, name: &str) -> Result<(), NetconfError> {
+        exchange(&self.finish()).map_err(|e| NetconfError::from_io(what, name, e))
     }
+}
+
+fn exchange(request: &[u8]) -> io::Result<()> {
+    let sock = socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)?;
+    // Unconnected netlink sockets send to the kernel.
+    // SAFETY: the buffer is readable for its length.
+    let n = unsafe { libc::send(sock.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) };
+    if n < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut answer = [0u8; 1024];
+    // SAFETY: the buffer is writable for its length.
+    let n = unsafe {
+        libc::recv(
+            sock.as_raw_fd(),
+            answer.as_mut_ptr().cast(),
+            answer.len(),
+            0,
+        )
+    };
+    if n < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    error_of(&answer[..n as usize])
 }
 
 /// The answer is an nlmsgerr: after its 16-byte header a negative errno, 0 for success.

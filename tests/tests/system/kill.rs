@@ -4,9 +4,10 @@
 //! Switched off in `output_commit` (`UNDERSTUDY_BREAK=output-commit`): the same check, `ProbeReport::survived`, then
 //! finds requests lost.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use agent::control::EventKind;
+use agent::lab::Random;
 use agent::probe::{ProbeClient, ProbeReport};
 use guest::proto::{Op, Request, Status};
 use understudy_tests::{Cluster, Options, PATIENCE, VmFile};
@@ -61,21 +62,17 @@ pub fn seed() -> u64 {
     let given = std::env::var("UNDERSTUDY_SEED")
         .ok()
         .and_then(|s| s.parse().ok());
-    let seed = given.unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        now.map_or(1, |d| d.as_nanos() as u64)
-    });
+    let seed = given.unwrap_or_else(agent::lab::fresh_seed);
     println!("UNDERSTUDY_SEED={seed}");
     seed
 }
 
-/// Splitmix64 (Steele, Lea, Flood 2014).
+/// The next number that `state`, a seed at first, gives.
 pub fn mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    let mut random = Random(*state);
+    let number = random.number();
+    *state = random.0;
+    number
 }
 
 fn kill_owner(hosts: &[&str], vm: &VmFile, random: &mut u64) {

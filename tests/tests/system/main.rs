@@ -2,6 +2,7 @@
 //!
 //! Each test of an invariant says how its mechanism is switched off, and a second test sees its check fail then.
 
+mod adopted;
 mod bad_input;
 mod demo;
 mod disk;
@@ -10,6 +11,8 @@ mod etcd;
 mod first;
 mod inspect;
 mod kill;
+mod life;
+mod loss;
 mod members;
 mod output_commit;
 mod partition;
@@ -18,6 +21,7 @@ mod processor;
 mod rejoin;
 mod rewind;
 mod several;
+mod soak;
 mod superseded;
 mod switch;
 mod total;

@@ -32,26 +32,15 @@ fn rewind(cluster: &Cluster, host: &str, epoch: u64, clone: &str) -> Result<(), 
 
 /// Asks the clone over its card, which is connected to nothing: its host gives itself an address there.
 fn ask(cluster: &Cluster, tap: &str, op: Op) -> Response {
-    let namespace = cluster.network().namespace("b");
-    for args in [
-        &["addr", "replace", "10.77.0.77/32", "dev", tap][..],
-        &[
-            "route",
-            "replace",
-            "10.77.0.2/32",
-            "dev",
-            tap,
-            "src",
-            "10.77.0.77",
-        ],
-    ] {
-        let status = std::process::Command::new("ip")
-            .args(["-n", &namespace])
-            .args(args)
-            .status();
-        assert!(status.expect("ip").success(), "{args:?}");
-    }
     cluster.network().within("b", || {
+        for args in [
+            format!("addr replace 10.77.0.77/32 dev {tap}"),
+            format!("route replace 10.77.0.2/32 dev {tap} src 10.77.0.77"),
+        ] {
+            let mut command = std::process::Command::new("ip");
+            let status = command.args(args.split(' ')).status();
+            assert!(status.expect("ip").success(), "{args}");
+        }
         ProbeConn::connect((GUEST, PORT).into(), PATIENCE)
             .and_then(|mut guest| guest.call(Ask::new(op, 0)))
             .unwrap_or_else(|e| panic!("asking the clone for {op:?}: {e}"))

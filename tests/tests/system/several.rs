@@ -71,9 +71,10 @@ fn one_is_stopped_and_the_other_goes_on() {
     let stay = clients.pop().expect("two");
     let order = agent::control::Request::Stop { vm: vm(0).name() };
     cluster.control("a").order(&order).unwrap();
-    wait("the first VM to be gone from both hosts", || {
-        let gone = |host| cluster.status_of(&vm(0).name(), host).is_none();
-        (gone("a") && gone("b")).then_some(())
+    wait("the first VM to be off, and gone from its backup", || {
+        let off = cluster.status_of(&vm(0).name(), "a")?.role == "off";
+        let gone = cluster.status_of(&vm(0).name(), "b").is_none();
+        (off && gone).then_some(())
     });
     drop(clients);
     more_answers(&stay, 50);

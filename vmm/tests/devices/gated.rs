@@ -14,10 +14,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::driver::*;
 use crate::stand_ins::{TestDisk, Wires};
 
+const RX: usize = 0;
 const TX: usize = 1;
 
 struct Cable {
     sent: Arc<Mutex<VecDeque<u8>>>,
+    inbound: Mutex<VecDeque<Vec<u8>>>,
     fd: EventFd,
 }
 
@@ -27,8 +29,12 @@ impl Port for Cable {
         Ok(())
     }
 
-    fn recv(&self, _buf: &mut [u8]) -> io::Result<Option<usize>> {
-        Ok(None)
+    fn recv(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        let frame = self.inbound.lock().unwrap().pop_front();
+        Ok(frame.map(|frame| {
+            buf[..frame.len()].copy_from_slice(&frame);
+            frame.len()
+        }))
     }
 
     fn fd(&self) -> RawFd {
@@ -36,16 +42,8 @@ impl Port for Cable {
     }
 }
 
-#[test]
-fn frames_wait_in_the_gate_and_then_in_the_guest() {
-    let sent = Arc::new(Mutex::new(VecDeque::new()));
-    let cable = Cable {
-        sent: sent.clone(),
-        fd: EventFd::new(EFD_NONBLOCK).unwrap(),
-    };
-    // Room for a few frames of 72 bytes only.
-    let gate = Gate::new(cable, 400).unwrap();
-    gate.set_hold(true);
+/// A running machine with a network card before `gate`.
+fn machine_of(gate: &Arc<Gate>) -> Machine {
     let mut machine = Machine::paused(TestDisk::new(512));
     let spec = DeviceSpec {
         net: vec![NetSpec {
@@ -61,6 +59,41 @@ fn frames_wait_in_the_gate_and_then_in_the_guest() {
     let wires = Wires::default();
     machine.devices = Arc::new(DeviceManager::new(machine.mem.clone(), &wires, spec).unwrap());
     machine.devices.resume();
+    machine
+}
+
+#[test]
+fn g2_frames_longer_than_the_guests_buffers_are_counted_at_the_gate() {
+    let cable = Cable {
+        sent: Arc::default(),
+        inbound: Mutex::new([vec![1; 2000], vec![2; 9000], vec![3; 100]].into()),
+        // Readable: frames wait.
+        fd: EventFd::new(EFD_NONBLOCK).unwrap(),
+    };
+    cable.fd.write(1).unwrap();
+    let gate = Gate::new(cable, 400).unwrap();
+    let machine = machine_of(&gate);
+    let mut driver = machine.driver(NET, EVENT_IDX);
+    let at = driver.buffer(&[0; 1526]);
+    driver.offer(RX, &[into(at, 1526)]);
+    driver.kick(RX);
+    assert_eq!(driver.wait_used(RX), (0, 100), "the one that fits");
+    let stats = gate.stats();
+    assert_eq!((stats.received, stats.dropped_long), (3, 2));
+}
+
+#[test]
+fn frames_wait_in_the_gate_and_then_in_the_guest() {
+    let sent = Arc::new(Mutex::new(VecDeque::new()));
+    let cable = Cable {
+        sent: sent.clone(),
+        inbound: Mutex::default(),
+        fd: EventFd::new(EFD_NONBLOCK).unwrap(),
+    };
+    // Room for a few frames of 72 bytes only.
+    let gate = Gate::new(cable, 400).unwrap();
+    gate.set_hold(true);
+    let machine = machine_of(&gate);
     let mut driver = machine.driver(NET, EVENT_IDX);
     for n in 0..12u8 {
         let at = driver.buffer(&[n; 72]);

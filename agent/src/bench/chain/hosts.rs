@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use chain::master::{Command, MasterState};
 use chain::{ChainClient, Connection, Member, ReplicaServer, ServerOptions, View, VmShape};
-use checkpoint::{HostId, RamRange};
+use checkpoint::{HostId, RamRange, VmId};
 use diskbuf::Durability;
 
 use super::Outcome;
@@ -52,9 +52,11 @@ impl Hosts {
             config_toml: String::new(),
         };
         let register = Command::Register {
+            vm: VmId(1),
             name: "vm".into(),
             owner: host("owner")?,
             shape: shape.clone(),
+            life: chain::Life::On,
         };
         let view = master.apply(&register)?.view;
         let mut hosts = Self {
@@ -119,6 +121,7 @@ impl Hosts {
             host("owner")?,
             generation,
             None,
+            chain::KEPT_MAX,
         ))
     }
 

@@ -76,7 +76,7 @@ impl Content {
         let full = epoch == 1;
         clients
             .iter()
-            .try_for_each(|c| c.begin(Epoch(epoch), full))?;
+            .try_for_each(|c| c.begin(Epoch(epoch), full, !full))?;
         for frame in &self.frames {
             clients.iter().try_for_each(|c| c.pages(frame))?;
         }

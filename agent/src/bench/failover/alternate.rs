@@ -6,11 +6,9 @@ use serde::Serialize;
 
 use super::{MEMORY, Outcome, Phase, print};
 use crate::cli::FailoverArgs;
-use crate::demo::cluster::{self, Cluster};
 use crate::demo::scenario::{self, Failover, Traffic};
-use crate::demo::vmfile;
-
-const VM: &str = "demo";
+use crate::demo::vmfile::{self, VM};
+use crate::lab::{Lab, Options, wait};
 
 #[derive(Debug, Serialize)]
 struct Run {
@@ -49,28 +47,30 @@ struct Report {
 /// # Errors
 /// As the bench's.
 pub(super) fn run(args: &FailoverArgs) -> Outcome<()> {
-    let cluster = Cluster::launch(args.backups, false, 1)?;
-    let vm = vmfile::probe(&cluster, MEMORY, 1, (args.pages, args.work), args.epoch_ms)?;
-    cluster.start_protected(VM, &vm)?;
-    let traffic = Traffic::probe(Duration::from_millis(5))?;
+    let lab = Lab::launch(Options::of(args.backups + 1)?)?;
+    let vm = vmfile::probe(MEMORY, 1, (args.pages, args.work), args.epoch_ms);
+    lab.start_vm("a", &vm)?;
+    lab.protect(VM, "a", &lab.hosts()[1..])
+        .map_err(|e| lab.with_logs(e))?;
+    let traffic = Traffic::probe(&lab, Duration::from_millis(5))?;
     let with_logs = |number: u32, e: &dyn std::fmt::Display| {
-        let logs = cluster.keep_logs().display();
+        let logs = lab.keep_logs().display();
         format!("run {number}: {e} (logs: {logs})")
     };
-    let mut owner = 0;
+    let mut owner = "a".to_string();
     let mut runs = Vec::new();
     for number in 1..=args.runs {
         let target = traffic.acked() + 40 + u64::from(number) * 7 % 50;
         if !traffic.wait_acked(target, Duration::from_secs(30)) {
             return Err(with_logs(number, &"no answers before the kill").into());
         }
-        let failover = scenario::kill_owner_and_wait(&cluster, VM, owner, &traffic)
+        let failover = scenario::kill_owner_and_wait(&lab, VM, &owner, &traffic)
             .map_err(|e| with_logs(number, &e))?;
-        let (dead, rejoined_ms) = (owner, come_back(&cluster, owner, &failover, args.backups));
-        let rejoined_ms = rejoined_ms.map_err(|e| with_logs(number, &e))?;
-        owner = index(&cluster, &failover.new_owner)?;
+        let rejoined_ms =
+            come_back(&lab, &owner, &failover, args.backups).map_err(|e| with_logs(number, &e))?;
+        let killed = std::mem::replace(&mut owner, failover.new_owner.clone());
         let run = Run {
-            killed: cluster.hosts()[dead].name.clone(),
+            killed,
             new_owner: failover.new_owner,
             detect_ms: failover.detect_ms,
             decide_ms: failover.decide_ms,
@@ -93,7 +93,7 @@ pub(super) fn run(args: &FailoverArgs) -> Outcome<()> {
         runs.push(run);
     }
     let _ = traffic.wait_acked(traffic.acked() + 20, Duration::from_secs(10));
-    let end = traffic.stop();
+    let end = traffic.stop(&lab);
     let phase = |pick: fn(&Run) -> f64| Phase::of(runs.iter().map(pick).collect());
     let report = Report {
         backups: args.backups,
@@ -114,24 +114,19 @@ pub(super) fn run(args: &FailoverArgs) -> Outcome<()> {
     };
     print(args.json, &report, || text(&report))?;
     if !end.survived || !report.protected_again_after_each {
-        let logs = cluster.keep_logs().display();
+        let logs = lab.keep_logs().display();
         return Err(format!("it did not survive unharmed: {end:?} (logs: {logs})").into());
     }
     Ok(())
 }
 
-fn index(cluster: &Cluster, name: &str) -> Outcome<usize> {
-    let found = cluster.hosts().iter().position(|h| h.name == name);
-    found.ok_or_else(|| format!("there is no host {name}").into())
-}
-
 /// The dead host's agent starts again; milliseconds until the chain is whole.
-fn come_back(cluster: &Cluster, dead: usize, failover: &Failover, backups: u8) -> Outcome<f64> {
-    let owner = index(cluster, &failover.new_owner)?;
+fn come_back(lab: &Lab, dead: &str, failover: &Failover, backups: u8) -> Outcome<f64> {
+    lab.kill(dead)?;
     let returned = Instant::now();
-    cluster.restart(dead)?;
-    cluster::wait("the host that returned to join the chain", || {
-        let status = cluster.status(owner, VM)?;
+    lab.start_agent(dead)?;
+    wait("the host that returned to join the chain", || {
+        let status = lab.status(VM, &failover.new_owner)?;
         (status.protected && status.chain.len() == usize::from(backups)).then_some(())
     })?;
     Ok(returned.elapsed().as_secs_f64() * 1000.0)

@@ -7,9 +7,11 @@ use checkpoint::HostId;
 use super::Trouble;
 
 /// A commit that takes longer makes the agent look whether all replicas still answer.
-const COMMIT_PATIENCE: Duration = Duration::from_millis(250);
+const COMMIT_PATIENCE: Duration = Duration::from_millis(150);
+/// The same while a chain begins, of anything that it takes or says.
+const BEGIN_PATIENCE: Duration = Duration::from_secs(3);
 /// A chain that neither takes nor acknowledges anything for this long is not slow but stuck.
-const STUCK_PATIENCE: Duration = Duration::from_secs(30);
+const STUCK_PATIENCE: Duration = Duration::from_secs(45);
 /// Reports of the same come at growing distances, up to this one.
 const LONGEST: Duration = Duration::from_secs(8);
 
@@ -75,6 +77,18 @@ impl Watch {
                 unfit: false,
             });
         }
+        if let Some(still) = seen
+            .stuck
+            .filter(|still| seen.begins && *still > BEGIN_PATIENCE)
+        {
+            return Some(
+                format!(
+                    "nothing was taken or acknowledged for {} s",
+                    still.as_secs()
+                )
+                .into(),
+            );
+        }
         // A backup that lost power closes no connection: only the missing commits show it.
         let waiting = seen.waiting.filter(|waiting| *waiting > COMMIT_PATIENCE)?;
         Some(format!("no commit for {} ms", waiting.as_millis()).into())
@@ -99,11 +113,14 @@ mod tests {
         let mut seen = Seen {
             begins: true,
             waiting: None,
-            stuck: Some(s(29)),
+            stuck: Some(s(2)),
         };
-        assert!(watch.look(s(29), &seen).is_none());
-        seen.stuck = Some(s(30));
-        let trouble = watch.look(s(30), &seen).unwrap();
+        assert!(watch.look(s(2), &seen).is_none());
+        seen.stuck = Some(s(44));
+        let nobody = watch.look(s(44), &seen).unwrap();
+        assert!(nobody.host.is_none(), "whoever answers is only slow");
+        seen.stuck = Some(s(45));
+        let trouble = watch.look(s(45), &seen).unwrap();
         assert_eq!(trouble.host.unwrap().as_str(), "b");
         assert!(
             trouble.why.starts_with("small frames arrive"),
@@ -119,11 +136,11 @@ mod tests {
     fn a_complete_chain_of_several_names_nobody_but_a_single_backup_is_the_culprit() {
         let seen = Seen {
             begins: false,
-            waiting: Some(s(31)),
-            stuck: Some(s(31)),
+            waiting: Some(s(46)),
+            stuck: Some(s(46)),
         };
-        assert!(watch(2).look(s(31), &seen).unwrap().host.is_none());
-        assert!(watch(1).look(s(31), &seen).unwrap().host.is_some());
+        assert!(watch(2).look(s(46), &seen).unwrap().host.is_none());
+        assert!(watch(1).look(s(46), &seen).unwrap().host.is_some());
     }
 
     #[test]

@@ -30,8 +30,13 @@ impl Owner {
         let harvested = Instant::now();
         if self.queue.fits(dirty.count() * PAGE_SIZE as u64) {
             view.copy_dirty(dirty, &mut staging)?;
-        } else if !self.queue_pieces(view, &mut dirty.iter(), &mut staging, true)? {
-            return Ok(false);
+        } else {
+            // The last piece too: it needs room as the others do.
+            let whole = self.queue_pieces(view, &mut dirty.iter(), &mut staging, true)?;
+            let last = std::mem::replace(&mut staging, self.queue.take_staging());
+            if !whole || !self.queue_piece(last, true) {
+                return Ok(false);
+            }
         }
         let copied = Instant::now();
         {

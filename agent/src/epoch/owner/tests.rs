@@ -345,18 +345,23 @@ fn h16_output_flows_until_a_full_checkpoint_is_committed_and_the_next_but_one_ho
     assert_eq!(rig.mode(), Mode::Syncing);
     assert!(rig.owner.stuck_for().is_some() && rig.owner.figures().sync.is_some());
     rig.owner.ack(Generation(1), Epoch(10)).unwrap();
-    count(&|| rig.gate.is_holding());
     let first = || {
         let begun = lock(&link.begun);
         begun.iter().copied().find(|begun| begun.held)
     };
-    // Nothing is acknowledged from here on, whatever ends; more checkpoints than the bound allows there are not.
-    let counted = count(&|| {
-        if rig.mode() == Mode::Syncing
-            && let Some(epoch) = link.last_ended()
-        {
+    // Of those that are sent with output held nothing is acknowledged.
+    let ack_flowing = || {
+        let held = first().map_or(Epoch(u64::MAX), |first| first.epoch);
+        if let Some(epoch) = link.last_ended().filter(|epoch| *epoch < held) {
             rig.owner.ack(Generation(1), epoch).unwrap();
         }
+    };
+    count(&|| {
+        ack_flowing();
+        rig.gate.is_holding()
+    });
+    let counted = count(&|| {
+        ack_flowing();
         first().is_some_and(|first| link.last_ended() >= Some(first.epoch))
     });
     let k = first().unwrap();
@@ -409,6 +414,14 @@ fn rewrite(rig: &Rig, stop: &AtomicBool) -> u64 {
     counter
 }
 
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 #[test]
 fn c8_a_slow_chain_throttles_the_guest_and_nothing_leaves_without_an_ack() {
     let rig = Rig::new(FakeGuest::new(32 * MIB), Vec::new());
@@ -419,6 +432,8 @@ fn c8_a_slow_chain_throttles_the_guest_and_nothing_leaves_without_an_ack() {
     rig.protect(1, &link);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        // However this ends, the guest does too.
+        let _stopping = Stopping(&stop);
         link.take(0);
         let dirtier = scope.spawn(|| rewrite(&rig, &stop));
         // What was under way may still end; from then on the chain takes nothing.

@@ -61,8 +61,8 @@ impl Cluster {
         .await
     }
 
-    /// Whether it was done. An error leaves that unknown; done twice it cannot be, since it changes what it compares.
-    pub async fn txn(&self, write: &Write) -> Result<bool, MasterError> {
+    /// The revision in which it was done; `None` if it was not. An error leaves that unknown; done twice it cannot be, since it changes what it compares.
+    pub async fn txn(&self, write: &Write) -> Result<Option<i64>, MasterError> {
         let compare = write.compare.iter().map(|(key, revision)| {
             Compare::mod_revision(key.as_str(), CompareOp::Equal, *revision)
         });
@@ -73,8 +73,12 @@ impl Cluster {
         let txn = Txn::new()
             .when(compare.collect::<Vec<_>>())
             .and_then(put.chain(delete).collect::<Vec<_>>());
-        self.any(async |client: &mut Client| Ok(client.txn(txn.clone()).await?.succeeded()))
-            .await
+        self.any(async |client: &mut Client| {
+            let answer = client.txn(txn.clone()).await?;
+            let revision = answer.header().map_or(0, |header| header.revision());
+            Ok(answer.succeeded().then_some(revision))
+        })
+        .await
     }
 
     /// Waits until `key` is written in `from` or a later revision, or until that cannot be told (the connection ended, or etcd

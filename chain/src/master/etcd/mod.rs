@@ -9,10 +9,10 @@ mod keys;
 
 use std::time::{Duration, Instant};
 
+use checkpoint::ClusterId;
 use tokio::runtime::Runtime;
 
-use super::{Command, Master, MasterError, Snapshot};
-use crate::view::VmRecord;
+use super::{Begin, Master, MasterError, Reply, Request, Snapshot, Wanted};
 use cluster::Cluster;
 use keys::{Keys, Read};
 
@@ -30,12 +30,15 @@ pub struct EtcdOptions {
     pub prefix: String,
     /// Name and password, if it asks for them.
     pub user: Option<(String, String)>,
+    /// Whether a cluster may be begun below that prefix, if there is none.
+    pub begin: Begin,
 }
 
 /// The engine.
 pub struct EtcdMaster {
     cluster: Cluster,
     keys: Keys,
+    begin: Begin,
     /// Its thread keeps the connections alive between calls.
     runtime: Runtime,
 }
@@ -63,6 +66,7 @@ impl EtcdMaster {
         Ok(Self {
             cluster: Cluster::new(options.endpoints, options.user),
             keys: Keys::new(&options.prefix),
+            begin: options.begin,
             runtime,
         })
     }
@@ -70,29 +74,59 @@ impl EtcdMaster {
     /// What is there, and the revision of etcd's store that it is of.
     async fn look(&self, deadline: Instant) -> Result<(Read, i64), MasterError> {
         loop {
-            match self.cluster.get(&self.keys.all()).await {
-                Ok((pairs, revision)) => return Ok((self.keys.read(pairs)?, revision)),
+            let found = match self.cluster.get(&self.keys.all()).await {
+                Ok((pairs, revision)) => Ok((self.keys.read(pairs)?, revision)),
+                Err(e) => Err(e),
+            };
+            match found {
+                Ok((read, revision)) if read.cluster().is_some() => return Ok((read, revision)),
+                Ok(_) if self.begin == Begin::Existing => {
+                    let place = format!("in etcd, below {}", self.keys.all());
+                    return Err(MasterError::NotBegun { place });
+                }
+                // If another host is faster, its cluster is the one.
+                Ok(_) => match self
+                    .cluster
+                    .txn(&self.keys.begin(ClusterId::random()))
+                    .await
+                {
+                    Err(e) if Instant::now() >= deadline => return Err(e),
+                    _ => {}
+                },
                 Err(e) if Instant::now() >= deadline => return Err(e),
                 Err(_) => tokio::time::sleep(RETRY).await,
             }
         }
     }
 
-    async fn decide(&self, command: &Command) -> Result<VmRecord, MasterError> {
+    async fn decide(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
         let deadline = Instant::now() + PATIENCE;
+        let mut asked = false;
+        let unknown = |e: MasterError, asked: bool| match asked {
+            true => MasterError::Unknown {
+                id: request.id,
+                why: e.to_string(),
+            },
+            false => e,
+        };
         loop {
-            let (read, _) = self.look(deadline).await?;
-            let (record, write) = self.keys.decide(&read, command)?;
+            let found = self.look(deadline).await;
+            let (read, _) = found.map_err(|e| unknown(e, asked))?;
+            if !asked && !wanted.still() {
+                return Err(MasterError::GivenUp);
+            }
+            let (reply, write) = self.keys.decide(&read, request)?;
             let Some(write) = write else {
-                return Ok(record);
+                return Ok(reply);
             };
+            asked = true;
             match self.cluster.txn(&write).await {
-                Ok(true) => return Ok(record),
+                Ok(Some(revision)) => return Ok(stamped(reply, revision)),
                 // Somebody else was faster. What is there now decides, and so it does if nothing is known of the
                 // transaction: done after all, it is recognised; to be done still, it will find that something has
                 // changed.
-                Ok(false) => {}
-                Err(e) if Instant::now() >= deadline => return Err(e),
+                Ok(None) => {}
+                Err(e) if Instant::now() >= deadline => return Err(unknown(e, asked)),
                 Err(_) => tokio::time::sleep(RETRY).await,
             }
         }
@@ -121,11 +155,23 @@ impl EtcdMaster {
 }
 
 impl Master for EtcdMaster {
-    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
-        self.runtime.block_on(self.decide(command))
+    fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
+        self.runtime.block_on(self.decide(request, wanted))
     }
 
     fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {
         self.runtime.block_on(self.wait(since, timeout))
+    }
+}
+
+/// The reply with the revision that etcd has given the decision.
+fn stamped(reply: Reply, revision: i64) -> Reply {
+    let revision = u64::try_from(revision).unwrap_or_default();
+    match reply {
+        Reply::Vm(mut record) => {
+            record.revision = revision;
+            Reply::Vm(record)
+        }
+        other => other,
     }
 }

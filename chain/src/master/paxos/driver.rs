@@ -3,18 +3,20 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use checkpoint::ClusterId;
 use nix::fcntl::Flock;
 
 use super::entry::Pid;
 use super::node::{Answer, Event, Node, Output, Ticket};
-use super::record::RecordFile;
 use super::transport::{Heard, Transport};
-use crate::master::{Command, MasterError};
+use crate::master::record::{RecordFile, StoreError};
+use crate::master::{MasterError, Request, Wanted};
 
 /// Length of a tick. Late ticks are not made up for: a member that stood still must not believe the others did.
 const TICK: Duration = Duration::from_millis(20);
@@ -25,16 +27,19 @@ const EVENTS: usize = 256;
 /// Events that share one write.
 const BATCH: usize = 64;
 
+/// Between attempts to write a record that there is no room for.
+const NO_ROOM_PAUSE: Duration = Duration::from_millis(100);
+
 /// Of a client.
 #[derive(Clone, Debug)]
 pub enum Question {
-    Propose(Command),
+    Propose(Box<Request>),
     Read,
 }
 
 enum Input {
     Heard(Heard),
-    Asked(Question, SyncSender<Answer>),
+    Asked(Question, Wanted, SyncSender<Answer>),
     Stop,
 }
 
@@ -46,11 +51,19 @@ struct Shared {
     answering: AtomicUsize,
     members: usize,
     ended: AtomicBool,
+    /// Where and why there is no room for its record at present.
+    no_room: Mutex<Option<(PathBuf, String)>>,
+    /// Why it does not take part any more.
+    stopped: OnceLock<String>,
 }
 
 impl Shared {
     fn revision(&self) -> MutexGuard<'_, u64> {
         self.revision.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn no_room(&self) -> MutexGuard<'_, Option<(PathBuf, String)>> {
+        self.no_room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is applied here, and that somebody may have reason to look.
@@ -72,7 +85,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Starts it; `output` is what the node has to say already.
+    /// Starts it; `output` is what the node has to say already, with its record if that is not on disk yet.
     ///
     /// # Errors
     /// [`MasterError::Bind`].
@@ -92,7 +105,8 @@ impl Driver {
         let (sender, receiver) = sync_channel(EVENTS);
         let hearing = sender.clone();
         let hear = Arc::new(move |heard| hearing.send(Input::Heard(heard)).is_ok());
-        let transport = Transport::start(me, members, hear).map_err(fail)?;
+        let cluster = Arc::new(Mutex::new(node.cluster()));
+        let transport = Transport::start(me, members, cluster.clone(), hear).map_err(fail)?;
         let shared = Arc::new(Shared {
             members: members.len(),
             ..Shared::default()
@@ -101,6 +115,7 @@ impl Driver {
             node,
             file,
             transport,
+            cluster,
             shared: shared.clone(),
             sessions: BTreeMap::new(),
             tickets: BTreeMap::new(),
@@ -110,7 +125,7 @@ impl Driver {
         let thread = std::thread::Builder::new()
             .name("paxos".into())
             .spawn(move || {
-                member.perform(output);
+                member.carry_out(output);
                 member.run(&receiver);
             })
             .map_err(fail)?;
@@ -121,11 +136,11 @@ impl Driver {
         })
     }
 
-    /// Asks, and waits for the answer.
+    /// Asks, and waits for the answer. A question that has waited in vain is not taken up later.
     ///
     /// # Errors
-    /// [`MasterError::Stopped`] if the member has ended, [`MasterError::NoDecision`] if it does not come to answering.
-    pub fn ask(&self, question: Question) -> Result<Answer, MasterError> {
+    /// [`MasterError::GivenUp`] if nobody waited for it when its turn came. [`MasterError::Stopped`] if the member has ended, [`MasterError::NoDecision`] if it does not come to answering.
+    pub fn ask(&self, question: Question, wanted: &Wanted) -> Result<Answer, MasterError> {
         let stopped = || MasterError::Stopped("this member has been stopped".into());
         // Its thread is stuck, in a slow disk most likely, or the machine is.
         let late = || MasterError::NoDecision {
@@ -134,10 +149,13 @@ impl Driver {
         };
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         let (answer, answered) = sync_channel(1);
-        let mut input = Input::Asked(question, answer);
+        let mut input = Input::Asked(question, wanted.clone(), answer);
         loop {
             if self.shared.ended.load(Ordering::SeqCst) {
                 return Err(stopped());
+            }
+            if let Some((path, why)) = self.shared.no_room().clone() {
+                return Err(MasterError::NoRoom { path, why });
             }
             match self.input.try_send(input) {
                 Ok(()) => break,
@@ -150,9 +168,14 @@ impl Driver {
             }
         }
         match answered.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            // It may have been under way when the disk became full: whether it counts is decided once there is room.
             Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Disconnected) if !wanted.still() => Err(MasterError::GivenUp),
             Err(RecvTimeoutError::Disconnected) => Err(stopped()),
-            Err(RecvTimeoutError::Timeout) => Err(late()),
+            Err(RecvTimeoutError::Timeout) => {
+                wanted.give_up();
+                Err(late())
+            }
         }
     }
 
@@ -167,6 +190,16 @@ impl Driver {
             let waited = self.shared.changed.wait_timeout(revision, left);
             revision = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// What keeps this member from taking part.
+    pub fn trouble(&self) -> Option<String> {
+        let stopped = self.shared.stopped.get().cloned();
+        let no_room = || {
+            let (path, why) = self.shared.no_room().clone()?;
+            Some(MasterError::NoRoom { path, why }.to_string())
+        };
+        stopped.or_else(no_room)
     }
 
     /// Whether this member leads.
@@ -196,6 +229,8 @@ struct Member {
     node: Node,
     file: RecordFile,
     transport: Transport,
+    /// What its connections say it is of.
+    cluster: Arc<Mutex<ClusterId>>,
     shared: Arc<Shared>,
     /// The newest connection of each member: what an earlier one still brings would come out of order.
     sessions: BTreeMap<Pid, u64>,
@@ -250,12 +285,13 @@ impl Member {
                 Event::Message(from, message)
             }
             Input::Heard(Heard::Reached(peer)) => Event::Reconnected(peer),
-            Input::Asked(question, answer) => {
+            Input::Asked(_, wanted, _) if !wanted.still() => return true,
+            Input::Asked(question, _, answer) => {
                 let ticket = self.next_ticket;
                 self.next_ticket += 1;
                 self.tickets.insert(ticket, answer);
                 match question {
-                    Question::Propose(command) => Event::Propose(ticket, Box::new(command)),
+                    Question::Propose(request) => Event::Propose(ticket, request),
                     Question::Read => Event::Read(ticket),
                 }
             }
@@ -265,13 +301,17 @@ impl Member {
     }
 
     fn act(&mut self) {
-        let was = self.node.stopped().is_some();
-        let mut output = self.node.take();
+        let output = self.node.take();
+        self.carry_out(output);
+    }
+
+    fn carry_out(&mut self, mut output: Output) {
+        let was = self.shared.stopped.get().is_some();
         if let Some(record) = output.record.take()
-            && let Err(e) = self.file.store(&record)
+            && let Err(e) = self.store(&record)
         {
             let why = format!(
-                "{}: {e}; it is unknown what is on the disk, so this member has stopped taking part",
+                "{}: {e}, so this member has stopped taking part",
                 self.file.path().display()
             );
             self.node.stop(&why);
@@ -286,14 +326,51 @@ impl Member {
         }
         if let (false, Some(why)) = (was, self.node.stopped()) {
             tracing::error!("master: {why}");
+            let _ = self.shared.stopped.set(why.into());
         }
         self.perform(output);
+    }
+
+    /// Writes the record. While there is no room for it the member stands still: what the record is to cover has not left
+    /// it, and to the others it is one that does not answer.
+    fn store(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        loop {
+            let no_room = match self.file.store(record) {
+                Err(StoreError::NoRoom(e)) if !self.shared.ended.load(Ordering::SeqCst) => {
+                    StoreError::NoRoom(e)
+                }
+                other => {
+                    if self.shared.no_room().take().is_some() && other.is_ok() {
+                        tracing::info!("master: there is room for its record again");
+                    }
+                    return other;
+                }
+            };
+            let why = no_room.to_string();
+            let path = self.file.path();
+            if self
+                .shared
+                .no_room()
+                .replace((path.clone(), why.clone()))
+                .is_none()
+            {
+                tracing::error!(
+                    "master: {}: {why}; it stands still until then",
+                    path.display()
+                );
+            }
+            self.shared.leads.store(false, Ordering::Relaxed);
+            std::thread::sleep(NO_ROOM_PAUSE);
+        }
     }
 
     fn perform(&mut self, output: Output) {
         for message in &output.messages {
             self.transport.send(message);
         }
+        let mut cluster = self.cluster.lock().unwrap_or_else(PoisonError::into_inner);
+        *cluster = self.node.cluster();
+        drop(cluster);
         let leads = self.node.leader() == Some(self.node.me()) && self.node.stopped().is_none();
         self.shared.leads.store(leads, Ordering::Relaxed);
         let answering = self.node.answering();

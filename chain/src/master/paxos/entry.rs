@@ -2,18 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use checkpoint::ClusterId;
 use omnipaxos::storage::Snapshot;
 use serde::{Deserialize, Serialize};
 
-use crate::master::{Command, MasterState, Rejection};
-use crate::view::VmRecord;
+use crate::master::{MasterState, Rejection, Reply, Request};
 
 /// A member's number, from 1 on.
 pub type Pid = u64;
 
-/// Who asked, and which of its requests it is. A request that is proposed again has the same name.
+/// Which member proposed, and which of its proposals it is. One that is proposed again has the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct RequestId {
+pub struct Turn {
     /// The member that proposed it.
     pub member: Pid,
     /// How often that member had been started then: numbers begin anew at each start.
@@ -26,7 +26,7 @@ pub struct RequestId {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum What {
     /// A change.
-    Command(Command),
+    Request(Box<Request>),
     /// Nothing changes; the state at this place of the log answers a read.
     Read,
 }
@@ -35,9 +35,11 @@ pub enum What {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// Its name.
-    pub id: RequestId,
+    pub id: Turn,
     /// The member waits for none of its requests below this number any more.
     pub floor: u64,
+    /// The cluster that this log is to be of, by a member that does not know it yet: the log's first entry decides.
+    pub begin: Option<ClusterId>,
     /// What is asked.
     pub what: What,
 }
@@ -49,8 +51,8 @@ impl omnipaxos::storage::Entry for Entry {
 /// What applying an entry answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// A command was applied, or refused by what had been decided before.
-    Command(Result<Box<VmRecord>, Rejection>),
+    /// A request was carried out, or refused by what had been decided before.
+    Request(Result<Reply, Rejection>),
     /// A read's place in the log.
     Read,
     /// A second copy of a request that took effect before: it has none now.
@@ -81,7 +83,10 @@ impl Applied {
     /// A request takes effect at most once, although a member that gets no answer proposes it again: otherwise the copy
     /// of a registration that was answered long ago could bring back a VM that has been removed since.
     pub fn apply(&mut self, entry: &Entry) -> Outcome {
-        let RequestId {
+        if let Some(cluster) = entry.begin {
+            self.state.begin(cluster);
+        }
+        let Turn {
             member,
             incarnation,
             number,
@@ -104,14 +109,14 @@ impl Applied {
             return Outcome::Repeated;
         }
         match &entry.what {
-            What::Command(command) => Outcome::Command(self.state.apply(command).map(Box::new)),
+            What::Request(request) => Outcome::Request(self.state.answer(request)),
             What::Read => Outcome::Read,
         }
     }
 
     /// Whether a request has taken effect already.
     #[must_use]
-    pub fn has(&self, id: RequestId) -> bool {
+    pub fn has(&self, id: Turn) -> bool {
         let asked = self.asked.get(&id.member);
         asked.is_some_and(|a| a.incarnation == id.incarnation && a.done.contains(&id.number))
     }

@@ -1,7 +1,7 @@
 //! The master's engine for several hosts: Paxos among three or five members, each with its own record.
 //!
 //! Decides as long as a majority of the members answers each other, whichever they are; without one it refuses, saying
-//! so. The consensus is omnipaxos; ours are its storage ([`storage`], [`record`]), what is agreed on ([`entry`]), the
+//! so. The consensus is omnipaxos; ours are its storage ([`storage`], [`super::record`]), what is agreed on ([`entry`]), the
 //! member as a state machine around it ([`node`]) and the connections ([`transport`]).
 //!
 //! Reads are linearizable because they have a place in the log: a marker is proposed after the read came, and the state
@@ -12,7 +12,6 @@ mod entry;
 mod node;
 #[cfg(test)]
 mod node_tests;
-mod record;
 #[cfg(test)]
 mod record_tests;
 #[cfg(test)]
@@ -25,13 +24,12 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use checkpoint::HostId;
+use checkpoint::{ClusterId, HostId};
 
-use super::{Command, Master, MasterError, Snapshot, local};
-use crate::view::VmRecord;
+use super::record::{OsFiles, RecordFile, StoreError};
+use super::{Begin, Master, MasterError, Reply, Request, Snapshot, Wanted, local};
 use driver::{Driver, Question};
 use node::{Answer, Node, Refusal};
-use record::{OsFiles, RecordFile};
 use storage::{Identity, Record};
 
 const NAME: &str = "paxos.record";
@@ -40,13 +38,19 @@ const NAME: &str = "paxos.record";
 #[derive(Debug)]
 pub struct PaxosMaster {
     driver: Driver,
+    known: Option<ClusterId>,
 }
 
 impl PaxosMaster {
+    /// The record's name in its directory.
+    pub const RECORD: &str = NAME;
+
     /// Takes part as `me`, one of `members` (names and addresses of all, the same on all hosts), with the record
-    /// `paxos.record` in `dir`. Returns at once; decisions come when a majority takes part.
+    /// `paxos.record` in `dir`; where there is none, `begin` says whether one may be begun. Returns at once; decisions
+    /// come when a majority takes part.
     ///
     /// # Errors
+    /// [`MasterError::NotBegun`] if there is no record and none may be begun.
     /// [`MasterError::Membership`] for anything but three or five members of which this is one, or a record of another
     /// membership. [`MasterError::Storage`] if the record is damaged or cannot be written: a member that forgot its
     /// promises could undo decisions, so it does not start. [`MasterError::InUse`] if another process uses it,
@@ -55,6 +59,7 @@ impl PaxosMaster {
         dir: &Path,
         me: &HostId,
         members: &BTreeMap<HostId, SocketAddr>,
+        begin: Begin,
     ) -> Result<Self, MasterError> {
         check_members(me, members)?;
         let lock = local::lock_dir(dir, &dir.join(NAME))?;
@@ -76,9 +81,13 @@ impl PaxosMaster {
         };
         let record = match file.load().map_err(|e| fail(e.to_string()))? {
             Some(bytes) => Record::parse(&bytes).map_err(|why| {
-                fail(format!("{why}; this member must not take part without it, it has promised what it does not know any more: the others decide as long as they are a majority; to be complete again, set the master up anew, with empty data directories, when no VM of this cluster runs"))
+                fail(format!("{why}; this member must not take part without it, it has promised what it does not know any more: the others decide as long as they are a majority, and this host goes on as a backup. To have all members again, stop all VMs, move `paxos.record` and `identity`, and nothing else, away from the data_dir of each member (the VMs' disks are there too), and begin a new cluster"))
             })?,
-            None => Record::new(identity.clone()),
+            None if begin == Begin::New => Record::new(identity.clone(), ClusterId::random()),
+            None => {
+                let place = dir.join(NAME).display().to_string();
+                return Err(MasterError::NotBegun { place });
+            }
         };
         if record.identity != identity {
             let was = &record.identity;
@@ -91,17 +100,31 @@ impl PaxosMaster {
                 identity.members.join(", ")
             )));
         }
+        let known = record.snapshot.state.cluster();
         let mut node = Node::new(record).map_err(MasterError::Membership)?;
         // Its incarnation must not be used again; and a disk that cannot be written shows now.
-        let output = node.take();
-        let first = output.record.as_deref().unwrap_or_default();
-        file.store(first).map_err(|e| fail(e.to_string()))?;
+        let mut output = node.take();
+        if let Some(first) = output.record.take() {
+            match file.store(&first) {
+                Ok(()) => {}
+                // It stands still until there is.
+                Err(StoreError::NoRoom(_)) => output.record = Some(first),
+                Err(e) => return Err(fail(e.to_string())),
+            }
+        }
         let list: Vec<(String, SocketAddr)> = members
             .iter()
             .map(|(name, addr)| (name.to_string(), *addr))
             .collect();
         let driver = Driver::start(node, output, file, lock, &list)?;
-        Ok(Self { driver })
+        let known = (known != ClusterId::NIL).then_some(known);
+        Ok(Self { driver, known })
+    }
+
+    /// Whose decisions these are, if its record said so when it was opened.
+    #[must_use]
+    pub fn cluster(&self) -> Option<ClusterId> {
+        self.known
     }
 
     /// Ends this member's part: it answers nothing any more, and its record and address are free.
@@ -109,8 +132,8 @@ impl PaxosMaster {
         self.driver.stop();
     }
 
-    fn ask(&self, question: Question) -> Result<Answer, MasterError> {
-        match self.driver.ask(question)? {
+    fn ask(&self, question: Question, wanted: &Wanted) -> Result<Answer, MasterError> {
+        match self.driver.ask(question, wanted)? {
             Answer::Refused(Refusal::Rejected(rejection)) => Err(rejection.into()),
             Answer::Refused(Refusal::Undecided { answering, members }) => {
                 Err(MasterError::NoDecision { answering, members })
@@ -154,9 +177,13 @@ impl Master for PaxosMaster {
         self.driver.leads()
     }
 
-    fn propose(&self, command: &Command) -> Result<VmRecord, MasterError> {
-        match self.ask(Question::Propose(command.clone()))? {
-            Answer::Record(record) => Ok(*record),
+    fn trouble(&self) -> Option<String> {
+        self.driver.trouble()
+    }
+
+    fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
+        match self.ask(Question::Propose(Box::new(request.clone())), wanted)? {
+            Answer::Reply(reply) => Ok(reply),
             other => Err(MasterError::Stopped(format!("unexpected answer {other:?}"))),
         }
     }
@@ -166,7 +193,7 @@ impl Master for PaxosMaster {
         loop {
             // What is known here may be old, but if it is new enough for the asker, so is what the read will find.
             self.driver.wait_revision(since, deadline);
-            match self.ask(Question::Read)? {
+            match self.ask(Question::Read, &Wanted::always())? {
                 Answer::Snapshot(snapshot)
                     if snapshot.revision > since || Instant::now() >= deadline =>
                 {

@@ -20,16 +20,16 @@ mod messages;
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use checkpoint::ClusterId;
 use omnipaxos::ballot_leader_election::Ballot;
 use omnipaxos::messages::Message;
 use omnipaxos::messages::ballot_leader_election::HeartbeatMsg;
 use omnipaxos::messages::sequence_paxos::PaxosMsg;
 use omnipaxos::{ClusterConfig, OmniPaxos, ServerConfig};
 
-use super::entry::{Applied, Entry, LogSnapshot, Outcome, Pid, RequestId, What};
+use super::entry::{Applied, Entry, LogSnapshot, Outcome, Pid, Turn, What};
 use super::storage::{Durable, Record};
-use crate::master::{Command, Rejection, Snapshot};
-use crate::view::VmRecord;
+use crate::master::{Rejection, Reply, Request, Snapshot};
 
 /// Ticks of a round of heartbeats; a lost leader is replaced after about two.
 pub const ELECTION_TICKS: u64 = 8;
@@ -70,7 +70,7 @@ pub enum Event {
     /// Time has passed.
     Tick,
     /// Somebody asks for a change.
-    Propose(Ticket, Box<Command>),
+    Propose(Ticket, Box<Request>),
     /// Somebody asks for everything decided so far.
     Read(Ticket),
 }
@@ -98,8 +98,8 @@ pub enum Refusal {
 /// What a member answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// A VM's record after the change.
-    Record(Box<VmRecord>),
+    /// To the change.
+    Reply(Reply),
     /// Everything decided so far.
     Snapshot(Snapshot),
     /// Neither.
@@ -121,7 +121,7 @@ pub struct Output {
 
 #[derive(Debug)]
 enum Waiting {
-    Command(Ticket, Box<Command>),
+    Request(Ticket, Box<Request>),
     Read(Vec<Ticket>),
 }
 
@@ -223,6 +223,12 @@ impl Node {
         self.me
     }
 
+    /// The cluster as far as it is decided here; nil before that.
+    #[must_use]
+    pub fn cluster(&self) -> ClusterId {
+        self.applied.state.cluster()
+    }
+
     /// Members whose heartbeats arrived in the last round, this one included.
     #[must_use]
     pub fn answering(&self) -> usize {
@@ -266,7 +272,7 @@ impl Node {
         let mut tickets = std::mem::take(&mut self.reads);
         for (_, pending) in std::mem::take(&mut self.pending) {
             match pending.waiting {
-                Waiting::Command(ticket, _) => tickets.push(ticket),
+                Waiting::Request(ticket, _) => tickets.push(ticket),
                 Waiting::Read(waiting) => tickets.extend(waiting),
             }
         }
@@ -330,9 +336,9 @@ impl Node {
                 self.omni.tick();
                 self.give_up();
             }
-            Event::Propose(ticket, command) => match self.refuse(&command) {
+            Event::Propose(ticket, request) => match self.refuse(&request) {
                 Some(why) => self.answer(ticket, Answer::Refused(Refusal::TooLarge(why))),
-                None => self.wait_for(Waiting::Command(ticket, command)),
+                None => self.wait_for(Waiting::Request(ticket, request)),
             },
             Event::Read(ticket) => {
                 #[cfg(test)]
@@ -381,9 +387,9 @@ impl Node {
         }
     }
 
-    fn refuse(&self, command: &Command) -> Option<String> {
+    fn refuse(&self, request: &Request) -> Option<String> {
         let size =
-            checkpoint::codec::to_bytes(command, COMMAND_MAX).map_or(usize::MAX, |b| b.len());
+            checkpoint::codec::to_bytes(request, COMMAND_MAX).map_or(usize::MAX, |b| b.len());
         if size > COMMAND_MAX {
             return Some(format!("a command of more than {COMMAND_MAX} bytes"));
         }
@@ -464,8 +470,8 @@ impl Node {
         }
     }
 
-    fn id(&self, number: u64) -> RequestId {
-        RequestId {
+    fn id(&self, number: u64) -> Turn {
+        Turn {
             member: self.me,
             incarnation: self.incarnation,
             number,
@@ -484,13 +490,13 @@ impl Node {
                     self.answer(ticket, snapshot);
                 }
             }
-            (Waiting::Command(ticket, _), Some(Outcome::Command(result))) => {
+            (Waiting::Request(ticket, _), Some(Outcome::Request(result))) => {
                 self.answer(ticket, answer_of(result));
             }
-            (Waiting::Command(ticket, command), _) => {
-                // It took effect, unseen. A repeated command is answered as the first time, if that is still known.
+            (Waiting::Request(ticket, request), _) => {
+                // It took effect, unseen. A repeated request is answered as the first time, if that is still known.
                 let mut again = self.applied.state.clone();
-                let result = again.apply(&command).map(Box::new);
+                let result = again.answer(&request);
                 let answer = if again == self.applied.state {
                     answer_of(result)
                 } else {
@@ -519,7 +525,7 @@ impl Node {
         });
         for number in numbers {
             match self.pending.remove(&number).map(|p| p.waiting) {
-                Some(Waiting::Command(ticket, _)) => self.answer(ticket, refusal.clone()),
+                Some(Waiting::Request(ticket, _)) => self.answer(ticket, refusal.clone()),
                 Some(Waiting::Read(tickets)) => {
                     for ticket in tickets {
                         self.answer(ticket, refusal.clone());
@@ -543,6 +549,7 @@ impl Node {
         }
         let round = self.omni.get_promise();
         let floor = self.pending.keys().next().copied();
+        let begin = self.begins();
         let due: Vec<u64> = self
             .pending
             .iter()
@@ -564,14 +571,21 @@ impl Node {
             let entry = Entry {
                 id,
                 floor: floor.unwrap_or(number),
+                begin,
                 what: match &pending.waiting {
-                    Waiting::Command(_, command) => What::Command((**command).clone()),
+                    Waiting::Request(_, request) => What::Request(request.clone()),
                     Waiting::Read(_) => What::Read,
                 },
             };
             // Fails only after a change of membership, which there is none of.
             let _ = self.omni.append(entry);
         }
+    }
+
+    /// The cluster that this member would begin, as long as it knows of none.
+    fn begins(&self) -> Option<ClusterId> {
+        let unknown = self.cluster() == ClusterId::NIL;
+        unknown.then(|| self.durable.lock().record.proposal)
     }
 
     fn fold(&mut self) {
@@ -587,9 +601,9 @@ impl Node {
     }
 }
 
-fn answer_of(result: Result<Box<VmRecord>, Rejection>) -> Answer {
+fn answer_of(result: Result<Reply, Rejection>) -> Answer {
     match result {
-        Ok(record) => Answer::Record(record),
+        Ok(reply) => Answer::Reply(reply),
         Err(rejection) => Answer::Refused(Refusal::Rejected(rejection)),
     }
 }

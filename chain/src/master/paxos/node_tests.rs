@@ -1,5 +1,6 @@
 //! What the library is not trusted with, message by message.
 
+use checkpoint::ClusterId;
 use omnipaxos::ballot_leader_election::Ballot;
 use omnipaxos::messages::Message;
 use omnipaxos::messages::ballot_leader_election::{BLEMessage, HeartbeatMsg, HeartbeatReply};
@@ -7,13 +8,13 @@ use omnipaxos::messages::sequence_paxos::{PaxosMessage, PaxosMsg, PrepareReq, Pr
 use omnipaxos::storage::SnapshotType;
 use omnipaxos::util::LogSync;
 
-use super::entry::{Applied, Entry, LogSnapshot, Pid, RequestId, What};
+use super::entry::{Applied, Entry, LogSnapshot, Pid, Turn, What};
 use super::node::{Event, Node, PeerMessage};
 use super::storage::{Identity, Record};
 
 fn member(me: Pid) -> Node {
     let members = ["a", "b", "c", "d", "e"].map(String::from).to_vec();
-    Node::new(Record::new(Identity { members, me })).unwrap()
+    Node::new(Record::new(Identity { members, me }, ClusterId(me.into()))).unwrap()
 }
 
 fn say(node: &mut Node, from: Pid, msg: PaxosMsg<Entry>) {
@@ -57,12 +58,13 @@ fn preparing(node: &mut Node) -> Ballot {
 
 fn entries(n: u64) -> Vec<Entry> {
     let entry = |number| Entry {
-        id: RequestId {
+        id: Turn {
             member: 2,
             incarnation: 1,
             number,
         },
         floor: 0,
+        begin: Some(ClusterId(2)),
         what: What::Read,
     };
     (0..n).map(entry).collect()

@@ -5,8 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use super::record::{Files, Mutants, NewFile, RecordFile};
 use super::storage::{Identity, Record};
+use crate::master::record::{Files, Mutants, NewFile, RecordFile, StoreError};
 
 const DIR: &str = "/m";
 const NAME: &str = "paxos.record";
@@ -18,7 +18,7 @@ fn record(incarnation: u64) -> Record {
     };
     Record {
         incarnation,
-        ..Record::new(identity)
+        ..Record::new(identity, checkpoint::ClusterId(7))
     }
 }
 
@@ -49,6 +49,24 @@ struct Disk {
     ops: u64,
     crash_at: Option<u64>,
     fail_at: Option<u64>,
+    /// Bytes that there is room for in all; everybody else's are not counted.
+    room: Option<usize>,
+}
+
+impl Disk {
+    fn has_room(&self, more: usize) -> io::Result<()> {
+        match self.room {
+            Some(room) if self.used() + more > room => {
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn used(&self) -> usize {
+        let used = |number: &usize| self.inodes[*number].now.len();
+        self.names.values().map(used).sum()
+    }
 }
 
 #[derive(Clone, Default)]
@@ -154,6 +172,27 @@ impl Files for MemFiles {
         if died { Err(dead()) } else { Ok(()) }
     }
 
+    fn reserve(&self, path: &Path, len: u64) -> io::Result<()> {
+        let mut disk = self.0.lock().unwrap();
+        if disk.names.contains_key(path) {
+            return Ok(());
+        }
+        disk.has_room(len as usize)?;
+        let number = disk.inodes.len();
+        disk.inodes.push(Inode {
+            now: vec![0; len as usize],
+            durable: Vec::new(),
+        });
+        disk.names.insert(path.into(), number);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut disk = self.0.lock().unwrap();
+        let removed = disk.names.remove(path);
+        removed.map(drop).ok_or(io::ErrorKind::NotFound.into())
+    }
+
     fn sync_dir(&self, _: &Path) -> io::Result<()> {
         let mut disk = self.0.lock().unwrap();
         if Self::op(&mut disk)? {
@@ -169,6 +208,7 @@ impl NewFile for MemFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let mut disk = self.0.0.lock().unwrap();
         let died = MemFiles::op(&mut disk)?;
+        disk.has_room(bytes.len())?;
         let end = if died { bytes.len() / 3 } else { bytes.len() };
         disk.inodes[self.1].now.extend_from_slice(&bytes[..end]);
         if died { Err(dead()) } else { Ok(()) }
@@ -322,6 +362,38 @@ fn a_failed_operation_is_final() {
         ..Mutants::default()
     };
     assert!(!fail_each(mutants).is_empty());
+}
+
+#[test]
+fn h10_a_full_disk_changes_nothing_and_is_over_when_there_is_room() {
+    let files = MemFiles::default();
+    let mut file = open(&files, Mutants::default());
+    file.store(&content(1)).unwrap();
+    let fill = |files: &MemFiles, more: usize| {
+        let mut disk = files.0.lock().unwrap();
+        disk.room = Some(disk.used() + more);
+    };
+    // Full to the last byte: what was set aside is enough, again and again.
+    fill(&files, 0);
+    for n in 2..20 {
+        file.store(&content(n)).unwrap();
+        assert_eq!(check(&files, n, n, true), Ok(n));
+    }
+    // Somebody takes even that. (Whether it is a file or free again depends on the records' lengths.)
+    let spare = PathBuf::from(DIR).join("paxos.spare");
+    let _ = files.remove(&spare);
+    fill(&files, 0);
+    for _ in 0..3 {
+        let said = file.store(&content(20)).unwrap_err();
+        assert!(matches!(said, StoreError::NoRoom(_)), "{said}");
+        assert_eq!(check(&files, 19, 19, true), Ok(19));
+    }
+    for how in 0..12 {
+        assert_eq!(check(&files.after(how), 19, 19, true), Ok(19));
+    }
+    files.0.lock().unwrap().room = None;
+    file.store(&content(20)).unwrap();
+    assert_eq!(check(&files, 20, 20, true), Ok(20));
 }
 
 /// Bits whose change goes unnoticed.

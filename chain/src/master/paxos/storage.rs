@@ -13,7 +13,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use checkpoint::codec;
+use checkpoint::{ClusterId, codec};
 use omnipaxos::ballot_leader_election::Ballot;
 use omnipaxos::storage::{StopSign, Storage, StorageOp, StorageResult};
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::entry::{Applied, Entry, LogSnapshot, Pid};
 
 const MAGIC: &[u8; 8] = b"UMPAXOS1";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 20;
 /// Longest record in bytes.
 pub const RECORD_LIMIT: usize = 112 << 20;
@@ -40,6 +40,8 @@ pub struct Identity {
 pub struct Record {
     /// Whose it is.
     pub identity: Identity,
+    /// The cluster that it would begin, if the members had none yet.
+    pub proposal: ClusterId,
     /// Raised at every start.
     pub incarnation: u64,
     /// The round that was promised.
@@ -59,9 +61,10 @@ pub struct Record {
 impl Record {
     /// Of a member that has not taken part yet.
     #[must_use]
-    pub fn new(identity: Identity) -> Self {
+    pub fn new(identity: Identity, proposal: ClusterId) -> Self {
         Self {
             identity,
+            proposal,
             incarnation: 0,
             promise: Ballot::default(),
             accepted: Ballot::default(),
@@ -110,7 +113,7 @@ impl Record {
         }
         if word(8) != VERSION {
             return Err(format!(
-                "it has version {}, this program writes version {VERSION}",
+                "it has version {}, this program writes version {VERSION}: run the understudy that wrote it, or stop all VMs and set the master up anew, with `understudy init`",
                 word(8)
             ));
         }

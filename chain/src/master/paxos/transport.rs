@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0         4         6        8         12         16           20
-//! | "UPAX"  | ver = 2 | kind   | length  | body CRC | header CRC | bincode body
+//! | "UPAX"  | ver = 3 | kind   | length  | body CRC | header CRC | bincode body
 //! | u32     | u16     | u16    | u32     | u32      | u32        |      all little endian, CRC32C
 //! ```
 //!
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use checkpoint::codec;
+use checkpoint::{ClusterId, codec};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -25,7 +25,7 @@ use super::entry::Pid;
 use super::node::PeerMessage;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"UPAX");
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const HEADER: usize = 20;
 const HELLO: u16 = 1;
 const MESSAGE: u16 = 2;
@@ -51,6 +51,8 @@ struct Hello {
     /// All members' names: members that disagree on who they are do not talk.
     members: Vec<String>,
     from: Pid,
+    /// Its cluster, or nil before it knows: members of two clusters must not mix their logs.
+    cluster: ClusterId,
 }
 
 /// What the connections tell.
@@ -163,11 +165,17 @@ pub struct Transport {
 }
 
 impl Transport {
-    /// Listens at `addr` and connects to all the others; `members` are all names and addresses, `me` one's own number.
+    /// Listens at one's own address and connects to all the others; `members` are all names and addresses, `me` one's own
+    /// number, `cluster` what is known of it at any time.
     ///
     /// # Errors
     /// When it cannot listen, or a thread cannot be started.
-    pub fn start(me: Pid, members: &[(String, SocketAddr)], hear: Hear) -> io::Result<Self> {
+    pub fn start(
+        me: Pid,
+        members: &[(String, SocketAddr)],
+        cluster: Arc<Mutex<ClusterId>>,
+        hear: Hear,
+    ) -> io::Result<Self> {
         let listener = TcpListener::bind(members[me as usize - 1].1)?;
         let addr = listener.local_addr()?;
         let names: Vec<String> = members.iter().map(|(name, _)| name.clone()).collect();
@@ -181,20 +189,23 @@ impl Transport {
             }
             let outbox = Arc::new(Outbox::default());
             outboxes.push(Some(outbox.clone()));
-            let hello = Hello {
-                members: names.clone(),
-                from: me,
+            let greeter = Greeter {
+                me,
+                names: names.clone(),
+                cluster: cluster.clone(),
             };
-            let hello = encode(HELLO, &hello, HELLO_LIMIT)?;
             let (ending, hear, addr) = (ending.clone(), hear.clone(), *addr);
             std::thread::Builder::new()
                 .name(format!("paxos-to-{name}"))
-                .spawn(move || speak(peer, addr, &hello, &outbox, &ending, &hear))?;
+                .spawn(move || speak(peer, addr, &greeter, &outbox, &ending, &hear))?;
         }
         let accepting = ending.clone();
         std::thread::Builder::new()
             .name("paxos-accept".into())
-            .spawn(move || accept(&listener, me, &names, &accepting, &hear))?;
+            .spawn(move || {
+                let greeter = Greeter { me, names, cluster };
+                accept(&listener, &greeter, &accepting, &hear);
+            })?;
         Ok(Self {
             addr,
             outboxes,
@@ -258,7 +269,58 @@ impl std::fmt::Debug for Transport {
     }
 }
 
-fn speak(peer: Pid, addr: SocketAddr, hello: &[u8], outbox: &Outbox, ending: &Ending, hear: &Hear) {
+/// Who this member is, to those it connects to and those that connect to it.
+#[derive(Clone)]
+struct Greeter {
+    me: Pid,
+    names: Vec<String>,
+    cluster: Arc<Mutex<ClusterId>>,
+}
+
+impl Greeter {
+    fn hello(&self) -> io::Result<Vec<u8>> {
+        let hello = Hello {
+            members: self.names.clone(),
+            from: self.me,
+            cluster: *lock(&self.cluster),
+        };
+        encode(HELLO, &hello, HELLO_LIMIT)
+    }
+
+    /// Whether the peer is another member of this master; its number.
+    fn check(&self, hello: &Hello) -> io::Result<Pid> {
+        let (names, ours) = (&self.names, *lock(&self.cluster));
+        if hello.members != *names {
+            return Err(io::Error::other(format!(
+                "a peer counts {:?} as the master's members, this host {names:?}; make `[master] members` in host.toml the same on all hosts",
+                hello.members
+            )));
+        }
+        let from = hello.from;
+        if from == self.me || !(1..=names.len() as Pid).contains(&from) {
+            return Err(io::Error::other(format!(
+                "a peer claims to be member {from}"
+            )));
+        }
+        let theirs = hello.cluster;
+        if theirs != ours && theirs != ClusterId::NIL && ours != ClusterId::NIL {
+            let name = &names[from as usize - 1];
+            return Err(io::Error::other(format!(
+                "{name} is a member of cluster {theirs}, this host of {ours}: one of them has a record of another life; find out which, and move its data_dir away"
+            )));
+        }
+        Ok(from)
+    }
+}
+
+fn speak(
+    peer: Pid,
+    addr: SocketAddr,
+    greeter: &Greeter,
+    outbox: &Outbox,
+    ending: &Ending,
+    hear: &Hear,
+) {
     let mut said = false;
     while !ending.stop.load(Ordering::SeqCst) {
         let connected =
@@ -266,7 +328,7 @@ fn speak(peer: Pid, addr: SocketAddr, hello: &[u8], outbox: &Outbox, ending: &En
                 stream.set_nodelay(true)?;
                 stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
                 setsockopt(&stream, sockopt::TcpUserTimeout, &UNACKNOWLEDGED_MS)?;
-                stream.write_all(hello)?;
+                stream.write_all(&greeter.hello()?)?;
                 let other = stream.try_clone()?;
                 Ok((stream, other))
             });
@@ -321,7 +383,7 @@ fn write_all(stream: &mut TcpStream, outbox: &Outbox, ending: &Ending) -> String
     }
 }
 
-fn accept(listener: &TcpListener, me: Pid, names: &[String], ending: &Arc<Ending>, hear: &Hear) {
+fn accept(listener: &TcpListener, greeter: &Greeter, ending: &Arc<Ending>, hear: &Hear) {
     let mut number = 0u64;
     for stream in listener.incoming() {
         if ending.stop.load(Ordering::SeqCst) {
@@ -343,11 +405,11 @@ fn accept(listener: &TcpListener, me: Pid, names: &[String], ending: &Arc<Ending
         };
         lock(&ending.incoming).push((number, other));
         ending.open.fetch_add(1, Ordering::Relaxed);
-        let (listening, hear, names) = (ending.clone(), hear.clone(), names.to_vec());
+        let (listening, hear, greeter) = (ending.clone(), hear.clone(), greeter.clone());
         let spawned = std::thread::Builder::new()
             .name("paxos-from".into())
             .spawn(move || {
-                if let Err(e) = listen(&stream, number, me, &names, &hear)
+                if let Err(e) = listen(&stream, number, &greeter, &hear)
                     && e.kind() != io::ErrorKind::UnexpectedEof
                     && !listening.stop.load(Ordering::SeqCst)
                 {
@@ -364,27 +426,10 @@ fn accept(listener: &TcpListener, me: Pid, names: &[String], ending: &Arc<Ending
     }
 }
 
-fn listen(
-    stream: &TcpStream,
-    number: u64,
-    me: Pid,
-    names: &[String],
-    hear: &Hear,
-) -> io::Result<()> {
+fn listen(stream: &TcpStream, number: u64, greeter: &Greeter, hear: &Hear) -> io::Result<()> {
     stream.set_read_timeout(Some(SILENCE))?;
     let hello: Hello = receive(stream, HELLO, HELLO_LIMIT)?;
-    if hello.members != names {
-        return Err(io::Error::other(format!(
-            "a peer counts {:?} as the master's members, this host {names:?}; make `[master] members` in host.toml the same on all hosts",
-            hello.members
-        )));
-    }
-    let from = hello.from;
-    if from == me || !(1..=names.len() as Pid).contains(&from) {
-        return Err(io::Error::other(format!(
-            "a peer claims to be member {from}"
-        )));
-    }
+    let from = greeter.check(&hello)?;
     if !hear(Heard::Connected(from, number)) {
         return Ok(());
     }

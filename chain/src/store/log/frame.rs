@@ -182,6 +182,7 @@ mod tests {
             generation: Generation(n),
             epoch: Epoch(n << 32),
             digest: n as u32,
+            held: true,
         }
     }
 

@@ -14,7 +14,7 @@ const SLOT: u64 = 4096;
 const SECOND: u64 = 2048;
 const RECORD: usize = 128;
 const MAGIC: &[u8; 4] = b"UMAN";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Highest number or offset believed.
 pub(super) const NUMBER_MAX: u64 = 1 << 62;
 
@@ -57,8 +57,9 @@ impl Manifest {
         out[4..6].copy_from_slice(&VERSION.to_le_bytes());
         out[6] = self.phase as u8;
         out[8..12].copy_from_slice(&self.shape.to_le_bytes());
+        let (low, high) = self.vm.halves();
         let words = [
-            self.vm.0,
+            low,
             self.seq,
             self.salt,
             self.base,
@@ -67,6 +68,7 @@ impl Manifest {
             self.target,
             self.next.segment,
             self.next.offset,
+            high,
         ];
         for (i, word) in words.iter().enumerate() {
             out[16 + i * 8..24 + i * 8].copy_from_slice(&word.to_le_bytes());
@@ -99,7 +101,7 @@ impl Manifest {
                 _ => return None,
             },
             shape: word(8),
-            vm: VmId(long(0)),
+            vm: VmId::from_halves(long(0), long(9)),
             seq: long(1),
             salt: long(2),
             base: long(3),
@@ -165,6 +167,13 @@ impl ManifestFile {
     }
 }
 
+/// The version of an intact record that this program does not read.
+fn other_version(b: &[u8; RECORD]) -> Option<u16> {
+    let version = u16::from_le_bytes([b[4], b[5]]);
+    let intact = crc32c::crc32c(&b[..RECORD - 4]).to_le_bytes() == b[RECORD - 4..];
+    (b[..4] == *MAGIC && intact && version != VERSION).then_some(version)
+}
+
 /// The record in force.
 fn read(file: &dyn LayerFile, path: &Path) -> Result<Option<Manifest>, LogError> {
     let len = file.len().map_err(LogError::io("reading", path))?;
@@ -175,6 +184,14 @@ fn read(file: &dyn LayerFile, path: &Path) -> Result<Option<Manifest>, LogError>
         let mut bytes = [0; RECORD];
         file.read_at(offset, &mut bytes)
             .map_err(LogError::io("reading", path))?;
+        if let Some(version) = other_version(&bytes) {
+            return Err(LogError::Other {
+                path: path.into(),
+                found: format!(
+                    "another version of understudy (format {version}, this program keeps {VERSION})"
+                ),
+            });
+        }
         Ok(Manifest::decode(&bytes))
     };
     let newest = |a: Option<Manifest>, b: Option<Manifest>| match (a, b) {
@@ -198,4 +215,53 @@ fn read(file: &dyn LayerFile, path: &Path) -> Result<Option<Manifest>, LogError>
         ));
     }
     Ok(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diskbuf::layer::OsLayer;
+
+    #[test]
+    fn i1_an_older_manifest_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = OsLayer;
+        let manifest = Manifest {
+            phase: Phase::Steady,
+            vm: VmId(u128::MAX - 7),
+            shape: 1,
+            seq: 0,
+            salt: 2,
+            base: 3,
+            start: Place::default(),
+            target: 0,
+            next: Place::default(),
+        };
+        let file = ManifestFile::open(&layer, dir.path(), false).unwrap();
+        let written = file.write(manifest).unwrap();
+        drop(file);
+        let file = ManifestFile::open(&layer, dir.path(), false).unwrap();
+        assert_eq!(file.latest(), Some(written), "the whole id comes back");
+        drop(file);
+        let path = dir.path().join("manifest");
+        let mut bytes = std::fs::read(&path).unwrap();
+        for at in [0, SECOND as usize, SLOT as usize, (SLOT + SECOND) as usize] {
+            if bytes.len() < at + RECORD || bytes[at..at + 4] != *MAGIC {
+                continue;
+            }
+            let record = &mut bytes[at..at + RECORD];
+            record[4] = 1;
+            let crc = crc32c::crc32c(&record[..RECORD - 4]);
+            record[RECORD - 4..].copy_from_slice(&crc.to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let said = match ManifestFile::open(&layer, dir.path(), false) {
+            Ok(_) => panic!("it must be refused"),
+            Err(e) => e.to_string(),
+        };
+        assert!(
+            said.contains("format 1") && said.contains("remove"),
+            "{said}"
+        );
+    }
 }

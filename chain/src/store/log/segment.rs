@@ -11,7 +11,7 @@ use super::frame::{HEADER, Head};
 use super::manifest::NUMBER_MAX;
 
 const MAGIC: &[u8; 4] = b"USEG";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Where a segment's first frame is.
 pub(super) const FIRST: u64 = HEADER as u64;
 
@@ -54,7 +54,8 @@ fn header(vm: VmId, salt: u64, number: u64) -> [u8; HEADER] {
     let mut out = [0; HEADER];
     out[..4].copy_from_slice(MAGIC);
     out[4..6].copy_from_slice(&VERSION.to_le_bytes());
-    for (i, word) in [vm.0, salt, number].iter().enumerate() {
+    let (low, high) = vm.halves();
+    for (i, word) in [low, salt, number, high].iter().enumerate() {
         out[8 + i * 8..16 + i * 8].copy_from_slice(&word.to_le_bytes());
     }
     let crc = crc32c::crc32c(&out[..60]);

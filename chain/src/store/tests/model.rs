@@ -98,6 +98,7 @@ impl Vm {
                 generation: Generation(3),
                 epoch: Epoch(10),
                 digest: 0,
+                held: true,
             },
             pages: vec![[0; PAGE_SIZE]; GFNS.len()],
             machine: Vec::new(),
@@ -355,7 +356,7 @@ impl Vm {
         &self.disks[n]
     }
 
-    fn equals(&self, image: &Image, machine: &[u8], what: &str) -> Result<(), String> {
+    pub(super) fn equals(&self, image: &Image, machine: &[u8], what: &str) -> Result<(), String> {
         for (gfn, want) in GFNS.iter().zip(&self.pages) {
             if image.page(*gfn).unwrap() != want {
                 return Err(format!("{what} {}: frame {gfn:#x} is wrong", self.mark));

@@ -197,6 +197,7 @@ impl Net {
         if self.chain.writable() < len as u64 {
             io.queues[RX].unpop();
             self.drops.rx += 1;
+            self.backend.too_long();
             return Ok(());
         }
         let frame = &mut self.frame[..len];

@@ -46,6 +46,10 @@ impl NetBackend for Arc<Gate> {
         Gate::recv(self, buf)
     }
 
+    fn too_long(&self) {
+        Gate::too_long(self);
+    }
+
     fn rx_fd(&self) -> RawFd {
         Gate::rx_fd(self)
     }

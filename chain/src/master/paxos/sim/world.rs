@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use checkpoint::{Generation, VmId};
+use checkpoint::{ClusterId, Generation, RequestId, VmId};
 use omnipaxos::messages::Message;
 use omnipaxos::messages::sequence_paxos::PaxosMsg;
 
@@ -10,8 +10,8 @@ use super::super::entry::{Applied, Entry, Outcome, Pid};
 use super::super::node::{Answer, Event, Node, PATIENCE_TICKS, PeerMessage, Refusal};
 use super::super::storage::{Identity, Record};
 use crate::mark::Mark;
-use crate::master::Command;
-use crate::view::{Member, VmShape};
+use crate::master::{Command, Order, Reply, Request};
+use crate::view::{Life, Member, VmShape};
 
 #[path = "../../../../tests/commands/mod.rs"]
 mod commands;
@@ -140,10 +140,11 @@ impl World {
         let mut rng = Rng(seed ^ 0x9a05);
         let n = if rng.one_in(2) { 3 } else { 5 };
         let sites = (1..=n).map(|me| {
-            let disk = Record::new(Identity {
+            let identity = Identity {
                 members: names(n),
                 me,
-            });
+            };
+            let disk = Record::new(identity, ClusterId(u128::from(me)));
             Site {
                 node: None,
                 disk,
@@ -206,7 +207,7 @@ impl World {
         if mutant == Mutant::BeginEmpty && record.incarnation > 0 {
             record = Record {
                 incarnation: record.incarnation,
-                ..Record::new(record.identity)
+                ..Record::new(record.identity, record.proposal)
             };
         }
         let mut node = Node::new(record)?;
@@ -354,7 +355,7 @@ impl World {
                 ));
             }
             let mut state = self.states[at].clone();
-            if let Outcome::Command(Ok(record)) = state.apply(&entry) {
+            if let Outcome::Request(Ok(Reply::Vm(record))) = state.apply(&entry) {
                 self.known.insert(format!("{record:?}"));
             }
             self.history.push(entry);
@@ -390,10 +391,13 @@ impl World {
                             snapshot.revision
                         ));
                     }
+                    if snapshot.cluster == ClusterId::NIL {
+                        return Err("a read of no cluster".into());
+                    }
                     self.told = self.told.max(snapshot.revision);
                     self.counts.reads += 1;
                 }
-                (Asked::Command(command), Answer::Record(record)) => {
+                (Asked::Command(command), Answer::Reply(Reply::Vm(record))) => {
                     self.counts.answered += 1;
                     if !self.known.contains(&format!("{record:?}")) {
                         return Err(format!("answered what never was: {record:?}"));
@@ -412,6 +416,10 @@ impl World {
                             return Err(format!("{vm} in {expect} is given to {other} and {by}"));
                         }
                     }
+                }
+                (Asked::Command(_), Answer::Reply(Reply::Done { revision })) => {
+                    self.counts.answered += 1;
+                    self.told = self.told.max(revision);
                 }
                 (Asked::Command(command), Answer::Refused(Refusal::Rejected(_))) => {
                     self.counts.answered += 1;
@@ -449,7 +457,11 @@ impl World {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         let event = match &asked {
-            Asked::Command(command) => Event::Propose(ticket, command.clone()),
+            Asked::Command(command) => {
+                let id = RequestId(u128::from(self.rng.next()) << 64 | u128::from(ticket));
+                let order = Order::Vm((**command).clone());
+                Event::Propose(ticket, Box::new(Request { id, order }))
+            }
             Asked::Read { .. } => Event::Read(ticket),
         };
         if self.site(me).node.is_some() {

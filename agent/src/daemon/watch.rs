@@ -1,0 +1,134 @@
+//! What comes from outside: the master's decisions and what the chain server notices, each put into the VM's mailbox.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use chain::master::{Followed, Follower};
+use chain::{ServerEvent, VmRecord};
+
+use super::env::{Env, lock};
+use super::run::of_server;
+use super::table::Table;
+use crate::control::EventKind;
+use crate::host::Input;
+
+/// How long the master may let a question for news wait.
+const PERIOD: Duration = Duration::from_secs(5);
+/// Between looks at a master that is another cluster's, older than it was, or does not take this host.
+const STRANGE: Duration = Duration::from_secs(1);
+/// Between attempts to reach it.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Follows the master's decisions until the process ends.
+pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
+    let mut follower = Follower::new(lock(&env.identity).cluster());
+    let mut reachable = true;
+    // What this host's VMs have been told.
+    let mut told = None;
+    loop {
+        let asked = match told {
+            Some(_) => env.master.watch(follower.revision(), PERIOD),
+            // What there is, even if that is nothing: this host is to be known before anything is decided.
+            None => env.master.read(),
+        };
+        match asked {
+            Ok(snapshot) => {
+                reachable = true;
+                let before = follower.revision();
+                follow(env, table, follower.snapshot(&snapshot));
+                let ours = follower.cluster() == Some(snapshot.cluster);
+                if !ours || snapshot.revision < before {
+                    std::thread::sleep(STRANGE);
+                } else if enrolled(env) && told != Some(snapshot.revision) {
+                    told = Some(snapshot.revision);
+                    give_up(env, &snapshot.records);
+                    for record in snapshot.records {
+                        table.decided(record);
+                    }
+                }
+            }
+            Err(e) => {
+                if std::mem::replace(&mut reachable, false) {
+                    tracing::warn!("{e}");
+                }
+                std::thread::sleep(RETRY);
+            }
+        }
+    }
+}
+
+/// Processes found running whose VM is another host's by now end. One that the master knows nothing of is left alone: a
+/// record may be lost, and the VM with it must not be.
+fn give_up(env: &Env, records: &[VmRecord]) {
+    let mut found = lock(&env.found);
+    found.retain(|vm, process| {
+        let record = records.iter().find(|record| record.view.vm == *vm);
+        let Some(view) = record.map(|record| &record.view) else {
+            if std::mem::replace(&mut process.said, true) {
+                return true;
+            }
+            let text = format!(
+                "process {} runs VM {vm}, which the master does not know: left alone",
+                process.pid
+            );
+            env.events.add(EventKind::Failed, env.host.as_str(), text);
+            return true;
+        };
+        if view.owner == env.host {
+            return true;
+        }
+        process.kill();
+        let text = format!(
+            "{} owns it in generation {}: its process, found running here, is stopped",
+            view.owner, view.generation
+        );
+        env.events.add(EventKind::Superseded, &view.name, text);
+        false
+    });
+}
+
+fn follow(env: &Env, table: &Table, news: Vec<Followed>) {
+    for news in news {
+        let why = match news {
+            // What is decided is taken from the snapshot, once the master knows this host.
+            Followed::Decided(_) => continue,
+            Followed::Removed(vm) => {
+                table.post(vm, Input::Removed);
+                continue;
+            }
+            Followed::Joined(cluster) => match lock(&env.identity).join(cluster) {
+                Ok(()) => continue,
+                Err(e) => e.to_string(),
+            },
+            Followed::Stale { why } | Followed::Foreign { why } => why,
+        };
+        env.events.add(EventKind::Failed, env.host.as_str(), why);
+    }
+}
+
+/// Whether the master knows this host under its identity; asks it to, if it has not.
+fn enrolled(env: &Env) -> bool {
+    if lock(&env.stranger).is_none() {
+        return true;
+    }
+    let id = lock(&env.identity).id();
+    let enrolled = env.master.enroll(&env.host, id, env.config.listen);
+    let why = enrolled.as_ref().err().map(ToString::to_string);
+    let before = std::mem::replace(&mut *lock(&env.stranger), why.clone());
+    if let Some(why) = why {
+        if before.as_ref() != Some(&why) {
+            env.events.add(EventKind::Failed, env.host.as_str(), why);
+        }
+        std::thread::sleep(STRANGE);
+    }
+    enrolled.is_ok()
+}
+
+/// Passes on what the chain server notices, until it ends.
+pub(super) fn server_events(events: &Receiver<ServerEvent>, table: &Table) {
+    while let Ok(event) = events.recv() {
+        let (vm, input) = of_server(event);
+        table.post(vm, input);
+    }
+}

@@ -1,0 +1,398 @@
+//! What an owner does about its chain: leaves out what is lost, brings back what is missing, and comes to the backups that an
+//! administrator has asked for, by joining and leaving, without one unprotected moment.
+//!
+//! One question is under way at a time, to the master or to other hosts. What else is to be done stays noted and is looked at
+//! again when that is answered.
+
+use chain::Member;
+use chain::master::Command;
+use checkpoint::{Generation, HostId};
+
+use super::machine::{Part, Purpose};
+use super::owner::{Owner, Phase};
+use super::{Effect, Health, Loss, MS, Machine, Micros, Tell};
+use crate::control::EventKind;
+
+/// Between looks for hosts that are missing.
+const PERIOD: Micros = 250 * MS;
+
+/// Why other hosts are being asked whether they are well.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Probing {
+    /// The chain does not go on.
+    Losses(Vec<Loss>),
+    /// Backups are missing; who is asked.
+    Missing(Vec<Member>),
+}
+
+/// What is left of a chain.
+struct Left {
+    chain: Vec<Member>,
+    joining: Option<Member>,
+    lost: Vec<HostId>,
+}
+
+impl Machine {
+    /// What is due for the chain.
+    pub(super) fn settle_chain(&mut self, now: Micros, out: &mut Vec<Effect>) {
+        if self.ask.is_some() {
+            return;
+        }
+        let view = self.record.view.clone();
+        let Some(owner) = self.owner() else { return };
+        if matches!(
+            owner.phase,
+            Phase::Ended(_) | Phase::Spawning | Phase::Booting(_)
+        ) || owner.probing.is_some()
+        {
+            return;
+        }
+        if let Some(why) = owner.failed_attempt.take() {
+            return self.attempt_failed(now, &why, out);
+        }
+        if !owner.losses.is_empty() && !owner.frozen {
+            let losses = std::mem::take(&mut owner.losses);
+            let members = view.chain.iter().chain(&view.joining).cloned().collect();
+            owner.probing = Some(Probing::Losses(losses));
+            return out.push(Effect::Probe(members));
+        }
+        if std::mem::take(&mut owner.joiner_ready) {
+            return self.promote(out);
+        }
+        if std::mem::take(&mut owner.choose) {
+            let backups = owner.wanted.clone();
+            let command = Command::Choose {
+                vm: view.vm,
+                by: self.me.clone(),
+                backups,
+            };
+            return self.propose(Purpose::Choose, command, out);
+        }
+        if owner.leaving.is_some() {
+            return;
+        }
+        let missing = self.missing(now);
+        if !missing.is_empty() {
+            if let Some(owner) = self.owner() {
+                owner.probing = Some(Probing::Missing(missing.clone()));
+            }
+            return out.push(Effect::Probe(missing));
+        }
+        if let Some(leaver) = self.leaver() {
+            let chain = view.chain.iter().filter(|m| m.host != leaver);
+            let chain = chain.cloned().collect();
+            let text = format!("{leaver} leaves the chain, as an administrator has ordered");
+            out.push(Effect::Say(EventKind::ChainLost, text));
+            return self.reconfigure(chain, None, false, out);
+        }
+        self.arranged();
+    }
+
+    /// Nothing more is to be moved.
+    fn arranged(&mut self) {
+        let Part::Owner(owner) = &self.part else {
+            return;
+        };
+        let protected = owner.protected == Some(self.generation());
+        let done = protected && self.is_settled(owner) && self.lacks(owner).next().is_none();
+        if done && let Some(owner) = self.owner() {
+            owner.arrange = false;
+        }
+    }
+
+    pub(super) fn chain_wakes_at(&self, owner: &Owner) -> Option<Micros> {
+        let busy = self.ask.is_some() || owner.probing.is_some() || !owner.runs();
+        let missing = !busy && self.lacks(owner).next().is_some();
+        missing.then_some(()).map(|()| owner.next_look())
+    }
+
+    /// Wanted hosts that are not in the chain.
+    fn lacks<'a>(&'a self, owner: &'a Owner) -> impl Iterator<Item = &'a HostId> {
+        let view = &self.record.view;
+        owner.wanted.iter().filter(move |host| {
+            let there = view.position(host).is_some() && !owner.frozen;
+            **host != self.me && !there
+        })
+    }
+
+    /// The configuration is in force, so that it may be changed.
+    fn is_settled(&self, owner: &Owner) -> bool {
+        let view = &self.record.view;
+        let there =
+            view.chain.is_empty() || owner.frozen || owner.protected == Some(view.generation);
+        there && view.joining.is_none() && owner.runs()
+    }
+
+    /// The backups that the VM should have and has not, if now is the time for one.
+    fn missing(&mut self, now: Micros) -> Vec<Member> {
+        let Part::Owner(owner) = &self.part else {
+            return Vec::new();
+        };
+        if !self.is_settled(owner) || !owner.looks(now) {
+            return Vec::new();
+        }
+        let due = self
+            .lacks(owner)
+            .filter(|host| owner.retries.due(host, now));
+        let missing = due.filter_map(|host| self.member(host)).collect();
+        if let Some(owner) = self.owner() {
+            owner.looked(now, PERIOD);
+        }
+        missing
+    }
+
+    /// A replica that is to go, once all that are wanted are there: one that is not wanted, or not in its place. (It joins
+    /// again, at the tail.) The last one never goes.
+    fn leaver(&self) -> Option<HostId> {
+        let Part::Owner(owner) = &self.part else {
+            return None;
+        };
+        let chain = &self.record.view.chain;
+        let protected = owner.protected == Some(self.generation());
+        if !owner.arrange || !self.is_settled(owner) || !protected || chain.len() < 2 {
+            return None;
+        }
+        if self.lacks(owner).any(|host| self.peers.contains_key(host)) {
+            return None;
+        }
+        let superfluous = chain.iter().find(|m| !owner.wanted.contains(&m.host));
+        let misplaced = || {
+            // A wanted host that cannot be had has no place.
+            let wanted = owner
+                .wanted
+                .iter()
+                .filter(|host| chain.iter().any(|m| m.host == **host));
+            chain
+                .iter()
+                .map(|m| &m.host)
+                .zip(wanted)
+                .find(|(is, wanted)| is != wanted)
+        };
+        superfluous
+            .map(|m| m.host.clone())
+            .or_else(|| misplaced().map(|(host, _)| host.clone()))
+    }
+
+    /// The replica that was joining has everything: it becomes the tail.
+    fn promote(&mut self, out: &mut Vec<Effect>) {
+        let mut chain = self.record.view.chain.clone();
+        let Some(joining) = self.record.view.joining.clone() else {
+            return;
+        };
+        if let Some(owner) = self.owner() {
+            owner.retries.joined(&joining.host);
+            owner.absent.remove(&joining.host);
+        }
+        let text = format!("{} has everything and becomes the tail", joining.host);
+        out.push(Effect::Say(EventKind::Joined, text));
+        chain.push(joining);
+        self.reconfigure(chain, None, false, out);
+    }
+
+    /// Asks the master for another chain. Output stays held until it has decided.
+    pub(super) fn reconfigure(
+        &mut self,
+        chain: Vec<Member>,
+        joining: Option<Member>,
+        anew: bool,
+        out: &mut Vec<Effect>,
+    ) {
+        let command = Command::Reconfigure {
+            vm: self.vm(),
+            expect: self.generation(),
+            by: self.me.clone(),
+            joining: joining.filter(|_| !chain.is_empty()),
+            chain,
+            anew,
+        };
+        self.propose(Purpose::Chain, command, out);
+    }
+
+    pub(super) fn bridged(
+        &mut self,
+        generation: Generation,
+        result: Result<(), Loss>,
+        out: &mut Vec<Effect>,
+    ) {
+        if generation != self.generation() {
+            return;
+        }
+        let view = self.record.view.clone();
+        let Some(owner) = self.owner() else { return };
+        match result {
+            Ok(()) => {
+                owner.bridge = None;
+                out.push(Effect::Tell(Tell::Protect(view)));
+            }
+            Err(loss) => owner.losses.push(loss),
+        }
+    }
+
+    pub(super) fn probed(
+        &mut self,
+        now: Micros,
+        answers: &[(HostId, Health)],
+        out: &mut Vec<Effect>,
+    ) {
+        if matches!(self.part, Part::Orphan(_)) {
+            return self.recover_probed(answers, out);
+        }
+        let Some(owner) = self.owner() else { return };
+        match owner.probing.take() {
+            Some(Probing::Losses(losses)) => {
+                // A configuration that was replaced meanwhile lost nobody.
+                let current = self.generation();
+                for loss in losses.iter().filter(|loss| loss.generation == current) {
+                    if self.ask.is_none() {
+                        self.chain_lost(now, loss, answers, out);
+                    } else if let Some(owner) = self.owner() {
+                        owner.losses.push(loss.clone());
+                    }
+                }
+            }
+            Some(Probing::Missing(missing)) => {
+                for (host, health) in answers {
+                    if let Some(why) = health.trouble(false) {
+                        owner.absent.insert(host.clone(), why);
+                    }
+                }
+                if self.ask.is_none() {
+                    self.bring_back(missing, answers, out);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn bring_back(
+        &mut self,
+        missing: Vec<Member>,
+        answers: &[(HostId, Health)],
+        out: &mut Vec<Effect>,
+    ) {
+        let Part::Owner(owner) = &self.part else {
+            return;
+        };
+        if !self.is_settled(owner) || !owner.losses.is_empty() {
+            return;
+        }
+        let up: Vec<Member> = missing
+            .into_iter()
+            .filter(|member| {
+                let health = answers.iter().find(|(host, _)| *host == member.host);
+                health.is_some_and(|(_, health)| match health {
+                    // One that declines in this generation may come in the next.
+                    Health::Declines(_) => true,
+                    other => other.trouble(true).is_none(),
+                })
+            })
+            .collect();
+        let Some(first) = up.first().cloned() else {
+            return;
+        };
+        let view = &self.record.view;
+        if view.chain.is_empty() || owner.frozen {
+            self.reconfigure(up, None, true, out);
+        } else {
+            self.reconfigure(view.chain.clone(), Some(first), false, out);
+        }
+    }
+
+    /// A chain could not begin, for a cause of this host's own. It is tried again later; meanwhile the backups do not wait for
+    /// what does not come.
+    fn attempt_failed(&mut self, now: Micros, why: &str, out: &mut Vec<Effect>) {
+        let view = self.record.view.clone();
+        let Some(owner) = self.owner() else { return };
+        for member in &view.chain {
+            owner.retries.failed(&member.host, now);
+            owner.absent.insert(member.host.clone(), why.to_string());
+        }
+        owner.protected = None;
+        let text = format!("the first copy to the backups failed, it is tried again: {why}");
+        out.push(Effect::Say(EventKind::ChainLost, text.clone()));
+        owner.trouble = Some(text);
+        // Without a backup a frozen VM stands still until one is tried again.
+        if !owner.frozen {
+            self.reconfigure(Vec::new(), None, true, out);
+        }
+    }
+
+    /// Nothing happens if all replicas answer and none is named: then the chain is only slow.
+    fn chain_lost(
+        &mut self,
+        now: Micros,
+        loss: &Loss,
+        answers: &[(HostId, Health)],
+        out: &mut Vec<Effect>,
+    ) {
+        let in_place = self.chain_is_filled();
+        let Left {
+            chain: left,
+            joining,
+            lost,
+        } = self.left(loss, answers);
+        let whole = loss.unfit && loss.host.is_none();
+        let anew = !in_place || whole;
+        if lost.is_empty() && !whole {
+            return;
+        }
+        let only_the_joining = left.len() == self.record.view.chain.len() && !lost.is_empty();
+        let names: Vec<String> = lost.iter().map(ToString::to_string).collect();
+        let names = names.join(", ");
+        let (why, generation) = (&loss.why, loss.generation);
+        let freezes = left.is_empty() && in_place && self.policy.freezes_alone;
+        let Some(owner) = self.owner() else { return };
+        if !only_the_joining {
+            owner.trouble = Some(match lost.is_empty() {
+                true => why.clone(),
+                false => format!("{names} is lost: {why}"),
+            });
+        }
+        for host in &lost {
+            owner.retries.failed(host, now);
+            // What the host itself answered, or did not, says more than what its chain missed.
+            let health = answers.iter().find(|(asked, _)| asked == host);
+            let why = health.and_then(|(_, health)| health.trouble(in_place));
+            owner
+                .absent
+                .insert(host.clone(), why.unwrap_or_else(|| loss.why.clone()));
+        }
+        let text = match lost.is_empty() {
+            true => format!("the chain of generation {generation} has to begin anew: {why}"),
+            false => format!(
+                "{names} is lost in generation {generation}: {why}; {} backups left",
+                left.len()
+            ),
+        };
+        out.push(Effect::Say(EventKind::ChainLost, text));
+        if freezes {
+            owner.frozen = true;
+            owner.trouble =
+                Some("frozen: its last backup is lost, and protect.alone is \"freeze\"".into());
+            return out.push(Effect::Tell(Tell::Freeze));
+        }
+        self.reconfigure(left, joining.filter(|_| !anew), anew, out);
+    }
+
+    fn left(&self, loss: &Loss, answers: &[(HostId, Health)]) -> Left {
+        let view = &self.record.view;
+        let waited_for = self.chain_is_filled();
+        let stays = |member: &&Member| {
+            let named = Some(&member.host) == loss.host.as_ref();
+            let health = answers.iter().find(|(host, _)| *host == member.host);
+            !named && health.is_some_and(|(_, health)| health.trouble(waited_for).is_none())
+        };
+        let chain: Vec<Member> = view.chain.iter().filter(stays).cloned().collect();
+        let joining = view.joining.as_ref().filter(stays).cloned();
+        let members = view.chain.iter().chain(&view.joining);
+        let lost = members
+            .filter(|m| !chain.contains(m) && joining.as_ref() != Some(m))
+            .map(|m| m.host.clone())
+            .collect();
+        Left {
+            chain,
+            joining,
+            lost,
+        }
+    }
+}

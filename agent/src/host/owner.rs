@@ -1,0 +1,567 @@
+//! An owner: its process, what that reports, and whom the VM is handed to when it cannot go on.
+
+use std::collections::BTreeMap;
+
+use chain::{Life, Mark, VmRecord};
+use checkpoint::{Generation, HostId};
+
+use super::chain_care::Probing;
+use super::machine::{Ask, Part, Purpose};
+use super::off::Off;
+use super::{Answered, Effect, Loss, MS, Machine, Micros, Report, SECOND, Tell, Ticket};
+use crate::child::proto::{GuestEnd, Owns};
+use crate::control::{EventKind, FailoverReport, Switched};
+
+/// How long a process may take to boot a guest.
+const BOOT_PATIENCE: Micros = 60 * SECOND;
+/// How long a standby may take to become the VM.
+const ACTIVATE_PATIENCE: Micros = 20 * SECOND;
+/// How long the guest's last epoch may take to be committed in a planned switchover.
+const STOP_PATIENCE: Micros = 10 * SECOND;
+/// How long the head may take to ask the master for the VM.
+const TAKE_PATIENCE: Micros = 5 * SECOND;
+/// After a failure a host is left alone for this long: at first, and at most.
+const RETRY: (Micros, Micros) = (SECOND, 60 * SECOND);
+
+/// How far the process is.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Phase {
+    /// It is being started.
+    Spawning,
+    /// It boots the guest, for so long at most.
+    Booting(Micros),
+    /// The standby becomes the VM, within this time.
+    Activating(Micros, Box<FailoverReport>),
+    /// The guest runs, or could.
+    Running,
+    /// The guest has ended; in words.
+    Ended(String),
+}
+
+/// Who waits for the VM to be another host's.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Leaving {
+    ticket: Ticket,
+    begun: Micros,
+    /// Then it runs on here.
+    until: Micros,
+    /// The guest stands still, and its last checkpoint is committed.
+    stopped: bool,
+    /// The configuration that it is to leave from.
+    generation: Generation,
+}
+
+/// The VM's owner.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Owner {
+    pub(super) phase: Phase,
+    /// Who waits for it to run.
+    ticket: Option<Ticket>,
+    /// It was registered for this start, and nothing is left of it if that fails.
+    fresh: bool,
+    /// What is to be said once it runs.
+    started: String,
+    /// The last takeover by this host.
+    pub(super) failover: Option<FailoverReport>,
+    /// The generation whose first checkpoint is committed.
+    pub(super) protected: Option<Generation>,
+    /// Why it is less safe than it should be.
+    pub(super) trouble: Option<String>,
+    /// The hosts that should back it up, in order of preference; none: nobody has asked for protection.
+    pub(super) wanted: Vec<HostId>,
+    /// The order of `wanted` counts: an administrator has asked for it.
+    pub(super) arrange: bool,
+    /// `wanted` is to be noted at the master.
+    pub(super) choose: bool,
+    pub(super) retries: Retries,
+    /// Why hosts that should back it up do not.
+    pub(super) absent: BTreeMap<HostId, String>,
+    /// A new owner's chain may lack what came up to this checkpoint.
+    pub(super) bridge: Option<Mark>,
+    /// Losses that nobody has looked into.
+    pub(super) losses: Vec<Loss>,
+    pub(super) probing: Option<Probing>,
+    /// Why a chain could not begin, though nothing is wrong with it.
+    pub(super) failed_attempt: Option<String>,
+    /// What was joining has everything.
+    pub(super) joiner_ready: bool,
+    /// It stands still: its last backup is lost.
+    pub(super) frozen: bool,
+    pub(super) leaving: Option<Leaving>,
+    /// When to look for missing backups again.
+    look_at: Micros,
+}
+
+/// When to try hosts again that were lost.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Retries(BTreeMap<HostId, (Micros, Micros)>);
+
+impl Retries {
+    /// It was lost, or could not join.
+    pub(super) fn failed(&mut self, host: &HostId, now: Micros) {
+        let entry = self.0.entry(host.clone()).or_insert((now, RETRY.0));
+        entry.0 = now + entry.1;
+        entry.1 = RETRY.1.min(entry.1 * 2);
+    }
+
+    pub(super) fn joined(&mut self, host: &HostId) {
+        self.0.remove(host);
+    }
+
+    pub(super) fn due(&self, host: &HostId, now: Micros) -> bool {
+        self.0.get(host).is_none_or(|(at, _)| now >= *at)
+    }
+
+    /// An administrator wants it now.
+    pub(super) fn forget(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Owner {
+    fn new(phase: Phase, ticket: Option<Ticket>) -> Self {
+        Self {
+            phase,
+            ticket,
+            fresh: false,
+            started: "runs, not protected yet".into(),
+            failover: None,
+            protected: None,
+            trouble: None,
+            wanted: Vec::new(),
+            arrange: false,
+            choose: false,
+            retries: Retries::default(),
+            absent: BTreeMap::new(),
+            bridge: None,
+            losses: Vec::new(),
+            probing: None,
+            failed_attempt: None,
+            joiner_ready: false,
+            frozen: false,
+            leaving: None,
+            look_at: 0,
+        }
+    }
+
+    /// Of a VM that boots for the first time.
+    pub(super) fn starting(ticket: Ticket) -> Self {
+        Self {
+            fresh: true,
+            ..Self::new(Phase::Spawning, Some(ticket))
+        }
+    }
+
+    /// Of a VM that boots again, from the disks it has.
+    pub(super) fn restarting(ticket: Option<Ticket>, started: String) -> Self {
+        Self {
+            started,
+            ..Self::new(Phase::Spawning, ticket)
+        }
+    }
+
+    /// Of a VM that is resumed.
+    pub(super) fn activating(now: Micros, report: FailoverReport, ticket: Option<Ticket>) -> Self {
+        let phase = Phase::Activating(now + ACTIVATE_PATIENCE, Box::new(report));
+        Self::new(phase, ticket)
+    }
+
+    /// The guest runs, as far as this host knows.
+    pub(super) fn runs(&self) -> bool {
+        matches!(self.phase, Phase::Running)
+    }
+
+    /// Whether it is time to look for missing backups.
+    pub(super) fn looks(&self, now: Micros) -> bool {
+        now >= self.look_at
+    }
+
+    pub(super) fn looked(&mut self, now: Micros, period: Micros) {
+        self.look_at = now + period;
+    }
+
+    pub(super) fn next_look(&self) -> Micros {
+        self.look_at
+    }
+
+    /// Everybody who waits for something.
+    pub(super) fn tickets(&mut self) -> Vec<Ticket> {
+        let leaving = self.leaving.take().map(|leaving| leaving.ticket);
+        self.ticket.take().into_iter().chain(leaving).collect()
+    }
+}
+
+impl Machine {
+    pub(super) fn owner(&mut self) -> Option<&mut Owner> {
+        match &mut self.part {
+            Part::Owner(owner) => Some(owner),
+            _ => None,
+        }
+    }
+
+    /// Whether the chain holds this VM's history, so that what is left of it can go on in place.
+    pub(super) fn chain_is_filled(&self) -> bool {
+        let Part::Owner(owner) = &self.part else {
+            return false;
+        };
+        let since = self.record.view.history.since;
+        owner.bridge.is_some() || owner.protected.is_some_and(|then| then >= since)
+    }
+
+    /// Whether a backup could resume the VM from where its output stands.
+    pub(super) fn is_protected(&self) -> bool {
+        let view = &self.record.view;
+        !view.chain.is_empty() && self.chain_is_filled()
+    }
+
+    /// A newer configuration of a VM that stays this host's.
+    pub(super) fn owner_follows(&mut self, record: VmRecord, out: &mut Vec<Effect>) {
+        self.record = record;
+        let asked = self.ask.take();
+        let view = self.record.view.clone();
+        match asked.map(|ask| ask.purpose) {
+            // These were based on the configuration before.
+            Some(Purpose::Remove(ticket)) => self.remove(ticket, out),
+            Some(Purpose::PowerOff(ticket)) => self.power_off(ticket, out),
+            _ => {}
+        }
+        let Some(owner) = self.owner() else { return };
+        owner.trouble = None;
+        owner.frozen = false;
+        owner.losses.clear();
+        owner.joiner_ready = false;
+        if !view.in_place() {
+            owner.bridge = None;
+        }
+        if let Some(leaving) = owner.leaving.take_if(|l| l.generation != view.generation) {
+            // The chain was changed meanwhile: the head that was asked is not the head any more.
+            out.push(Effect::Tell(Tell::RunOn));
+            let why = format!(
+                "{}'s chain was changed meanwhile; it runs on here",
+                view.name
+            );
+            out.push(Effect::Answer(leaving.ticket, Err(why)));
+        }
+        match owner.bridge {
+            Some(mark) => out.push(Effect::Bridge { view, mark }),
+            None => out.push(Effect::Tell(Tell::Protect(view))),
+        }
+    }
+
+    /// Another host owns the VM.
+    pub(super) fn superseded(&mut self, now: Micros, record: VmRecord, out: &mut Vec<Effect>) {
+        out.push(Effect::Kill);
+        let view = &record.view;
+        let text = format!(
+            "{} owns it in generation {}: stopped here",
+            view.owner, view.generation
+        );
+        out.push(Effect::Say(EventKind::Superseded, text.clone()));
+        if let Some(owner) = self.owner() {
+            let leaving = owner.leaving.take();
+            for ticket in owner.tickets() {
+                out.push(Effect::Answer(ticket, Err(text.clone())));
+            }
+            if let Some(leaving) = leaving {
+                answer_switched(now, &leaving, &record, out);
+            }
+        }
+        self.record = record;
+        if let Some(Purpose::Remove(Some(ticket)) | Purpose::PowerOff(Some(ticket))) =
+            self.ask.take().map(|ask| ask.purpose)
+        {
+            out.push(Effect::Answer(ticket, Err(text)));
+        }
+        match self.record.view.holds(&self.me) {
+            true => self.become_standby(out),
+            false => self.part = Part::Nothing { declined: None },
+        }
+    }
+
+    /// The agent has been started again, and the VM is this host's: its process runs, or it is an orphan.
+    pub(super) fn adopted(&mut self, now: Micros, found: Option<Owns>, out: &mut Vec<Effect>) {
+        if !matches!(self.part, Part::Nothing { .. }) {
+            return;
+        }
+        if self.record.life == Life::Off {
+            // It was stopped, and its process not told.
+            out.push(Effect::Kill);
+            self.part = Part::Off(Off::default());
+            return;
+        }
+        let Some(found) = found else {
+            let text = "this host owns it, but its process ended with the agent: looking for a checkpoint of it";
+            out.push(Effect::Say(EventKind::Orphaned, text.into()));
+            return self.orphan(now, "looking for a checkpoint of it");
+        };
+        let view = self.record.view.clone();
+        let phase = found.ended.map_or(Phase::Running, Phase::Ended);
+        let mut owner = Owner::new(phase, None);
+        owner.protected = found.protected;
+        owner.wanted = self.policy.wanted(&self.record, &self.me);
+        self.part = Part::Owner(Box::new(owner));
+        out.push(Effect::Say(
+            EventKind::Adopted,
+            "its process has outlived the agent before and goes on".into(),
+        ));
+        if found.generation < view.generation {
+            out.push(Effect::Tell(Tell::Protect(view)));
+        }
+    }
+
+    pub(super) fn owner_spawned(
+        &mut self,
+        now: Micros,
+        result: Result<(), String>,
+        out: &mut Vec<Effect>,
+    ) {
+        match result {
+            Ok(()) => {
+                if let Some(owner) = self.owner()
+                    && owner.phase == Phase::Spawning
+                {
+                    owner.phase = Phase::Booting(now + BOOT_PATIENCE);
+                }
+            }
+            Err(why) => self.not_running(now, why, out),
+        }
+    }
+
+    pub(super) fn owner_report(&mut self, now: Micros, report: Report, out: &mut Vec<Effect>) {
+        let generation = self.generation();
+        let Some(owner) = self.owner() else { return };
+        match report {
+            Report::Ready => self.booted(out),
+            Report::Activated {
+                restored_us,
+                running_us,
+            } => self.activated(restored_us, running_us, out),
+            Report::Protected {
+                generation: of,
+                text,
+            } => {
+                owner.protected = Some(of);
+                if of == generation {
+                    owner.trouble = None;
+                }
+                out.push(Effect::Say(EventKind::Protected, text));
+            }
+            Report::Refused { generation: newer } => self.refused(newer, out),
+            Report::Lost(loss) => {
+                if loss.generation == generation {
+                    owner.losses.push(loss);
+                }
+            }
+            Report::AttemptFailed {
+                generation: of,
+                why,
+            } => {
+                if of == generation {
+                    owner.failed_attempt = Some(why);
+                }
+            }
+            Report::JoinerReady { generation: of } => owner.joiner_ready |= of == generation,
+            Report::HandedOver { epoch } => {
+                if let Some(leaving) = &mut owner.leaving {
+                    leaving.stopped = true;
+                    leaving.until = now + TAKE_PATIENCE;
+                    let head = self.record.view.chain.first();
+                    let head = head.map_or_else(|| "nobody".into(), |m| m.host.to_string());
+                    let text = format!("stopped at checkpoint {epoch}, for {head} to take over");
+                    out.push(Effect::Say(EventKind::HandedOver, text));
+                }
+            }
+            Report::Ended { end, how } => {
+                out.push(Effect::Say(EventKind::GuestEnded, how.clone()));
+                owner.phase = Phase::Ended(how);
+                if end == GuestEnd::PoweredOff {
+                    // By its own wish: nobody is to resume it.
+                    self.power_off(None, out);
+                }
+            }
+            Report::GiveUp { why } => {
+                out.push(Effect::Say(EventKind::Failed, why.clone()));
+                self.not_running(now, why, out);
+            }
+            Report::Gone => {
+                let why = "the VM's process has ended";
+                out.push(Effect::Say(EventKind::Failed, why.into()));
+                self.not_running(now, why.into(), out);
+            }
+        }
+    }
+
+    /// A replica follows a newer generation: this owner's own next, or another owner's.
+    fn refused(&mut self, newer: Generation, out: &mut Vec<Effect>) {
+        let own = match self.ask.as_ref().map(Ask::raises) {
+            Some(true) => self.generation().next(),
+            _ => self.generation(),
+        };
+        out.push(Effect::Read);
+        if newer <= own {
+            // If it turns out to be another's, the master's record says so.
+            return;
+        }
+        out.push(Effect::Tell(Tell::Fence));
+        let text = format!(
+            "a replica follows generation {newer}: the VM has stopped and dropped its held output"
+        );
+        out.push(Effect::Say(EventKind::Superseded, text));
+    }
+
+    fn booted(&mut self, out: &mut Vec<Effect>) {
+        let Some(owner) = self.owner() else { return };
+        if !matches!(owner.phase, Phase::Spawning | Phase::Booting(_)) {
+            return;
+        }
+        owner.phase = Phase::Running;
+        owner.fresh = false;
+        let ticket = owner.ticket.take();
+        out.push(Effect::Say(EventKind::Started, owner.started.clone()));
+        if let Some(ticket) = ticket {
+            out.push(Effect::Answer(ticket, Ok(Answered::Done)));
+        }
+    }
+
+    fn activated(&mut self, restored_us: u64, running_us: u64, out: &mut Vec<Effect>) {
+        let Some(owner) = self.owner() else { return };
+        let Phase::Activating(_, report) = &owner.phase else {
+            return;
+        };
+        let report = FailoverReport {
+            restored_us,
+            running_us,
+            ..(**report).clone()
+        };
+        out.push(Effect::Say(
+            EventKind::Activated,
+            format!(
+                "runs here from checkpoint {} on, {:.1} ms after the suspicion",
+                report.epoch,
+                running_us.saturating_sub(report.suspected_us) as f64 / 1000.0
+            ),
+        ));
+        owner.failover = Some(report);
+        owner.phase = Phase::Running;
+        if let Some(ticket) = owner.ticket.take() {
+            out.push(Effect::Answer(ticket, Ok(Answered::Done)));
+        }
+    }
+
+    /// The process is gone or of no use: a backup takes the VM over, or it boots again from its disks.
+    fn not_running(&mut self, now: Micros, why: String, out: &mut Vec<Effect>) {
+        out.push(Effect::Kill);
+        let protected = self.is_protected();
+        let view = self.record.view.clone();
+        let Some(owner) = self.owner() else { return };
+        let fresh = owner.fresh;
+        let leaving = owner.leaving.take();
+        for ticket in owner.tickets() {
+            out.push(Effect::Answer(ticket, Err(why.clone())));
+        }
+        if let Phase::Ended(_) = owner.phase {
+            // The guest had ended before: there is nothing to resume.
+            return;
+        }
+        if fresh {
+            return self.remove(None, out);
+        }
+        self.ask = None;
+        if protected {
+            out.push(Effect::Yield(view));
+        }
+        self.orphan(now, &why);
+        if let Part::Orphan(orphan) = &mut self.part {
+            orphan.leaving = leaving;
+        }
+    }
+
+    /// What an owner has to do when time has passed.
+    pub(super) fn settle_owner(&mut self, now: Micros, out: &mut Vec<Effect>) {
+        let name = self.name().to_string();
+        let head = self.record.view.chain.first().map(|m| m.host.clone());
+        let Some(owner) = self.owner() else { return };
+        match &owner.phase {
+            Phase::Booting(until) if now >= *until => {
+                let why = format!("{name}: its process did not boot within a minute");
+                return self.not_running(now, why, out);
+            }
+            Phase::Activating(until, _) if now >= *until => {
+                let why = "the standby's process did not resume the VM in time";
+                out.push(Effect::Say(EventKind::Failed, why.into()));
+                return self.not_running(now, why.into(), out);
+            }
+            _ => {}
+        }
+        if let Some(leaving) = owner.leaving.take_if(|leaving| now >= leaving.until) {
+            // Whoever asks from now on is refused or fences this host; either way one of them runs.
+            out.push(Effect::Tell(Tell::RunOn));
+            let why = match (leaving.stopped, head) {
+                (true, Some(head)) => format!("{head} has not taken {name} over; it runs on here"),
+                _ => format!("{name}'s last checkpoint was not committed in time; it runs on here"),
+            };
+            out.push(Effect::Answer(leaving.ticket, Err(why)));
+        }
+        self.settle_chain(now, out);
+    }
+
+    pub(super) fn owner_wakes_at(&self) -> Option<Micros> {
+        let Part::Owner(owner) = &self.part else {
+            return None;
+        };
+        let phase = match &owner.phase {
+            Phase::Booting(until) | Phase::Activating(until, _) => Some(*until),
+            _ => None,
+        };
+        let leaving = owner.leaving.as_ref().map(|leaving| leaving.until);
+        let chain = self.chain_wakes_at(owner);
+        [phase, leaving, chain].into_iter().flatten().min()
+    }
+}
+
+impl Leaving {
+    /// The guest is to stop, and then to be taken over.
+    pub(super) fn planned(ticket: Ticket, now: Micros, generation: Generation) -> Self {
+        Self {
+            ticket,
+            begun: now,
+            until: now + STOP_PATIENCE,
+            stopped: false,
+            generation,
+        }
+    }
+
+    /// Its process is killed.
+    pub(super) fn drill(ticket: Ticket, now: Micros, generation: Generation) -> Self {
+        Self {
+            stopped: true,
+            until: now + TAKE_PATIENCE,
+            ..Self::planned(ticket, now, generation)
+        }
+    }
+
+    /// Nobody has taken over in time: whom to tell.
+    pub(super) fn overdue(&self, now: Micros) -> Option<Ticket> {
+        (now >= self.until).then_some(self.ticket)
+    }
+
+    pub(super) fn until(&self) -> Micros {
+        self.until
+    }
+}
+
+/// Whoever wanted the VM to be another host's is told that it is.
+pub(super) fn answer_switched(
+    now: Micros,
+    leaving: &Leaving,
+    record: &VmRecord,
+    out: &mut Vec<Effect>,
+) {
+    let switched = Switched {
+        owner: record.view.owner.to_string(),
+        generation: record.view.generation.0,
+        decided_ms: now.saturating_sub(leaving.begun) as f64 / MS as f64,
+    };
+    let answer = Ok(Answered::Switched(switched));
+    out.push(Effect::Answer(leaving.ticket, answer));
+}

@@ -1,0 +1,614 @@
+//! The machine, fed by hand: what it asks for, and what it does not.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use chain::master::{Command, MasterState};
+use chain::{Held, Life, Mark, Member, VmRecord, VmShape};
+use checkpoint::{Epoch, Generation, HostId, VmId};
+
+use super::{
+    Answered, Disks, Effect, Health, Input, Loss, MS, Machine, Micros, Order, Refusal, Report,
+    Role, SECOND, Tell,
+};
+use crate::child::proto::GuestEnd;
+use crate::control::EventKind;
+
+fn host(name: &str) -> HostId {
+    HostId::new(name).unwrap()
+}
+
+fn mark(generation: u64, epoch: u64) -> Mark {
+    Mark {
+        generation: Generation(generation),
+        epoch: Epoch(epoch),
+        digest: 7,
+        held: true,
+    }
+}
+
+/// One host's machine, and a master that decides when it is told to.
+struct Bench {
+    now: Micros,
+    machine: Machine,
+    master: MasterState,
+    out: Vec<Effect>,
+}
+
+impl Bench {
+    fn peers() -> Arc<BTreeMap<HostId, std::net::SocketAddr>> {
+        let all = ["a", "b", "c", "d"];
+        Arc::new(
+            all.map(|n| (host(n), "127.0.0.1:1".parse().unwrap()))
+                .into(),
+        )
+    }
+
+    fn registered() -> (MasterState, VmRecord) {
+        let mut master = MasterState::default();
+        let shape = VmShape {
+            ram: vec![],
+            vcpus: 1,
+            cpu: Default::default(),
+            disks: vec![],
+            config_toml: "name = \"vm\"\nmemory_mib = 32\nkernel = \"builtin:probe\"\n".into(),
+        };
+        let register = Command::Register {
+            vm: VmId(1),
+            life: Life::On,
+            name: "vm".into(),
+            owner: host("a"),
+            shape,
+        };
+        let record = master.apply(&register).unwrap();
+        (master, record)
+    }
+
+    /// Host `a` owns the VM, which runs.
+    fn owner() -> Self {
+        let (master, record) = Self::registered();
+        let mut out = Vec::new();
+        let machine = Machine::starting(host("a"), Self::peers(), &record, 1, &mut out);
+        assert_eq!(out, [Effect::Boot(record, Disks::Configured)]);
+        let mut bench = Self {
+            now: SECOND,
+            machine,
+            master,
+            out: Vec::new(),
+        };
+        bench.step(Input::Spawned(Ok(())));
+        bench.step(Input::Report(Report::Ready));
+        assert!(
+            bench
+                .take()
+                .contains(&Effect::Answer(1, Ok(Answered::Done)))
+        );
+        bench
+    }
+
+    /// And is protected by these hosts.
+    fn protected(by: &[&str]) -> Self {
+        let mut bench = Self::owner();
+        bench.order(Order::Protect {
+            backups: by.iter().map(|name| host(name)).collect(),
+        });
+        bench.go_on(by);
+        assert!(bench.machine.summary().protected, "{:?}", bench.machine);
+        bench
+    }
+
+    /// Host `me` stands by for it.
+    fn standby(me: &str) -> Self {
+        let owner = Self::protected(&["b", "c"]);
+        let record = owner.record();
+        let mut bench = Self {
+            now: owner.now,
+            machine: Machine::new(host(me), Self::peers(), &record),
+            master: owner.master,
+            out: Vec::new(),
+        };
+        bench.step(Input::Decided(record.clone()));
+        assert_eq!(bench.take(), [Effect::StandBy(record)]);
+        bench.step(Input::Spawned(Ok(())));
+        bench.take();
+        bench
+    }
+
+    fn record(&self) -> VmRecord {
+        self.master.snapshot().records.remove(0)
+    }
+
+    fn step(&mut self, input: Input) {
+        self.machine.step(self.now, input, &mut self.out);
+    }
+
+    fn order(&mut self, order: Order) {
+        self.step(Input::Ordered(9, order));
+    }
+
+    fn take(&mut self) -> Vec<Effect> {
+        std::mem::take(&mut self.out)
+    }
+
+    fn pass(&mut self, time: Micros) {
+        self.now += time;
+        self.step(Input::Tick);
+    }
+
+    /// The master decides on what has been asked of it; true if something was.
+    fn decide(&mut self) -> bool {
+        let asked = self
+            .out
+            .iter()
+            .position(|e| matches!(e, Effect::Propose { .. }));
+        let Some(at) = asked else { return false };
+        let Effect::Propose { ask, command } = self.out.remove(at) else {
+            unreachable!()
+        };
+        let result = self.master.apply(&command);
+        let result = result.map_err(|e| Refusal::Rejected(e.to_string()));
+        self.step(Input::Proposed { ask, result });
+        true
+    }
+
+    /// All goes well, with these hosts up, until nothing more is wanted.
+    fn go_on(&mut self, up: &[&str]) -> Vec<Effect> {
+        let mut all = Vec::new();
+        for _ in 0..100 {
+            if self.decide() {
+                continue;
+            }
+            let effects = self.take();
+            if effects.is_empty() {
+                if self
+                    .machine
+                    .wake_at()
+                    .is_none_or(|at| at > self.now + 10 * SECOND)
+                {
+                    break;
+                }
+                self.pass(SECOND);
+                continue;
+            }
+            for effect in &effects {
+                match effect {
+                    Effect::Probe(members) => {
+                        let health = |m: &Member| match up.contains(&m.host.as_str()) {
+                            true => Health::Answers,
+                            false => Health::Silent("no route".into()),
+                        };
+                        let answers = members.iter().map(|m| (m.host.clone(), health(m)));
+                        self.step(Input::Probed(answers.collect()));
+                    }
+                    Effect::Tell(Tell::Protect(view)) => {
+                        let generation = view.generation;
+                        let text = String::new();
+                        self.step(Input::Report(Report::Protected { generation, text }));
+                        if view.joining.is_some() {
+                            self.step(Input::Report(Report::JoinerReady { generation }));
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            all.extend(effects);
+        }
+        all
+    }
+
+    fn chain(&self) -> Vec<String> {
+        let view = self.record().view;
+        view.chain.iter().map(|m| m.host.to_string()).collect()
+    }
+}
+
+fn proposals(effects: &[Effect]) -> usize {
+    let asked = |e: &&Effect| matches!(e, Effect::Propose { .. });
+    effects.iter().filter(asked).count()
+}
+
+#[test]
+fn a_suspicion_freezes_before_it_asks_and_the_grant_activates() {
+    let mut b = Bench::standby("b");
+    b.step(Input::Suspected { silence_ms: 85 });
+    let effects = b.take();
+    assert!(effects.contains(&Effect::Freeze) && proposals(&effects) == 0);
+    b.step(Input::Frozen(Ok(mark(2, 10))));
+    assert!(b.decide());
+    let view = b.record().view;
+    assert!(b.take().contains(&Effect::HandOver(view.clone())));
+    b.step(Input::HandedOver(Ok(mark(2, 10))));
+    let effects = b.take();
+    let at = |wanted: &Effect| effects.iter().position(|e| e == wanted);
+    let mark = mark(2, 10);
+    let activate = Effect::Activate {
+        view: view.clone(),
+        mark,
+    };
+    let bridge = Effect::Bridge { view, mark };
+    assert!(at(&activate).unwrap() < at(&bridge).unwrap(), "{effects:?}");
+    assert_eq!(b.machine.summary().role, Role::Owner);
+}
+
+#[test]
+fn i4_a_refused_takeover_leaves_the_replica_as_it_was() {
+    let mut b = Bench::standby("b");
+    b.step(Input::Suspected { silence_ms: 85 });
+    b.step(Input::Frozen(Ok(mark(2, 10))));
+    // Somebody else was faster.
+    let view = b.record().view;
+    b.master
+        .apply(&Command::TakeOver {
+            vm: view.vm,
+            expect: view.generation,
+            by: host("c"),
+            at: mark(2, 10),
+        })
+        .unwrap();
+    assert!(b.decide());
+    let effects = b.take();
+    assert!(effects.contains(&Effect::Unfreeze) && effects.contains(&Effect::Read));
+    assert_eq!(b.machine.summary().role, Role::Standby);
+    let record = b.record();
+    b.step(Input::Decided(record));
+    assert!(b.take().contains(&Effect::RemoveReplica(Generation(3))));
+}
+
+#[test]
+fn a_grant_whose_answer_is_lost_is_followed_when_the_record_comes() {
+    let mut b = Bench::standby("b");
+    b.step(Input::Suspected { silence_ms: 85 });
+    b.step(Input::Frozen(Ok(mark(2, 10))));
+    let Some(Effect::Propose { command, .. }) = b
+        .take()
+        .into_iter()
+        .find(|e| matches!(e, Effect::Propose { .. }))
+    else {
+        panic!("nothing is asked");
+    };
+    let record = b.master.apply(&command).unwrap();
+    b.step(Input::Decided(record.clone()));
+    assert!(b.take().contains(&Effect::HandOver(record.view)));
+}
+
+#[test]
+fn a_master_that_is_away_is_asked_again_a_bounded_number_of_times_and_never_twice_at_once() {
+    let mut b = Bench::standby("b");
+    b.step(Input::Suspected { silence_ms: 85 });
+    b.step(Input::Frozen(Ok(mark(2, 10))));
+    let (mut asked, mut open) = (0, 0);
+    for _ in 0..10_000 {
+        for effect in b.take() {
+            if let Effect::Propose { ask, .. } = effect {
+                (asked, open) = (asked + 1, open + 1);
+                assert_eq!(open, 1, "one question at a time");
+                let result = Err(Refusal::Unknown("no route".into()));
+                b.step(Input::Proposed { ask, result });
+                open -= 1;
+            }
+        }
+        b.pass(10 * MS);
+    }
+    assert!((2..=21).contains(&asked), "{asked}");
+    assert_eq!(b.machine.summary().role, Role::Standby);
+}
+
+/// FIELD C3.
+#[test]
+fn what_an_older_configuration_lost_changes_nothing() {
+    let mut a = Bench::protected(&["b", "c"]);
+    let loss = |generation| Loss {
+        generation: Generation(generation),
+        host: Some(host("b")),
+        unfit: false,
+        why: "it closed the connection".into(),
+    };
+    let now = a.machine.generation().0;
+    for old in 0..now {
+        a.step(Input::Report(Report::Lost(loss(old))));
+    }
+    a.pass(SECOND);
+    assert_eq!(a.take(), []);
+    assert!(a.machine.summary().protected && a.machine.summary().trouble.is_none());
+    a.step(Input::Report(Report::Lost(loss(now))));
+    a.go_on(&["c"]);
+    assert_eq!(a.chain(), ["c"]);
+    let summary = a.machine.summary();
+    let why = Some("no route".to_string());
+    assert_eq!(summary.lacking, [("b".to_string(), why)], "it is named");
+}
+
+#[test]
+fn a_chain_that_is_only_slow_is_left_as_it_is() {
+    let mut a = Bench::protected(&["b", "c"]);
+    let generation = a.machine.generation();
+    let loss = Loss {
+        generation,
+        host: None,
+        unfit: false,
+        why: "no commit for 300 ms".into(),
+    };
+    a.step(Input::Report(Report::Lost(loss)));
+    a.go_on(&["b", "c"]);
+    assert_eq!(a.machine.generation(), generation);
+    assert!(a.machine.summary().protected);
+}
+
+/// FIELD H15, and its opposite.
+#[test]
+fn a_replica_that_is_busy_for_long_is_lost_only_if_output_waits_for_it() {
+    let lost = |mut a: Bench, ms| {
+        let loss = Loss {
+            generation: a.machine.generation(),
+            host: None,
+            unfit: false,
+            why: "nothing is taken".into(),
+        };
+        a.step(Input::Report(Report::Lost(loss)));
+        let health = vec![(host("b"), Health::Busy(ms))];
+        a.step(Input::Probed(health));
+        proposals(&a.take()) > 0
+    };
+    assert!(!lost(Bench::protected(&["b"]), 900));
+    assert!(lost(Bench::protected(&["b"]), 1100));
+    let filling = || {
+        let mut a = Bench::owner();
+        a.order(Order::Protect {
+            backups: vec![host("b")],
+        });
+        while a.record().view.chain.is_empty() {
+            while a.decide() {}
+            a.take();
+            a.pass(SECOND);
+            a.step(Input::Probed(vec![(host("b"), Health::Answers)]));
+        }
+        a.take();
+        assert!(!a.machine.summary().protected);
+        a
+    };
+    assert!(!lost(filling(), 15_000));
+    assert!(lost(filling(), 60_000));
+}
+
+/// FIELD H18: whatever the chain does while the master is away, one question is under way.
+#[test]
+fn losses_while_the_master_is_away_ask_for_nothing_more() {
+    let mut a = Bench::protected(&["b", "c"]);
+    let generation = a.machine.generation();
+    let (mut probes, mut open) = (0, 0);
+    for _ in 0..1000 {
+        let loss = Loss {
+            generation,
+            host: Some(host("b")),
+            unfit: false,
+            why: "gone".into(),
+        };
+        a.step(Input::Report(Report::Lost(loss)));
+        for effect in a.take() {
+            match effect {
+                Effect::Probe(members) => {
+                    probes += 1;
+                    let answers = members.iter().map(|m| (m.host.clone(), Health::Answers));
+                    a.step(Input::Probed(answers.collect()));
+                }
+                Effect::Propose { .. } => open += 1,
+                _ => {}
+            }
+        }
+        a.pass(250 * MS);
+    }
+    assert_eq!((probes, open), (1, 1));
+}
+
+/// FIELD L9.
+#[test]
+fn the_same_protection_again_changes_nothing() {
+    let mut a = Bench::protected(&["b", "c"]);
+    let generation = a.machine.generation();
+    a.order(Order::Protect {
+        backups: vec![host("b"), host("c")],
+    });
+    let effects = a.go_on(&["b", "c"]);
+    assert!(effects.contains(&Effect::Answer(9, Ok(Answered::Done))));
+    assert_eq!(a.machine.generation(), generation);
+}
+
+/// FIELD L9: no step of the way begins the chain anew, or leaves it without a replica that has everything.
+#[test]
+fn other_backups_are_come_to_without_an_unprotected_moment() {
+    let orders: [&[&str]; 5] = [
+        &["b", "c", "d"],
+        &["c", "b"],
+        &["d"],
+        &["b", "d", "c"],
+        &["c", "d"],
+    ];
+    let mut a = Bench::protected(&["b", "c"]);
+    let since = a.record().view.history.since;
+    for order in orders {
+        a.order(Order::Protect {
+            backups: order.iter().map(|name| host(name)).collect(),
+        });
+        let effects = a.go_on(&["b", "c", "d"]);
+        assert_eq!(a.chain(), order);
+        assert_eq!(a.record().view.history.since, since, "never anew");
+        for effect in effects {
+            if let Effect::Tell(Tell::Protect(view)) = effect {
+                assert!(!view.chain.is_empty(), "never alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn backups_that_cannot_be_are_named_before_anything_is_done() {
+    for (backups, named) in [
+        (vec!["b", "b"], "twice"),
+        (vec!["a"], "another host"),
+        (vec!["nobody"], "nobody"),
+        (vec![], "no backups"),
+    ] {
+        let mut a = Bench::owner();
+        a.order(Order::Protect {
+            backups: backups.iter().map(|name| host(name)).collect(),
+        });
+        let effects = a.take();
+        let [Effect::Answer(9, Err(why))] = &effects[..] else {
+            panic!("{effects:?}");
+        };
+        assert!(why.contains(named), "{why}");
+    }
+}
+
+/// FIELD H1: an owner that cannot go on says so to its head, and does not wait to be suspected.
+#[test]
+fn an_owner_that_cannot_go_on_asks_its_head_to_take_over() {
+    let gone = [
+        Report::Gone,
+        Report::GiveUp {
+            why: "its disk".into(),
+        },
+    ];
+    for report in gone {
+        let mut a = Bench::protected(&["b", "c"]);
+        let view = a.record().view;
+        a.step(Input::Report(report));
+        let effects = a.take();
+        let at = |wanted: &Effect| effects.iter().position(|e| e == wanted);
+        let (kill, yields) = (at(&Effect::Kill), at(&Effect::Yield(view)));
+        assert!(kill.unwrap() < yields.unwrap(), "{effects:?}");
+        assert_eq!(a.machine.summary().role, Role::Orphan);
+    }
+}
+
+#[test]
+fn i5_an_orphan_boots_only_if_nobody_holds_a_checkpoint() {
+    let mut a = Bench::protected(&["b", "c"]);
+    a.step(Input::Report(Report::Gone));
+    a.take();
+    let survey = |b: Held, c: Held| Input::Surveyed(vec![(host("b"), b), (host("c"), c)]);
+    for _ in 0..100 {
+        a.step(survey(Held::Nothing, Held::Checkpoint(mark(2, 3))));
+        a.pass(SECOND);
+    }
+    assert!(!a.take().iter().any(|e| matches!(e, Effect::FindDisks(_))));
+    a.step(survey(Held::Nothing, Held::Nothing));
+    assert!(a.take().iter().any(|e| matches!(e, Effect::FindDisks(_))));
+    a.step(Input::DisksFound(Ok(())));
+    assert!(a.decide());
+    let record = a.record();
+    assert!(
+        a.take()
+            .contains(&Effect::Boot(record.clone(), Disks::Found))
+    );
+    assert_eq!(record.view.history.since, record.view.generation);
+}
+
+#[test]
+fn a_planned_switch_that_nobody_takes_runs_on_here() {
+    let mut a = Bench::protected(&["b", "c"]);
+    a.order(Order::HandOver);
+    assert_eq!(a.take(), [Effect::Tell(Tell::HandOver)]);
+    a.step(Input::Report(Report::HandedOver { epoch: Epoch(5) }));
+    a.pass(4 * SECOND);
+    assert!(!a.take().contains(&Effect::Tell(Tell::RunOn)));
+    a.pass(2 * SECOND);
+    let effects = a.take();
+    assert!(effects.contains(&Effect::Tell(Tell::RunOn)));
+    assert!(
+        effects
+            .iter()
+            .any(|e| matches!(e, Effect::Answer(9, Err(_))))
+    );
+    assert_eq!(a.machine.summary().role, Role::Owner);
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing_behind() {
+    let (master, record) = Bench::registered();
+    let mut out = Vec::new();
+    let machine = Machine::starting(host("a"), Bench::peers(), &record, 1, &mut out);
+    let mut a = Bench {
+        now: 0,
+        machine,
+        master,
+        out: Vec::new(),
+    };
+    a.step(Input::Spawned(Err("no kernel".into())));
+    assert!(a.out.contains(&Effect::Answer(1, Err("no kernel".into()))));
+    assert!(a.decide());
+    assert!(a.take().contains(&Effect::Forget));
+    assert!(a.master.snapshot().records.is_empty());
+}
+
+#[test]
+fn a_guest_that_has_ended_is_not_resumed_when_its_process_goes() {
+    let mut a = Bench::protected(&["b", "c"]);
+    let (end, how) = (GuestEnd::PoweredOff, "the guest has shut down".to_string());
+    a.step(Input::Report(Report::Ended { end, how }));
+    a.step(Input::Report(Report::Gone));
+    let effects = a.take();
+    assert!(
+        !effects
+            .iter()
+            .any(|e| matches!(e, Effect::Yield(_) | Effect::Survey(_)))
+    );
+}
+
+#[test]
+fn a_host_that_cannot_stand_by_says_why_and_tries_again_when_the_configuration_changes() {
+    let mut b = Bench::standby("b");
+    b.step(Input::Report(Report::Gone));
+    let gone = b.take();
+    assert!(gone.iter().any(|e| matches!(e, Effect::Decline(..))));
+    // For as long as it is a member it is tried again, at growing intervals.
+    b.pass(SECOND);
+    assert!(b.take().iter().any(|e| matches!(e, Effect::StandBy(_))));
+    b.step(Input::Spawned(Err("no bridge br0".into())));
+    b.take();
+    b.pass(SECOND);
+    assert_eq!(b.take(), []);
+    b.pass(SECOND);
+    assert!(b.take().iter().any(|e| matches!(e, Effect::StandBy(_))));
+    let mut b = Bench::standby("b");
+    let mut record = b.record();
+    record.view.generation = record.view.generation.next();
+    b.machine = Machine::new(host("b"), Bench::peers(), &record);
+    b.step(Input::Decided(record.clone()));
+    b.step(Input::Spawned(Err("no bridge br0".into())));
+    let (generation, why) = (record.view.generation, "no bridge br0".to_string());
+    assert!(b.take().contains(&Effect::Decline(generation, why)));
+    assert_eq!(b.machine.summary().role, Role::Declined);
+    record.view.generation = record.view.generation.next();
+    b.step(Input::Decided(record.clone()));
+    assert!(b.take().contains(&Effect::StandBy(record)));
+}
+
+#[test]
+fn a_standby_that_is_still_being_made_remembers_the_silence() {
+    let owner = Bench::protected(&["b"]);
+    let record = owner.record();
+    let mut b = Bench {
+        now: owner.now,
+        machine: Machine::new(host("b"), Bench::peers(), &record),
+        master: owner.master,
+        out: Vec::new(),
+    };
+    b.step(Input::Decided(record));
+    b.step(Input::Suspected { silence_ms: 100 });
+    assert!(!b.take().contains(&Effect::Freeze));
+    b.step(Input::Spawned(Ok(())));
+    let effects = b.take();
+    assert!(effects.contains(&Effect::Freeze));
+    let said = |e: &Effect| matches!(e, Effect::Say(EventKind::Suspected, _));
+    assert!(effects.iter().any(said));
+}
+
+#[test]
+fn a_vm_that_was_deleted_is_gone_here_too() {
+    for mut bench in [Bench::standby("b"), Bench::protected(&["b"])] {
+        bench.step(Input::Removed);
+        let effects = bench.take();
+        assert!(effects.contains(&Effect::Kill) && effects.contains(&Effect::Forget));
+    }
+}
