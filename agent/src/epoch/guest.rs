@@ -3,6 +3,17 @@
 use checkpoint::MachineState;
 use vmm::{DirtyTracker, GuestMemory, Vm, VmError};
 
+/// Why a guest has no state to be captured.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CaptureError {
+    /// It has switched itself off, or crashed: there is nothing to be resumed.
+    #[error("the guest has ended")]
+    Ended,
+    /// It could not be read.
+    #[error("{0}")]
+    Failed(String),
+}
+
 /// A virtual machine, as the epoch loop sees it. [`Vm`] is the one; tests have others.
 pub trait Guest: Send + Sync {
     /// Stops it: on return nothing changes memory or sends frames.
@@ -17,8 +28,8 @@ pub trait Guest: Send + Sync {
     /// Its state without memory; only while paused.
     ///
     /// # Errors
-    /// In words.
-    fn capture(&self) -> Result<MachineState, String>;
+    /// [`CaptureError`].
+    fn capture(&self) -> Result<MachineState, CaptureError>;
 
     /// Which pages change.
     fn dirty(&self) -> &dyn DirtyTracker;
@@ -36,8 +47,11 @@ impl Guest for Vm {
         Vm::resume(self);
     }
 
-    fn capture(&self) -> Result<MachineState, String> {
-        Vm::capture(self).map_err(text)
+    fn capture(&self) -> Result<MachineState, CaptureError> {
+        Vm::capture(self).map_err(|e| match e {
+            VmError::Ended => CaptureError::Ended,
+            other => CaptureError::Failed(other.to_string()),
+        })
     }
 
     fn dirty(&self) -> &dyn DirtyTracker {

@@ -20,7 +20,7 @@ use checkpoint::{Epoch, Generation};
 use netbuf::Gate;
 
 use super::figures::{Figures, Progress, SyncFigures};
-use super::guest::Guest;
+use super::guest::{CaptureError, Guest};
 use super::pipeline::{Action, Mode, Pipeline};
 use super::queue::ShipQueue;
 use super::staging::{RamView, StagingError};
@@ -51,6 +51,9 @@ pub enum OwnerError {
     /// The VM could not be paused, captured or resumed.
     #[error("virtual machine: {0}")]
     Vm(String),
+    /// The guest has switched itself off, or crashed. What follows from that others decide.
+    #[error("the guest has ended")]
+    Ended,
     /// Guest memory could not be copied.
     #[error(transparent)]
     Staging(#[from] StagingError),
@@ -67,6 +70,15 @@ pub enum OwnerError {
     /// netbuf found its epochs out of order: a bug, and output stays held.
     #[error("held output: {0}")]
     Output(String),
+}
+
+impl From<CaptureError> for OwnerError {
+    fn from(error: CaptureError) -> Self {
+        match error {
+            CaptureError::Ended => Self::Ended,
+            CaptureError::Failed(why) => Self::Vm(why),
+        }
+    }
 }
 
 /// What an owner reports, unasked.

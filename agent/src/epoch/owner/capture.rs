@@ -24,7 +24,7 @@ impl Owner {
         let begun = Instant::now();
         self.guest.pause().map_err(OwnerError::Vm)?;
         let stopped = Instant::now();
-        let machine = self.guest.capture().map_err(OwnerError::Vm)?;
+        let machine = self.guest.capture()?;
         let state = Instant::now();
         self.harvest_into(dirty)?;
         let harvested = Instant::now();

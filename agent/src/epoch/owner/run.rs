@@ -30,6 +30,8 @@ enum Stands {
     Stopped(Epoch, Option<Sender<Epoch>>),
     /// A backup is to take it over.
     GivenUp,
+    /// The guest has ended. Heartbeats go on: no backup is to resume it.
+    Ended,
 }
 
 /// What only the loop's thread has.
@@ -157,7 +159,7 @@ impl Owner {
     /// What is to be done without an order.
     fn proceed(&self, run: &mut Run) -> Result<(), OwnerError> {
         match &mut run.stands {
-            Stands::Frozen | Stands::GivenUp | Stands::Stopped(_, None) => {
+            Stands::Frozen | Stands::GivenUp | Stands::Ended | Stands::Stopped(_, None) => {
                 self.wait(FOREVER, |_| false);
             }
             Stands::Stopped(last, tell) => {
@@ -220,6 +222,10 @@ impl Owner {
     /// What the loop could not do ends the attempt to protect the VM; if its output is held already, a backup has to take it
     /// over.
     fn failed(&self, error: OwnerError, run: &mut Run) {
+        if matches!(error, OwnerError::Ended) {
+            run.stands = Stands::Ended;
+            return;
+        }
         let (mode, generation) = {
             let pipeline = lock(&self.pipeline);
             (pipeline.mode(), pipeline.generation())

@@ -61,6 +61,7 @@ struct FakeGuest {
     log: Log,
     runs: Mutex<bool>,
     broken: AtomicBool,
+    ended: AtomicBool,
 }
 
 impl Guest for FakeGuest {
@@ -71,9 +72,12 @@ impl Guest for FakeGuest {
     fn resume(&self) {
         *lock(&self.runs) = true;
     }
-    fn capture(&self) -> Result<MachineState, String> {
+    fn capture(&self) -> Result<MachineState, CaptureError> {
+        if self.ended.load(Ordering::Acquire) {
+            return Err(CaptureError::Ended);
+        }
         match self.broken.load(Ordering::Acquire) {
-            true => Err("no state to be had".into()),
+            true => Err(CaptureError::Failed("no state to be had".into())),
             false => Ok(MachineState::default()),
         }
     }
@@ -97,6 +101,7 @@ impl FakeGuest {
             log,
             runs: Mutex::new(true),
             broken: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
         })
     }
 
@@ -539,6 +544,23 @@ fn h1_an_owner_that_cannot_go_on_gives_the_vm_up_and_its_output_stays_held() {
     rig.owner.unprotect(Generation(2));
     eventually("a guest that runs on", || rig.guest.runs());
     assert!(!rig.gate.is_holding() && !rig.owner.gave_up());
+    rig.stop();
+    shipping.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_guest_that_has_ended_is_not_given_up() {
+    let rig = Rig::new(FakeGuest::new(8 * MIB), Vec::new());
+    let link = FakeLink::new(&rig.guest);
+    let shipping = rig.begin(1, &link);
+    rig.protect(1, &link);
+    rig.guest.ended.store(true, Ordering::Release);
+    eventually("a guest that stands still", || !rig.guest.runs());
+    // Whoever decides what follows has all the time there is: heartbeats go on, and nothing is reported.
+    rig.owner.set_options(OPTIONS);
+    eventually("an order obeyed", || lock(&rig.owner.orders).is_empty());
+    assert!(!rig.owner.gave_up() && rig.gate.is_holding());
+    assert!(lock(&rig.events).try_recv().is_err());
     rig.stop();
     shipping.join().unwrap().unwrap();
 }
