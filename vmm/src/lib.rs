@@ -22,6 +22,7 @@ mod msrs;
 mod paging;
 mod platform;
 mod pm;
+mod reset;
 mod vcpu;
 mod vcpu_state;
 pub mod vm;

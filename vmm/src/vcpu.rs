@@ -1,7 +1,6 @@
 //! A vCPU's thread: runs the guest, serves its exits, stands still when told.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -13,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::bus::Bus;
 use crate::control::{self, Control, Want};
 use crate::events::VmEvent;
+use crate::reset::ResetLine;
 
 /// What a vCPU's thread works on.
 pub(crate) struct VcpuThread {
@@ -20,7 +20,8 @@ pub(crate) struct VcpuThread {
     pub(crate) vcpu: Arc<Mutex<VcpuFd>>,
     pub(crate) control: Arc<Control>,
     pub(crate) bus: Arc<Bus>,
-    pub(crate) events: Sender<VmEvent>,
+    /// How the guest's run ends.
+    pub(crate) reset: Arc<ResetLine>,
     /// Returns of `KVM_RUN`, counted for [`crate::VcpuReport`].
     pub(crate) exits: Arc<AtomicU64>,
 }
@@ -31,6 +32,8 @@ enum Leave {
     Told,
     /// It ended.
     Ended(VmEvent),
+    /// Its reset line was pulsed.
+    Reset,
 }
 
 impl VcpuThread {
@@ -49,11 +52,10 @@ impl VcpuThread {
                     reason,
                 })
             });
-            if let Leave::Ended(event) = leave
-                && self.control.end()
-            {
-                // Nobody listening means the machine is being taken down.
-                let _ = self.events.send(event);
+            match leave {
+                Leave::Told => {}
+                Leave::Ended(event) => self.reset.ends(event),
+                Leave::Reset => self.reset.pulse(),
             }
         }
     }
@@ -100,9 +102,7 @@ impl VcpuThread {
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
                     return Leave::Ended(VmEvent::Shutdown);
                 }
-                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
-                    return Leave::Ended(VmEvent::Reset);
-                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Leave::Reset,
                 Ok(VcpuExit::SystemEvent(kind, _)) => {
                     return self.crash(vcpu, format!("system event {kind}"));
                 }
