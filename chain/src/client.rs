@@ -405,8 +405,8 @@ impl ChainClient {
     }
 
     /// Announces a checkpoint; `full` if it replaces the replicas' whole image, which only the first after a chain that
-    /// begins anew does. Otherwise it is applied to the last one sent. `held` if from the end of the epoch before on the
-    /// VM's output is held until it is acknowledged: the replicas are not resumed from before they have one that is. Once
+    /// begins anew does. Otherwise it is applied to the last one sent. `held` if from its capture on, at the latest, the
+    /// VM's output is held: the replicas are not resumed from before they have one that is. Once
     /// output is held it stays so until the chain begins anew.
     ///
     /// Waits for room, as the calls that send its content do.

@@ -13,12 +13,12 @@ use vmm::VmEvent;
 use super::build::{BuildError, Machine, open_disks, open_images};
 use super::monotonic_us;
 use super::orphaned::Door;
-use super::protector::Protector;
+use super::protector::{self, Protector};
 use super::proto::{Activate, FromChild, GuestEnd, Owns, Role, Start, ToChild};
 pub use super::reporter::Reporter;
 use crate::config::{ConfigError, VmConfig};
 use crate::control::EventKind;
-use crate::epoch::owner::{EpochOptions, Owner};
+use crate::epoch::owner::{EpochOptions, Owner, OwnerParts};
 use crate::ipc::{self, IpcError};
 
 /// Between two reports of how an owner is doing.
@@ -122,7 +122,7 @@ impl Child {
         let owner = self.start_owner(&machine, Generation::ZERO, Epoch(1))?;
         machine.vm.resume();
         self.reporter.send(&FromChild::Ready);
-        let protector = self.protector(&machine, &owner);
+        let protector = self.protector(&owner);
         self.own(socket, &machine, &owner, protector, None)
     }
 
@@ -189,7 +189,7 @@ impl Child {
         let restored_us = monotonic_us();
         let open = activate.mark.epoch.next();
         let owner = self.start_owner(machine, view.generation, open)?;
-        let mut protector = self.protector(machine, &owner);
+        let mut protector = self.protector(&owner);
         if view.in_place() {
             protector
                 .resume_from(view.vm, view.generation, activate.mark)
@@ -226,37 +226,22 @@ impl Child {
         generation: Generation,
         open: Epoch,
     ) -> Result<Arc<Owner>, ChildError> {
-        let reporter = self.reporter.clone();
-        let owner = Owner::new(
-            machine.vm.clone(),
-            machine.gates.clone(),
-            machine.mirrors(),
-            machine.queue.clone(),
+        let owner = Owner::new(OwnerParts {
+            guest: machine.vm.clone(),
+            gates: machine.gates.clone(),
+            disks: machine.mirrors(),
+            queue: machine.queue.clone(),
             generation,
             open,
-            self.config.protect.max_in_flight as usize,
-            Box::new(move |generation, epoch, took, sync| {
-                reporter.send(&FromChild::Protected {
-                    generation,
-                    epoch,
-                    sync_ms: took.as_millis() as u64,
-                    sync: Some(sync),
-                });
-            }),
-        );
+            max_in_flight: self.config.protect.max_in_flight as usize,
+            on_event: protector::report(self.reporter.clone()),
+        });
         // The gates' backends learn of the owner here; before, nothing was held.
         let _ = machine.owner.set(owner.clone());
-        let options = self.options();
-        let (runner, reporter) = (owner.clone(), self.reporter.clone());
+        let (runner, options) = (owner.clone(), self.options());
         std::thread::Builder::new()
             .name("epochs".into())
-            .spawn(move || {
-                if let Err(e) = runner.run(options) {
-                    tracing::error!("epoch loop: {e}");
-                    runner.fence();
-                    reporter.send(&FromChild::Fatal(e.to_string()));
-                }
-            })?;
+            .spawn(move || runner.run(options))?;
         self.tell_figures(&owner)?;
         self.watch_guest(machine)?;
         Ok(owner)
@@ -314,13 +299,12 @@ impl Child {
         self.reporter.send(&FromChild::Inspected(reports));
     }
 
-    fn protector(&self, machine: &Machine, owner: &Arc<Owner>) -> Protector {
+    fn protector(&self, owner: &Arc<Owner>) -> Protector {
         Protector::new(
             self.start.host.clone(),
             Duration::from_millis(self.start.heartbeat_ms),
             self.config.protect.lz4,
             owner.clone(),
-            machine.vm.clone(),
             self.reporter.clone(),
         )
     }

@@ -175,6 +175,15 @@ pub enum FromChild {
         /// It cannot go on from what it holds; without a host named, the whole chain has to begin anew.
         unfit: bool,
     },
+    /// A chain that begins anew in this configuration cannot be completed, for a cause of this host's (an unreadable disk, say)
+    /// and not of the replicas'. Output flows as before, and nothing is sent to the chain: to be tried again later, in another
+    /// configuration.
+    AttemptFailed {
+        /// The configuration.
+        generation: Generation,
+        /// Why, in words; names the disk and the place if it was one.
+        why: String,
+    },
     /// The replica that is joining has everything.
     JoinerReady {
         /// Generation in which it has.

@@ -47,6 +47,9 @@ impl Machine {
         {
             return;
         }
+        if let Some(why) = owner.failed_attempt.take() {
+            return self.attempt_failed(now, &why, out);
+        }
         if !owner.losses.is_empty() && !owner.frozen {
             let losses = std::mem::take(&mut owner.losses);
             let members = view.chain.iter().chain(&view.joining).cloned().collect();
@@ -292,6 +295,25 @@ impl Machine {
             self.reconfigure(up, None, true, out);
         } else {
             self.reconfigure(view.chain.clone(), Some(first), false, out);
+        }
+    }
+
+    /// A chain could not begin, for a cause of this host's own. It is tried again later; meanwhile the backups do not wait for
+    /// what does not come.
+    fn attempt_failed(&mut self, now: Micros, why: &str, out: &mut Vec<Effect>) {
+        let view = self.record.view.clone();
+        let Some(owner) = self.owner() else { return };
+        for member in &view.chain {
+            owner.retries.failed(&member.host, now);
+            owner.absent.insert(member.host.clone(), why.to_string());
+        }
+        owner.protected = None;
+        let text = format!("the first copy to the backups failed, it is tried again: {why}");
+        out.push(Effect::Say(EventKind::ChainLost, text.clone()));
+        owner.trouble = Some(text);
+        // Without a backup a frozen VM stands still until one is tried again.
+        if !owner.frozen {
+            self.reconfigure(Vec::new(), None, true, out);
         }
     }
 

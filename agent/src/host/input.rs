@@ -89,6 +89,13 @@ pub enum Report {
     },
     /// A replica, or the whole chain, is of no use any more.
     Lost(Loss),
+    /// The chain that begins cannot be completed, for a cause of this host's: an unreadable disk, say. Output flows.
+    AttemptFailed {
+        /// The configuration.
+        generation: Generation,
+        /// The cause, in words.
+        why: String,
+    },
     /// The joining replica has everything.
     JoinerReady {
         /// The configuration in which it joins.
