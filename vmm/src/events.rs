@@ -5,13 +5,13 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Something the guest did that ends its run. After any of these no vCPU runs again, but after a reset of a machine that is
-/// booted again ([`crate::Vm::boot_on_reset`]).
+/// Something the guest did that ends its run. After any of these no vCPU runs again, but in a machine that is
+/// restarted ([`crate::Vm::restarts`]): there it stands still until [`crate::Vm::reset`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmEvent {
     /// The guest switched itself off.
     Shutdown,
-    /// The guest asked to be reset. What boots again stands still until [`crate::Vm::reset`].
+    /// The guest asked to be reset.
     Reset,
     /// A vCPU cannot go on.
     Crashed {

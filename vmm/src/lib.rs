@@ -36,4 +36,5 @@ pub use dirty::{DirtyError, DirtyTracker};
 pub use events::{Events, VmEvent};
 pub use inspect::VcpuReport;
 pub use memory::{GuestMemory, MemoryError, RamFiles, RamLayout};
+pub use reset::Restart;
 pub use vm::{Vm, VmError, VmSpec};

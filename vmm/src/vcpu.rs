@@ -30,10 +30,8 @@ pub(crate) struct VcpuThread {
 enum Leave {
     /// It is to stand still.
     Told,
-    /// It ended.
+    /// It ended, unless it is to be restarted.
     Ended(VmEvent),
-    /// Its reset line was pulsed.
-    Reset,
 }
 
 impl VcpuThread {
@@ -54,8 +52,7 @@ impl VcpuThread {
             });
             match leave {
                 Leave::Told => {}
-                Leave::Ended(event) => self.reset.ends(event),
-                Leave::Reset => self.reset.pulse(),
+                Leave::Ended(event) => self.reset.happened(event),
             }
         }
     }
@@ -102,7 +99,9 @@ impl VcpuThread {
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
                     return Leave::Ended(VmEvent::Shutdown);
                 }
-                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Leave::Reset,
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
+                    return Leave::Ended(VmEvent::Reset);
+                }
                 Ok(VcpuExit::SystemEvent(kind, _)) => {
                     return self.crash(vcpu, format!("system event {kind}"));
                 }

@@ -23,7 +23,7 @@ use crate::kvm_caps;
 use crate::layout::MAX_VCPUS;
 use crate::memory::{self, GuestMemory, RamFiles, RamLayout};
 use crate::platform::{create_platform, create_vcpus};
-use crate::reset::{PowerOn, ResetLine};
+use crate::reset::{PowerOn, ResetLine, Restart};
 use crate::vcpu::VcpuThread;
 use crate::vcpu_state::{TscClock, VcpuState, VcpuTraits};
 pub use crate::vm_error::VmError;
@@ -115,7 +115,7 @@ impl Vm {
         let reset = Arc::new(ResetLine::new(Arc::clone(&control), sender));
         let on_reset = {
             let reset = Arc::clone(&reset);
-            Box::new(move || reset.pulse())
+            Box::new(move || reset.happened(VmEvent::Reset))
         };
         let devices = DeviceSpec {
             net: spec.net,
@@ -260,20 +260,30 @@ impl Vm {
         Ok(())
     }
 
-    /// From now on a reset by the guest, or by [`Vm::press_reset`], boots this, in this machine. Without it a reset ends the
-    /// guest's run.
-    pub fn boot_on_reset(&self, spec: Option<BootSpec>) {
-        self.reset.set_boots(spec);
+    /// What the machine does from now on instead of ending. Without it a reset ends the guest's run, as anything else does.
+    pub fn restarts(&self, restart: Option<Restart>) {
+        self.reset.set(restart);
     }
 
-    /// As the guest's own reset, but from outside: what runs in it is lost as by a power cut.
-    pub fn press_reset(&self) {
-        self.reset.pulse();
+    /// As the guest's own reset, but from outside: what runs in it is lost as by a power cut. Whoever hears
+    /// [`VmEvent::Reset`] has to follow with [`Vm::reset`]. False: nothing is known to boot, or the guest has ended.
+    pub fn press_reset(&self) -> bool {
+        self.reset.press()
     }
 
-    /// Resets the machine if the guest has asked for it, and boots it again: processors, interrupt controllers, timers and
-    /// devices are as at power-on, memory is as it was but for what is loaded. To be called after [`VmEvent::Reset`]; a
-    /// checkpoint that is captured before resets the machine first. If it cannot be booted again that is
+    /// Whether the guest's run is over.
+    pub fn has_ended(&self) -> bool {
+        self.control.ended()
+    }
+
+    /// Whether the guest waits for [`Vm::reset`].
+    pub fn waits_for_reset(&self) -> bool {
+        self.control.wants_reset()
+    }
+
+    /// Resets the machine if the guest waits for that, and boots it again: processors, interrupt controllers, timers and
+    /// devices are as at power-on, memory is as it was but for what is loaded. To be called after an event that
+    /// restarts it; a checkpoint that is captured before resets the machine first. If it cannot be booted again that is
     /// [`VmEvent::Crashed`].
     ///
     /// # Errors

@@ -4,7 +4,7 @@ mod core_support;
 
 use core_support::{LONG, between, booted, copy_ram, elf, machine, read, two_slots};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::{BootSpec, KernelSource, Vm, VmError, VmEvent};
+use vmm::{BootSpec, KernelSource, Restart, Vm, VmError, VmEvent};
 
 // Counts its boots at 0x200000, which nothing is loaded to, and at 0x100800, which every boot finds empty. Sends both down the
 // serial line, then pulses the reset line.
@@ -42,6 +42,16 @@ fn spec() -> BootSpec {
     }
 }
 
+/// At a reset only.
+fn restart(spec: BootSpec) -> Restart {
+    Restart {
+        spec,
+        on_reset: true,
+        on_crash: false,
+        on_power_off: false,
+    }
+}
+
 fn event(vm: &Vm) -> VmEvent {
     let event = vm.events().recv_timeout(LONG);
     event.expect("the guest pulses its reset line")
@@ -56,7 +66,7 @@ fn boots(first: u64, count: u64) -> Vec<u8> {
 fn l3_a_reset_boots_the_machine_again_as_often_as_it_comes() {
     for vcpus in [1, 2] {
         let (vm, line) = booted(vcpus, &two_slots(), again());
-        vm.boot_on_reset(Some(spec()));
+        vm.restarts(Some(restart(spec())));
         vm.resume();
         for n in 1..=30 {
             assert_eq!(event(&vm), VmEvent::Reset);
@@ -69,7 +79,7 @@ fn l3_a_reset_boots_the_machine_again_as_often_as_it_comes() {
 #[test]
 fn l3_a_checkpoint_between_the_reset_and_its_doing_is_of_a_machine_that_boots() {
     let (vm, line) = booted(1, &two_slots(), again());
-    vm.boot_on_reset(Some(spec()));
+    vm.restarts(Some(restart(spec())));
     vm.resume();
     assert_eq!(event(&vm), VmEvent::Reset);
     vm.pause().unwrap();
@@ -92,7 +102,7 @@ fn l3_a_checkpoint_between_the_reset_and_its_doing_is_of_a_machine_that_boots() 
 #[test]
 fn what_is_loaded_for_another_boot_is_noted_as_dirty() {
     let (vm, _) = booted(1, &two_slots(), again());
-    vm.boot_on_reset(Some(spec()));
+    vm.restarts(Some(restart(spec())));
     vm.dirty().start().unwrap();
     vm.resume();
     assert_eq!(event(&vm), VmEvent::Reset);
@@ -117,10 +127,10 @@ fn what_is_loaded_for_another_boot_is_noted_as_dirty() {
 #[test]
 fn a_machine_that_cannot_be_booted_again_says_why() {
     let (vm, _) = booted(1, &two_slots(), again());
-    vm.boot_on_reset(Some(BootSpec {
+    vm.restarts(Some(restart(BootSpec {
         kernel: KernelSource::Path("/nowhere/vmlinuz".into()),
         ..spec()
-    }));
+    })));
     vm.resume();
     assert_eq!(event(&vm), VmEvent::Reset);
     vm.reset().unwrap();
@@ -139,14 +149,15 @@ fn a_reset_may_come_from_outside() {
     // SAFETY: in each line the two labels of one block.
     let spin = unsafe { between(&raw const spin_start, &raw const spin_end) };
     let (vm, line) = booted(1, &two_slots(), spin);
-    vm.boot_on_reset(Some(BootSpec {
+    assert!(!vm.press_reset(), "nothing is known to boot");
+    vm.restarts(Some(restart(BootSpec {
         kernel: KernelSource::Bytes(elf(spin)),
         ..spec()
-    }));
+    })));
     vm.resume();
     for n in 1..=5 {
         line.wait(n);
-        vm.press_reset();
+        assert!(vm.press_reset());
         assert_eq!(event(&vm), VmEvent::Reset);
         vm.reset().unwrap();
     }
@@ -162,3 +173,42 @@ guest_code!(
     "outb %al, %dx",
     "2: jmp 2b",
 );
+
+// Sends a byte, then ends in an exception that nothing handles.
+guest_code!(
+    crash_start,
+    crash_end,
+    "movl $0x3f8, %edx",
+    "movl $0x3f, %eax",
+    "outb %al, %dx",
+    "ud2",
+    "2: jmp 2b",
+);
+
+#[test]
+fn a_crash_may_be_a_reset_too() {
+    // SAFETY: in each line the two labels of one block.
+    let crash = unsafe { between(&raw const crash_start, &raw const crash_end) };
+    let (vm, line) = booted(1, &two_slots(), crash);
+    let spec = BootSpec {
+        kernel: KernelSource::Bytes(elf(crash)),
+        ..spec()
+    };
+    let on = |on_crash| Restart {
+        on_crash,
+        ..restart(spec.clone())
+    };
+    vm.restarts(Some(on(true)));
+    vm.resume();
+    for n in 1..=5 {
+        assert!(matches!(event(&vm), VmEvent::Crashed { .. }));
+        line.wait(n);
+        assert!(vm.waits_for_reset());
+        if n == 5 {
+            vm.restarts(Some(on(false)));
+        }
+        vm.reset().unwrap();
+    }
+    assert!(matches!(event(&vm), VmEvent::Crashed { .. }));
+    assert!(!vm.waits_for_reset(), "it is over");
+}

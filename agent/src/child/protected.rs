@@ -274,7 +274,20 @@ impl Child {
         std::thread::Builder::new()
             .name("guest-events".into())
             .spawn(move || {
-                if let Some(event) = Machine::wait_event(&vm) {
+                let restarted = |event: &VmEvent| {
+                    let text = format!("{event}: it boots again, here");
+                    tracing::info!("{text}");
+                    let kind = EventKind::Rebooted;
+                    reporter.send(&FromChild::Said { kind, text });
+                };
+                let ended = match Machine::wait_end(&vm, restarted) {
+                    Ok(ended) => ended,
+                    Err(e) => {
+                        let why = format!("the guest cannot be reset: {e}");
+                        return reporter.send(&FromChild::GiveUp { why });
+                    }
+                };
+                if let Some(event) = ended {
                     let (end, how) = match event {
                         VmEvent::Shutdown => {
                             (GuestEnd::PoweredOff, "the guest has shut down".to_string())
