@@ -373,7 +373,9 @@ impl Attempt {
         self.listen(&connection).map_err(Failure::Own)?;
         if self.anew {
             self.begin().map_err(Failure::Own)?;
-        } else if self.owner.is_protected() {
+        } else if !self.owner.begins() {
+            // One that begins is protected with its first checkpoint that counts; a resumed one, whose loop may not have
+            // begun yet, is held from its first instruction on.
             self.reporter.send(&FromChild::Protected {
                 generation: self.view.generation,
                 epoch: self.owner.committed(),
