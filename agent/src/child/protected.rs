@@ -150,6 +150,7 @@ impl Child {
                 ToChild::Fence
                 | ToChild::HandOver
                 | ToChild::RunOn
+                | ToChild::Reset
                 | ToChild::Freeze
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
@@ -307,6 +308,16 @@ impl Child {
         Ok(())
     }
 
+    /// Whoever waits for the guest's events does the rest.
+    fn press_reset(&self, vm: &vmm::Vm) {
+        if !vm.press_reset() {
+            self.reporter.send(&FromChild::Said {
+                kind: EventKind::Failed,
+                text: "its guest has ended, and cannot be reset: start the VM again".into(),
+            });
+        }
+    }
+
     fn inspect(&self, vm: &vmm::Vm) {
         let reports = vm.inspect().map_err(|e| e.to_string());
         self.reporter.send(&FromChild::Inspected(reports));
@@ -373,6 +384,7 @@ impl Child {
             ToChild::Fence => owner.fence(),
             ToChild::HandOver => protector.hand_over()?,
             ToChild::RunOn => owner.run_on(),
+            ToChild::Reset => self.press_reset(&machine.vm),
             ToChild::Freeze => owner.freeze(),
             ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
             ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
