@@ -52,7 +52,7 @@ struct Segments {
 
 /// Zeroes a range of guest memory.
 fn zero(memory: &GuestMemory, start: u64, len: u64) -> Result<(), GuestMemoryError> {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let end = start + len;
     for at in (start..end).step_by(ZEROS.len()) {
         let len = ZEROS.len().min((end - at) as usize);
