@@ -150,6 +150,7 @@ impl Child {
                 ToChild::Fence
                 | ToChild::HandOver
                 | ToChild::RunOn
+                | ToChild::Reset
                 | ToChild::Freeze
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
@@ -274,7 +275,20 @@ impl Child {
         std::thread::Builder::new()
             .name("guest-events".into())
             .spawn(move || {
-                if let Some(event) = Machine::wait_event(&vm) {
+                let restarted = |event: &VmEvent| {
+                    let text = format!("{event}: it boots again, here");
+                    tracing::info!("{text}");
+                    let kind = EventKind::Rebooted;
+                    reporter.send(&FromChild::Said { kind, text });
+                };
+                let ended = match Machine::wait_end(&vm, restarted) {
+                    Ok(ended) => ended,
+                    Err(e) => {
+                        let why = format!("the guest cannot be reset: {e}");
+                        return reporter.send(&FromChild::GiveUp { why });
+                    }
+                };
+                if let Some(event) = ended {
                     let (end, how) = match event {
                         VmEvent::Shutdown => {
                             (GuestEnd::PoweredOff, "the guest has shut down".to_string())
@@ -292,6 +306,16 @@ impl Child {
                 }
             })?;
         Ok(())
+    }
+
+    /// Whoever waits for the guest's events does the rest.
+    fn press_reset(&self, vm: &vmm::Vm) {
+        if !vm.press_reset() {
+            self.reporter.send(&FromChild::Said {
+                kind: EventKind::Failed,
+                text: "its guest has ended, and cannot be reset: start the VM again".into(),
+            });
+        }
     }
 
     fn inspect(&self, vm: &vmm::Vm) {
@@ -360,6 +384,7 @@ impl Child {
             ToChild::Fence => owner.fence(),
             ToChild::HandOver => protector.hand_over()?,
             ToChild::RunOn => owner.run_on(),
+            ToChild::Reset => self.press_reset(&machine.vm),
             ToChild::Freeze => owner.freeze(),
             ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
             ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {

@@ -71,6 +71,8 @@ pub enum ToChild {
     Freeze,
     /// Nobody has taken it over: run on.
     RunOn,
+    /// Press the guest's reset button.
+    Reset,
     /// Another host owns the VM: stop for good, drop what is held.
     Fence,
     /// Bench only: harvest the dirty log every `ms` without copying or sending (0: stop).
