@@ -334,6 +334,16 @@ impl Machine {
         }
     }
 
+    /// Asks the guest to switch itself off. Then it boots again, or stays off, whatever its configuration says of a guest that
+    /// does so by itself.
+    pub fn press_power_button(&self, config: &VmConfig, reboot: bool) {
+        self.vm.restarts(restart(config).map(|restart| Restart {
+            on_power_off: reboot,
+            ..restart
+        }));
+        self.vm.press_power_button();
+    }
+
     /// Loads kernel and command line.
     ///
     /// # Errors
@@ -356,8 +366,11 @@ fn boot_spec(config: &VmConfig) -> BootSpec {
     }
 }
 
+/// What follows when a guest does something to itself, as configured.
+///
 /// The files are read when the VM is reset: a kernel that was exchanged meanwhile is booted then.
-fn restart(config: &VmConfig) -> Option<Restart> {
+#[must_use]
+pub fn restart(config: &VmConfig) -> Option<Restart> {
     Some(Restart {
         spec: boot_spec(config),
         on_reset: config.on_reboot == OnEnd::Restart,

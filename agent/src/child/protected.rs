@@ -10,7 +10,7 @@ use chain::View;
 use checkpoint::{CpuFeatures, Epoch, Generation, MachineState};
 use vmm::VmEvent;
 
-use super::build::{BuildError, Machine, open_disks, open_images};
+use super::build::{BuildError, Machine, open_disks, open_images, restart};
 use super::monotonic_us;
 use super::orphaned::Door;
 use super::protector::{self, Protector};
@@ -151,6 +151,7 @@ impl Child {
                 | ToChild::HandOver
                 | ToChild::RunOn
                 | ToChild::Reset
+                | ToChild::PowerButton { .. }
                 | ToChild::Freeze
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
@@ -272,14 +273,15 @@ impl Child {
 
     fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {
         let (vm, reporter) = (machine.vm.clone(), self.reporter.clone());
+        let config = self.config.clone();
         std::thread::Builder::new()
             .name("guest-events".into())
             .spawn(move || {
                 let restarted = |event: &VmEvent| {
-                    let text = format!("{event}: it boots again, here");
-                    tracing::info!("{text}");
-                    let kind = EventKind::Rebooted;
-                    reporter.send(&FromChild::Said { kind, text });
+                    // What was asked of this boot's guest is no concern of the next one's.
+                    vm.restarts(restart(&config));
+                    let how = event.to_string();
+                    reporter.send(&FromChild::Rebooted { how });
                 };
                 let ended = match Machine::wait_end(&vm, restarted) {
                     Ok(ended) => ended,
@@ -385,6 +387,9 @@ impl Child {
             ToChild::HandOver => protector.hand_over()?,
             ToChild::RunOn => owner.run_on(),
             ToChild::Reset => self.press_reset(&machine.vm),
+            ToChild::PowerButton { reboot } => {
+                machine.press_power_button(&self.config, reboot);
+            }
             ToChild::Freeze => owner.freeze(),
             ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
             ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {

@@ -3,6 +3,7 @@
 use chain::{Held, Mark, VmRecord};
 use checkpoint::{Epoch, Generation, HostId};
 
+use super::Micros;
 use crate::child::proto::{GuestEnd, Owns};
 
 /// Names an order whose outcome somebody waits for; the driver's to choose.
@@ -106,6 +107,11 @@ pub enum Report {
         /// The checkpoint.
         epoch: Epoch,
     },
+    /// The guest was reset, and boots again in place.
+    Rebooted {
+        /// Why, in words.
+        how: String,
+    },
     /// The guest has ended.
     Ended {
         /// How.
@@ -202,6 +208,17 @@ pub enum Order {
     },
     /// Of an owner: the VM is to run nowhere. Its newest disks stay here.
     Stop,
+    /// The same, but its guest is asked to switch itself off, and has so many microseconds for that.
+    ShutDown {
+        /// How long.
+        patience: Micros,
+    },
+    /// Of an owner: its guest boots again, in place. It is asked to switch itself off first, and has so many microseconds for
+    /// that; or it is reset at once.
+    Reboot {
+        /// How long; none: at once.
+        patience: Option<Micros>,
+    },
     /// Of a VM that is off, whose newest disks are here: boot it.
     Start,
     /// Of a VM that is off, or runs nowhere: the cluster forgets it.

@@ -4,6 +4,7 @@
 
 mod adopted;
 mod bad_input;
+mod button;
 mod demo;
 mod disk;
 #[cfg(feature = "etcd")]

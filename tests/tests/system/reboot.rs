@@ -15,10 +15,12 @@ fn count(cluster: &Cluster, host: &str, kind: EventKind) -> usize {
 
 /// Presses the button. Whether it was too late, or who takes over was too early, does not matter.
 fn press(cluster: &Cluster, host: &str) {
-    let pressed = cluster
-        .control(host)
-        .order(&Request::Reset { vm: VM.into() });
-    pressed.unwrap_or_else(|e| panic!("{host}: {e}"));
+    let request = Request::Reboot {
+        vm: VM.into(),
+        timeout_s: None,
+    };
+    let done = cluster.control(host).order(&request);
+    done.unwrap_or_else(|e| panic!("{host}: {e}"));
 }
 
 /// Resets the VM on its owner, and waits until it has booted again.
