@@ -246,6 +246,7 @@ impl Child {
             .spawn(move || runner.run(options))?;
         self.tell_figures(&owner)?;
         self.watch_guest(machine)?;
+        self.watch_disks(machine)?;
         Ok(owner)
     }
 
@@ -269,6 +270,19 @@ impl Child {
             let kind = EventKind::Network;
             reporter.send(&FromChild::Said { kind, text });
         })
+    }
+
+    fn watch_disks(&self, machine: &Machine) -> Result<(), ChildError> {
+        let reporter = self.reporter.clone();
+        machine.watch_disks(Box::new(move |disk, trouble| {
+            let text = match trouble {
+                Some(why) => format!("disk {disk}: {why}"),
+                None => format!("disk {disk} is well again"),
+            };
+            let kind = EventKind::DiskTrouble;
+            reporter.send(&FromChild::Said { kind, text });
+        }))?;
+        Ok(())
     }
 
     fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {
