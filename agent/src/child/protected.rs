@@ -13,7 +13,7 @@ use vmm::VmEvent;
 use super::build::{BuildError, Machine, open_disks, open_images, restart};
 use super::monotonic_us;
 use super::orphaned::Door;
-use super::protector::{self, Protector};
+use super::protector::{self, Protector, Rhythm};
 use super::proto::{Activate, FromChild, GuestEnd, Owns, Role, Start, ToChild};
 pub use super::reporter::Reporter;
 use crate::config::{ConfigError, VmConfig};
@@ -342,7 +342,10 @@ impl Child {
     fn protector(&self, owner: &Arc<Owner>) -> Protector {
         Protector::new(
             self.start.host.clone(),
-            Duration::from_millis(self.start.heartbeat_ms),
+            Rhythm {
+                heartbeat: Duration::from_millis(self.start.heartbeat_ms),
+                silence: Duration::from_millis(self.start.silence_ms),
+            },
             self.config.protect.lz4,
             owner.clone(),
             self.reporter.clone(),
