@@ -13,7 +13,7 @@ use vmm::VmEvent;
 use super::build::{BuildError, Machine, open_disks, open_images, restart};
 use super::monotonic_us;
 use super::orphaned::Door;
-use super::protector::{self, Protector};
+use super::protector::{self, Protector, Rhythm};
 use super::proto::{Activate, FromChild, GuestEnd, Owns, Role, Start, ToChild};
 pub use super::reporter::Reporter;
 use crate::config::{ConfigError, VmConfig};
@@ -246,6 +246,7 @@ impl Child {
             .spawn(move || runner.run(options))?;
         self.tell_figures(&owner)?;
         self.watch_guest(machine)?;
+        self.watch_disks(machine)?;
         Ok(owner)
     }
 
@@ -269,6 +270,19 @@ impl Child {
             let kind = EventKind::Network;
             reporter.send(&FromChild::Said { kind, text });
         })
+    }
+
+    fn watch_disks(&self, machine: &Machine) -> Result<(), ChildError> {
+        let reporter = self.reporter.clone();
+        machine.watch_disks(Box::new(move |disk, trouble| {
+            let text = match trouble {
+                Some(why) => format!("disk {disk}: {why}"),
+                None => format!("disk {disk} is well again"),
+            };
+            let kind = EventKind::DiskTrouble;
+            reporter.send(&FromChild::Said { kind, text });
+        }))?;
+        Ok(())
     }
 
     fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {
@@ -328,7 +342,10 @@ impl Child {
     fn protector(&self, owner: &Arc<Owner>) -> Protector {
         Protector::new(
             self.start.host.clone(),
-            Duration::from_millis(self.start.heartbeat_ms),
+            Rhythm {
+                heartbeat: Duration::from_millis(self.start.heartbeat_ms),
+                silence: Duration::from_millis(self.start.silence_ms),
+            },
             self.config.protect.lz4,
             owner.clone(),
             self.reporter.clone(),

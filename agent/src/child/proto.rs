@@ -22,6 +22,8 @@ pub struct Start {
     pub role: Role,
     /// Milliseconds between heartbeats to the chain.
     pub heartbeat_ms: u64,
+    /// Silence after which a host is suspected, in milliseconds.
+    pub silence_ms: u64,
     /// The host this runs on.
     pub host: HostId,
     /// The VM.

@@ -146,17 +146,20 @@ pub struct Loss {
 pub enum Health {
     /// It answered.
     Answers,
-    /// It answered; its replica has had one piece of a checkpoint in hand for so many milliseconds.
-    Busy(u64),
+    /// It answered; its replica has had one piece of a checkpoint in hand for so long.
+    Busy {
+        /// Milliseconds.
+        ms: u64,
+        /// After so many it hangs, if output waits for it.
+        hangs_ms: u64,
+    },
     /// It answered that it cannot hold a replica, or that its replica has failed; in words. Asked anew it may.
     Declines(String),
     /// It does not answer; in words.
     Silent(String),
 }
 
-/// How long a replica that commits wait for may have one piece of a checkpoint in hand, in milliseconds.
-const HANGS_MS: u64 = 1000;
-/// The same while nobody waits: the chain begins, and the end of its first checkpoint is everything at once.
+/// The same while nobody waits, at least, in milliseconds: the chain begins, and the end of its first checkpoint is everything at once.
 const HANGS_FILLING_MS: u64 = 30_000;
 
 impl Health {
@@ -164,16 +167,18 @@ impl Health {
     /// for it.
     #[must_use]
     pub fn trouble(&self, waited_for: bool) -> Option<String> {
-        let limit = match waited_for {
-            true => HANGS_MS,
-            false => HANGS_FILLING_MS,
-        };
         match self {
             Self::Declines(why) | Self::Silent(why) => Some(why.clone()),
-            Self::Busy(ms) if *ms >= limit => Some(format!(
-                "it has been handling one piece of a checkpoint for {ms} ms: its storage hangs, most likely"
-            )),
-            Self::Answers | Self::Busy(_) => None,
+            Self::Busy { ms, hangs_ms } => {
+                let limit = match waited_for {
+                    true => *hangs_ms,
+                    false => HANGS_FILLING_MS.max(*hangs_ms),
+                };
+                (*ms >= limit).then(|| format!(
+                    "it has been handling one piece of a checkpoint for {ms} ms: its storage hangs, most likely"
+                ))
+            }
+            Self::Answers => None,
         }
     }
 }

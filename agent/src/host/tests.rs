@@ -345,7 +345,7 @@ fn a_replica_that_is_busy_for_long_is_lost_only_if_output_waits_for_it() {
             why: "nothing is taken".into(),
         };
         a.step(Input::Report(Report::Lost(loss)));
-        let health = vec![(host("b"), Health::Busy(ms))];
+        let health = vec![(host("b"), Health::Busy { ms, hangs_ms: 1000 })];
         a.step(Input::Probed(health));
         proposals(&a.take()) > 0
     };

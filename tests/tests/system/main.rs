@@ -7,6 +7,7 @@ mod bad_input;
 mod button;
 mod demo;
 mod disk;
+mod disk_faults;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod first;
