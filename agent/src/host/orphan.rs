@@ -128,7 +128,7 @@ impl Machine {
         let patience = self.policy.return_wait;
         let record = self.record.clone();
         let Some(orphan) = self.orphan_mut() else {
-            return;
+            return self.leaver_surveyed(now, answers, out);
         };
         orphan.surveying = false;
         orphan.look_at = now + PERIOD;

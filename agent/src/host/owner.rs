@@ -88,6 +88,8 @@ pub(super) struct Owner {
     pub(super) leaving: Option<Leaving>,
     /// When to look for missing backups again.
     look_at: Micros,
+    /// When to ask again whether one that is to leave the chain may.
+    pub(super) leave_at: Micros,
 }
 
 /// When to try hosts again that were lost.
@@ -138,6 +140,7 @@ impl Owner {
             frozen: false,
             leaving: None,
             look_at: 0,
+            leave_at: 0,
         }
     }
 

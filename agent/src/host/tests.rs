@@ -180,6 +180,11 @@ impl Bench {
                         let answers = members.iter().map(|m| (m.host.clone(), health(m)));
                         self.step(Input::Probed(answers.collect()));
                     }
+                    Effect::Survey(view) if self.machine.summary().role == Role::Owner => {
+                        let held = Held::Checkpoint(mark(view.generation.0, 1));
+                        let answers = view.chain.iter().map(|m| (m.host.clone(), held.clone()));
+                        self.step(Input::Surveyed(answers.collect()));
+                    }
                     Effect::Tell(Tell::Protect(view)) => {
                         let generation = view.generation;
                         let text = String::new();
@@ -575,4 +580,63 @@ fn a_vm_that_was_deleted_is_gone_here_too() {
         let effects = bench.take();
         assert!(effects.contains(&Effect::Kill) && effects.contains(&Effect::Forget));
     }
+}
+
+/// The simulation's seed 7: the thread of a VM whose chain comes about, and lacks a host still, did not rest for a moment.
+#[test]
+fn an_owner_rests_while_its_chain_comes_about_and_while_it_leaves() {
+    let rests = |b: &mut Bench| {
+        b.take();
+        b.step(Input::Tick);
+        b.machine.wake_at().is_none_or(|at| at > b.now)
+    };
+    let mut b = Bench::owner();
+    b.order(Order::Protect {
+        backups: vec![host("b"), host("c")],
+    });
+    b.decide();
+    let up = [
+        (host("b"), Health::Answers),
+        (host("c"), Health::Silent("no route".into())),
+    ];
+    b.step(Input::Probed(up.into()));
+    b.decide();
+    assert_eq!(b.chain(), ["b"]);
+    b.now += 10 * SECOND;
+    assert!(rests(&mut b), "the first checkpoint is on its way");
+    let generation = b.machine.generation();
+    let text = String::new();
+    b.step(Input::Report(Report::Protected { generation, text }));
+    b.step(Input::Probed(vec![(
+        host("c"),
+        Health::Silent("no".into()),
+    )]));
+    b.order(Order::HandOver);
+    b.now += SECOND;
+    assert!(rests(&mut b), "the VM leaves");
+}
+
+/// The simulation's seed 216: a host that had just become the tail lacked what had been acknowledged before, when the one that
+/// had it was made to leave: nothing could be gone on from.
+#[test]
+fn a_backup_leaves_once_the_others_hold_everything() {
+    let mut b = Bench::protected(&["b", "c"]);
+    b.order(Order::Protect {
+        backups: vec![host("c")],
+    });
+    b.decide();
+    let effects = b.take();
+    let asks = |effects: &[Effect]| effects.iter().any(|e| matches!(e, Effect::Survey(_)));
+    assert!(asks(&effects) && proposals(&effects) == 0, "{effects:?}");
+    let holds = Held::Checkpoint(mark(2, 7));
+    let lacks = [(host("b"), holds.clone()), (host("c"), Held::Nothing)];
+    b.step(Input::Surveyed(lacks.into()));
+    assert_eq!(b.take(), [], "not yet");
+    assert!(b.machine.wake_at().is_some_and(|at| at > b.now));
+    b.pass(SECOND);
+    assert!(asks(&b.take()));
+    let holds = [(host("b"), holds.clone()), (host("c"), holds)];
+    b.step(Input::Surveyed(holds.into()));
+    b.decide();
+    assert_eq!(b.chain(), ["c"]);
 }
