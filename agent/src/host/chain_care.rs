@@ -161,7 +161,8 @@ impl Machine {
         let view = &self.record.view;
         let there =
             view.chain.is_empty() || owner.frozen || owner.protected == Some(view.generation);
-        there && view.joining.is_none() && owner.runs()
+        // A VM that stands still has nobody who could fill the one that joins.
+        there && (view.joining.is_none() || owner.frozen) && owner.runs()
     }
 
     /// The backups that the VM should have and has not, if now is the time for one.
@@ -388,6 +389,7 @@ impl Machine {
         out.push(Effect::Say(EventKind::ChainLost, text));
         if freezes {
             owner.frozen = true;
+            owner.losses.clear();
             owner.trouble =
                 Some("frozen: its last backup is lost, and protect.alone is \"freeze\"".into());
             return out.push(Effect::Tell(Tell::Freeze));

@@ -348,7 +348,8 @@ impl Machine {
             }
             Report::Refused { generation: newer } => self.refused(newer, out),
             Report::Lost(loss) => {
-                if loss.generation == generation {
+                // Of a chain that is lost already nothing more can be.
+                if loss.generation == generation && !owner.frozen {
                     owner.losses.push(loss);
                 }
             }
@@ -535,6 +536,10 @@ impl Leaving {
     /// Nobody has taken over in time: whom to tell.
     pub(super) fn overdue(&self, now: Micros) -> Option<Ticket> {
         (now >= self.until).then_some(self.ticket)
+    }
+
+    pub(super) fn ticket(&self) -> Ticket {
+        self.ticket
     }
 
     pub(super) fn until(&self) -> Micros {

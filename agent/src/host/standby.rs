@@ -51,6 +51,12 @@ impl Standby {
         }
     }
 
+    /// Everybody who waits for something.
+    pub(super) fn tickets(&mut self) -> Vec<Ticket> {
+        let ticket = self.taking.as_mut().and_then(|taking| taking.ticket.take());
+        ticket.into_iter().collect()
+    }
+
     /// Whether a takeover is under way.
     pub(super) fn is_taking(&self) -> bool {
         self.taking.is_some()
