@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use checkpoint::{Epoch, Generation};
 
 /// What the VM's output may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
     /// No backup has ever been complete in this configuration: output is not held.
     Unprotected,
@@ -31,7 +31,7 @@ pub enum Action {
 }
 
 /// The pipeline of one generation.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Pipeline {
     generation: Generation,
     open: Epoch,
