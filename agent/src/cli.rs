@@ -77,6 +77,15 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// Reset a VM that runs on this host, as its reset button would: it boots again at once, in place and as protected as it
+    /// was. What its guest has not written to its disks is lost.
+    Reset {
+        /// The VM's name.
+        vm: String,
+        /// How the agent is reached.
+        #[command(flatten)]
+        control: Control,
+    },
     /// What this host knows of its VMs.
     Status {
         /// As JSON.

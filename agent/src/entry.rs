@@ -61,6 +61,9 @@ fn run(command: Command) -> Outcome {
         Command::Stop { vm, control } => {
             Ok(ControlClient::connect(&control.control)?.order(&Request::Stop { vm })?)
         }
+        Command::Reset { vm, control } => {
+            Ok(ControlClient::connect(&control.control)?.order(&Request::Reset { vm })?)
+        }
         Command::Status {
             json,
             watch,

@@ -2,6 +2,7 @@
 //! encoding, and with the first checkpoint streamed in pieces.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use agent::epoch::queue::{Blocks, ShipQueue};
 use agent::epoch::ship::{Link, Shipper};
@@ -108,14 +109,14 @@ fn the_replicas_image_becomes_the_owners_memory() {
         });
         let queue = Arc::new(ShipQueue::new(1 << 20));
         let session = queue.new_session();
-        queue.activate(Epoch(1));
+        assert!(queue.activate(session, Epoch(1), false));
         let mut dirty = PageBitmap::new(&view.ranges());
         // The first checkpoint: all pages while writes go on, then what was written meanwhile.
         for range in view.ranges() {
             let mut staging = Staging::default();
             view.copy(range.start / 4096, range.len / 4096, &mut staging)
                 .unwrap();
-            queue.push_pages(Epoch(1), staging);
+            queue.push_pages(staging, Duration::from_secs(60)).unwrap();
             for _ in 0..20 {
                 dirty.set(write(&memory, &mut noise));
             }
@@ -123,9 +124,12 @@ fn the_replicas_image_becomes_the_owners_memory() {
         for epoch in 1..=6 {
             let mut staging = queue.take_staging();
             view.copy_dirty(&dirty, &mut staging).unwrap();
-            queue
-                .barrier()
-                .checkpoint(Epoch(epoch), staging, Box::new(MachineState::default()));
+            queue.barrier().checkpoint(
+                Epoch(epoch),
+                staging,
+                Box::new(MachineState::default()),
+                true,
+            );
             dirty.clear();
             if epoch < 6 {
                 for _ in 0..30 {

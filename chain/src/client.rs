@@ -6,7 +6,7 @@ mod connection;
 
 use std::io;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use checkpoint::{
     CheckpointEnd, Epoch, Generation, HostId, Tally, VmId, codec, disk_records, records,
@@ -207,6 +207,9 @@ pub struct ChainClient {
     /// Bytes.
     bound: usize,
     sending: Mutex<Sending>,
+    /// What `sending` sends over. Apart, so that a connection can be ended whose peer takes nothing: whoever sends has
+    /// `sending` meanwhile.
+    current: Mutex<Weak<Connection>>,
     /// Apart, so that a slow link delays no acknowledgement.
     acks: Arc<Acks>,
     buffers: Buffers,
@@ -235,6 +238,7 @@ impl ChainClient {
             from,
             bound,
             sending: Mutex::new(sending),
+            current: Mutex::default(),
             acks: Arc::default(),
             buffers: Buffers::default(),
         }
@@ -254,10 +258,10 @@ impl ChainClient {
         let up = reach(&head, view, Role::Update, &self.from)?;
         let acks = reach(&tail, view, Role::Acks, &self.from)?;
         let (events_in, events) = channel();
+        // Before the lock: whoever has it may be waiting for the old head.
+        self.hang_up();
         let mut sending = self.sending();
-        if let Some(old) = sending.connection.take() {
-            old.close();
-        }
+        sending.connection = None;
         for (name, stream, host, is_acks) in [
             ("chain-head", up.stream, head.host.clone(), false),
             ("chain-acks", acks.stream, tail.host, true),
@@ -278,6 +282,7 @@ impl ChainClient {
             events: Mutex::new(events),
             acks: self.acks.clone(),
         });
+        *self.current() = Arc::downgrade(&connection);
         let joined = self.join(&mut sending, &connection, view, up.holds);
         match &joined {
             Ok(()) => sending.connection = Some(connection.clone()),
@@ -344,10 +349,22 @@ impl ChainClient {
         }
     }
 
-    /// Nothing more is sent: whoever waits for acknowledgements does so no longer. A client that is replaced by another one
-    /// is closed.
+    fn current(&self) -> MutexGuard<'_, Weak<Connection>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the connection there is, if there is one.
+    fn hang_up(&self) {
+        if let Some(connection) = self.current().upgrade() {
+            connection.close();
+        }
+    }
+
+    /// Nothing more is sent: whoever waits for acknowledgements, or for the head to take something, does so no longer. A
+    /// client that is replaced by another one is closed.
     pub fn close(&self) {
         self.acks.close();
+        self.hang_up();
     }
 
     /// Sends one frame and keeps it. A connection that fails is not this call's concern: it says so itself, and what is
@@ -388,8 +405,8 @@ impl ChainClient {
     }
 
     /// Announces a checkpoint; `full` if it replaces the replicas' whole image, which only the first after a chain that
-    /// begins anew does. Otherwise it is applied to the last one sent. `held` if from the end of the epoch before on the
-    /// VM's output is held until it is acknowledged: the replicas are not resumed from before they have one that is. Once
+    /// begins anew does. Otherwise it is applied to the last one sent. `held` if from its capture on, at the latest, the
+    /// VM's output is held: the replicas are not resumed from before they have one that is. Once
     /// output is held it stays so until the chain begins anew.
     ///
     /// Waits for room, as the calls that send its content do.

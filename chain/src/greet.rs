@@ -86,6 +86,9 @@ pub(crate) fn greet(
     let mut answer = Payload::default();
     let frame = wire::read(&mut &stream, &mut answer)?;
     stream.set_read_timeout(None)?;
+    if role == Role::Update {
+        link.be_patient()?;
+    }
     let trouble = |kind| -> Result<Trouble, WireError> {
         codec::from_bytes(&answer, HELLO_LIMIT).map_err(|_| WireError::Payload(kind))
     };

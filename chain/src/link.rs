@@ -12,8 +12,12 @@ use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use crate::queue::{Queue, TOLD_MAX, Turn};
 use crate::wire::{Frame, Header, Payload};
 
-/// A peer that takes nothing for this long is lost.
-pub const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A peer that takes nothing for this long is lost, unless it is fed: see [`FEED_TIMEOUT`].
+const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The same for one that checkpoints are sent to. It is the last resort only: a slow replica's storage may take seconds for
+/// the end of a large checkpoint, and nobody waits for the first one. Who waits for a commit asks the replicas whether they
+/// are well ([`crate::probe()`]), and a configuration without one that is not ends the connection to it.
+pub const FEED_TIMEOUT: Duration = Duration::from_secs(60);
 /// Socket buffers: about one epoch of a busy VM.
 const BUFFER: usize = 4 << 20;
 
@@ -46,6 +50,14 @@ impl Link {
             queue: Queue::new(stream.try_clone()?),
             socket: stream.try_clone()?,
         })
+    }
+
+    /// For one that is fed: [`FEED_TIMEOUT`].
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn be_patient(&self) -> io::Result<()> {
+        self.socket.set_write_timeout(Some(FEED_TIMEOUT))
     }
 
     /// Connects to `addr`.
@@ -90,6 +102,14 @@ impl Link {
     /// The connection's.
     pub fn post_on(&self, frame: &Frame, payload: &Payload) -> io::Result<()> {
         self.pass(frame, payload, Turn::Behind)
+    }
+
+    /// Sends the next replica a frame of this one's own, in its place among those that it passes on.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn post_down(&self, frame: &Frame, payload: &[u8]) -> io::Result<()> {
+        self.put(frame, payload, Turn::Behind, usize::MAX)
     }
 
     fn put(&self, frame: &Frame, payload: &[u8], turn: Turn, most: usize) -> io::Result<()> {

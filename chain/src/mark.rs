@@ -19,7 +19,7 @@ pub struct Mark {
     pub epoch: Epoch,
     /// CRC32C over all its payloads, as in [`checkpoint::CheckpointEnd`]: a second witness.
     pub digest: u32,
-    /// Whether the owner's output was held from the end of the epoch before this one's on. If not, output flowed that
+    /// Whether the owner's output was held from this checkpoint's capture on, at the latest. If not, output flowed that
     /// this checkpoint does not know of, and it is never resumed from.
     ///
     /// Left out where marks are serialised with serde (commands to the master, an agent's messages to its VMs'

@@ -39,7 +39,9 @@ impl Item {
         while self.done < self.len() {
             match put(stream, &self.header.rest(&self.payload, self.done), wait)? {
                 Some(n) => self.done += n,
-                None if wait => return Err(io::ErrorKind::TimedOut.into()),
+                None if wait => {
+                    return Err(took_nothing(stream.write_timeout()?.unwrap_or_default()));
+                }
                 None => return Ok(false),
             }
         }
@@ -63,6 +65,13 @@ fn put(stream: &TcpStream, slices: &[IoSlice<'_>], wait: bool) -> io::Result<Opt
     }
 }
 
+fn took_nothing(patience: Duration) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::TimedOut,
+        format!("it has taken nothing for {} ms", patience.as_millis()),
+    )
+}
+
 #[derive(Debug, Default)]
 struct Waiting {
     /// To be sent in this order.
@@ -74,14 +83,49 @@ struct Waiting {
     /// A thread is sending what comes, and just now one frame that is in neither.
     draining: bool,
     writing: bool,
-    /// When the peer last took a frame that had to wait.
+    /// When the peer last took something that had to wait.
     progress: Option<Instant>,
-    over: bool,
+    over: Option<Over>,
+}
+
+/// Why nothing is sent any more: of which kind, and in words.
+#[derive(Clone, Debug)]
+struct Over(io::ErrorKind, String);
+
+impl Over {
+    fn ended() -> Self {
+        Self(
+            io::ErrorKind::BrokenPipe,
+            "the connection has been ended".into(),
+        )
+    }
+
+    fn error(&self) -> io::Error {
+        io::Error::new(self.0, self.1.clone())
+    }
+}
+
+impl From<&io::Error> for Over {
+    fn from(error: &io::Error) -> Self {
+        Self(error.kind(), error.to_string())
+    }
 }
 
 impl Waiting {
     fn is_idle(&self) -> bool {
         self.items.is_empty() && !self.writing
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.is_some()
+    }
+
+    /// That nothing is sent any more, and why.
+    fn check(&self) -> io::Result<()> {
+        match &self.over {
+            Some(over) => Err(over.error()),
+            None => Ok(()),
+        }
     }
 }
 
@@ -142,9 +186,7 @@ impl Queue {
         most: usize,
     ) -> io::Result<()> {
         let mut waiting = self.lock();
-        if waiting.over {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
+        waiting.check()?;
         let behind = turn == Turn::Behind && waiting.behind.is_some();
         let mut done = 0;
         if !behind && waiting.is_idle() {
@@ -188,9 +230,7 @@ impl Queue {
             Err(TryLockError::WouldBlock) => return Ok(()),
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
         };
-        if waiting.over {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
+        waiting.check()?;
         if !waiting.is_idle() {
             return Ok(());
         }
@@ -231,27 +271,24 @@ impl Queue {
     /// Waits until all has been sent that does not wait behind.
     ///
     /// # Errors
-    /// [`io::ErrorKind::BrokenPipe`] once the connection is over.
+    /// Once the connection is over: what ended it.
     pub(crate) fn wait_sent(&self) -> io::Result<()> {
         let mut waiting = self.lock();
-        while !waiting.is_idle() && !waiting.over {
+        while !waiting.is_idle() && !waiting.is_over() {
             // Not for ever: a write that makes no progress fails.
             waiting = self.wait(waiting, IDLE);
         }
-        match waiting.over {
-            true => Err(io::ErrorKind::BrokenPipe.into()),
-            false => Ok(()),
-        }
+        waiting.check()
     }
 
     /// Waits until no more than [`QUEUE_MAX`] bytes wait. A peer that takes nothing for `patience` meanwhile is dropped.
     pub(crate) fn wait_for_room(&self, patience: Duration) {
         let mut waiting = self.lock();
         let since = Instant::now();
-        while waiting.bytes > QUEUE_MAX && !waiting.over {
+        while waiting.bytes > QUEUE_MAX && !waiting.is_over() {
             let last = waiting.progress.map_or(since, |last| last.max(since));
             if last.elapsed() > patience {
-                self.finish(&mut waiting);
+                self.finish(&mut waiting, Over::from(&took_nothing(patience)));
                 return;
             }
             waiting = self.wait(waiting, patience / 4);
@@ -260,11 +297,11 @@ impl Queue {
 
     /// Nothing more is sent.
     pub(crate) fn end(&self) {
-        self.finish(&mut self.lock());
+        self.finish(&mut self.lock(), Over::ended());
     }
 
-    fn finish(&self, waiting: &mut Waiting) {
-        waiting.over = true;
+    fn finish(&self, waiting: &mut Waiting, why: Over) {
+        waiting.over.get_or_insert(why);
         waiting.items.clear();
         waiting.behind = None;
         waiting.bytes = 0;
@@ -274,13 +311,13 @@ impl Queue {
 
     /// Part of a frame may be out: nothing that follows could be understood.
     fn fail(&self, mut waiting: MutexGuard<'_, Waiting>, error: io::Error) -> io::Error {
-        self.finish(&mut waiting);
+        self.finish(&mut waiting, Over::from(&error));
         error
     }
 
     /// Something waits: a thread has to send it.
     fn see_to_it(self: &Arc<Self>, mut waiting: MutexGuard<'_, Waiting>) -> io::Result<()> {
-        if !waiting.draining && !waiting.items.is_empty() && !waiting.over {
+        if !waiting.draining && !waiting.items.is_empty() && !waiting.is_over() {
             let queue = self.clone();
             let spawned = std::thread::Builder::new()
                 .name("chain-queue".into())
@@ -300,7 +337,7 @@ impl Queue {
         let mut waiting = self.lock();
         loop {
             let mut waited = false;
-            while waiting.items.is_empty() && !waiting.over && !waited {
+            while waiting.items.is_empty() && !waiting.is_over() && !waited {
                 let since = Instant::now();
                 waiting = self.wait(waiting, IDLE);
                 waited = since.elapsed() >= IDLE;
@@ -315,9 +352,9 @@ impl Queue {
             waiting = self.lock();
             waiting.writing = false;
             waiting.progress = Some(Instant::now());
-            if sent.is_err() {
-                self.finish(&mut waiting);
-            } else if !waiting.over {
+            if let Err(e) = sent {
+                self.finish(&mut waiting, Over::from(&e));
+            } else if !waiting.is_over() {
                 waiting.bytes -= item.len();
             }
             self.changed.notify_all();

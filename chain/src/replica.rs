@@ -55,7 +55,7 @@ const SAY_FAILED: u32 = 50;
 struct Open {
     epoch: Epoch,
     what: What,
-    /// The owner's output is held from the end of the epoch before on.
+    /// The owner's output is held from its capture on, at the latest.
     held: bool,
 }
 

@@ -36,7 +36,7 @@ pub enum Kind {
     Refused = 4,
     /// A checkpoint begins. With [`FLAG_FULL`] it replaces the whole image, with [`FLAG_INSTALL`] that of a joining
     /// replica. Otherwise the payload says what it is applied to, a [`crate::Mark`], and the generation in which it
-    /// was first sent (u64). With [`FLAG_HELD`] the owner held its output from the end of the epoch before on.
+    /// was first sent (u64). With [`FLAG_HELD`] the owner holds its output from its capture on, at the latest.
     Begin = 5,
     /// Page records.
     Pages = 6,
@@ -89,7 +89,7 @@ pub const FLAG_INSTALL: u32 = 2;
 /// [`Kind::Broken`]: the replica's host has declined to have one, and will not in this generation.
 pub const FLAG_DECLINED: u32 = 8;
 
-/// [`Kind::Begin`]: from the end of the epoch before this checkpoint's on the owner's output is held.
+/// [`Kind::Begin`]: from this checkpoint's capture on, at the latest, the owner's output is held.
 pub const FLAG_HELD: u32 = 16;
 
 impl Kind {

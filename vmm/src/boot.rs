@@ -114,6 +114,12 @@ pub enum BootError {
     /// The command line cannot be passed.
     #[error("the kernel command line contains a NUL byte")]
     CmdlineNul,
+    /// Nobody has said what a reset boots.
+    #[error("nothing is known to boot")]
+    Nothing,
+    /// The machine cannot be reset while a disk may still do what the guest had asked for.
+    #[error("a disk has not ended what it was at within {} s", .0.as_secs())]
+    DiskBusy(std::time::Duration),
     /// The ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),

@@ -31,6 +31,8 @@ struct State {
     want: Want,
     /// The guest ended its run: it is not run again.
     ended: bool,
+    /// The guest's reset line was pulsed: it is not run before it has been reset.
+    reset: bool,
     /// vCPUs that are not running and will not before `want` changes.
     parked: usize,
     kicks: Vec<Kick>,
@@ -125,6 +127,7 @@ impl Control {
             state: Mutex::new(State {
                 want: Want::Pause,
                 ended: false,
+                reset: false,
                 parked: 0,
                 kicks: Vec::new(),
             }),
@@ -169,10 +172,10 @@ impl Control {
         state.want == Want::Run
     }
 
-    /// Lets the vCPUs run, unless the guest has ended.
+    /// Lets the vCPUs run, unless the guest has ended or is to be reset first.
     pub(crate) fn resume(&self) {
         let mut state = self.state();
-        if state.want != Want::Pause || state.ended {
+        if state.want != Want::Pause || state.ended || state.reset {
             return;
         }
         state.want = Want::Run;
@@ -213,11 +216,31 @@ impl Control {
         let mut state = self.state();
         let first = !state.ended;
         state.ended = true;
-        if state.want == Want::Run {
-            state.want = Want::Pause;
-            state.kick();
-        }
+        state.stop();
         first
+    }
+
+    /// Stops all vCPUs, without waiting, until [`Control::reset_done`]. False if the guest has ended, or if that is so
+    /// already.
+    pub(crate) fn ask_reset(&self) -> bool {
+        let mut state = self.state();
+        if state.ended || state.reset {
+            return false;
+        }
+        state.reset = true;
+        state.stop();
+        true
+    }
+
+    /// Whether the machine is to be reset.
+    pub(crate) fn wants_reset(&self) -> bool {
+        let state = self.state();
+        state.reset && !state.ended
+    }
+
+    /// The machine has been reset.
+    pub(crate) fn reset_done(&self) {
+        self.state().reset = false;
     }
 
     /// Whether the guest has ended.
@@ -244,6 +267,13 @@ impl Control {
 }
 
 impl State {
+    fn stop(&mut self) {
+        if self.want == Want::Run {
+            self.want = Want::Pause;
+            self.kick();
+        }
+    }
+
     fn kick(&self) {
         // All flags before the first signal: they are what stops a vCPU; signals only hurry it.
         for kick in &self.kicks {

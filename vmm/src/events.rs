@@ -1,11 +1,12 @@
-//! What happens to a machine from within: it switched itself off, asked for a reset, or crashed.
+//! What happens to a machine from within: it switched itself off, pulsed its reset line, or crashed.
 
 use std::fmt;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Something the guest did that ends its run. After any of these no vCPU runs again.
+/// Something the guest did that ends its run. After any of these no vCPU runs again, but in a machine that is
+/// restarted ([`crate::Vm::restarts`]): there it stands still until [`crate::Vm::reset`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmEvent {
     /// The guest switched itself off.

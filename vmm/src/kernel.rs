@@ -6,7 +6,7 @@ use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::boot::{BootError, KernelSource, read_file};
 use crate::layout::HIGH_MEMORY;
@@ -40,6 +40,25 @@ pub(crate) struct Kernel {
     pub(crate) cmdline_max: usize,
     /// Highest address of an initrd's last byte.
     pub(crate) initrd_max: u64,
+}
+
+/// Where an ELF file's segments lie in guest memory.
+struct Segments {
+    /// End of the highest.
+    end: u64,
+    /// What is not in the file: start and bytes.
+    empty: Vec<(u64, u64)>,
+}
+
+/// Zeroes a range of guest memory.
+fn zero(memory: &GuestMemory, start: u64, len: u64) -> Result<(), GuestMemoryError> {
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    let end = start + len;
+    for at in (start..end).step_by(ZEROS.len()) {
+        let len = ZEROS.len().min((end - at) as usize);
+        memory.write_slice(&ZEROS[..len], GuestAddress(at))?;
+    }
+    Ok(())
 }
 
 impl Image {
@@ -87,7 +106,7 @@ impl Image {
 
     fn load_elf(&self, memory: &GuestMemory, layout: &RamLayout) -> Result<Kernel, BootError> {
         // The loader does not look at the class and machine, nor whether segments hit the boot structures.
-        let end = self.check_elf().map_err(|why| self.bad(why))?;
+        let Segments { end, empty } = self.check_elf().map_err(|why| self.bad(why))?;
         if end > layout.low_end() {
             return Err(BootError::MemoryTooSmall {
                 needs: end,
@@ -97,6 +116,10 @@ impl Image {
         let mut file = Cursor::new(&self.bytes[..]);
         let loaded = Elf::load(memory, None, &mut file, Some(GuestAddress(HIGH_MEMORY)))
             .map_err(|e| self.bad(e))?;
+        // After a reset memory is not empty.
+        for (start, len) in empty {
+            zero(memory, start, len).map_err(|e| self.bad(e))?;
+        }
         let header = setup_header {
             boot_flag: 0xAA55,
             header: HDRS,
@@ -112,8 +135,8 @@ impl Image {
         })
     }
 
-    /// Checks the ELF header and the segments; returns the end of the highest.
-    fn check_elf(&self) -> Result<u64, String> {
+    /// Checks the ELF header and the segments.
+    fn check_elf(&self) -> Result<Segments, String> {
         let field = |at: usize, len: usize| -> Result<u64, String> {
             let end = at
                 .checked_add(len)
@@ -128,7 +151,7 @@ impl Image {
             return Err("it is an ELF file, but not for 64-bit x86".to_owned());
         }
         let (entry, table, entries) = (field(24, 8)?, field(32, 8)?, field(56, 2)?);
-        let (mut highest, mut entered) = (0, false);
+        let (mut highest, mut entered, mut empty) = (0, false, Vec::new());
         for index in 0..entries {
             let at = index
                 .checked_mul(56)
@@ -158,6 +181,9 @@ impl Image {
             }
             let end = paddr.checked_add(memsz).ok_or("a segment wraps around")?;
             highest = highest.max(end);
+            if filesz < memsz {
+                empty.push((paddr + filesz, memsz - filesz));
+            }
             entered |= (paddr..end).contains(&entry);
         }
         if !entered {
@@ -165,7 +191,10 @@ impl Image {
                 "its entry point {entry:#x} is in none of its segments"
             ));
         }
-        Ok(highest)
+        Ok(Segments {
+            end: highest,
+            empty,
+        })
     }
 
     fn load_bzimage(&self, memory: &GuestMemory, layout: &RamLayout) -> Result<Kernel, BootError> {

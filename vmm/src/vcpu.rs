@@ -1,7 +1,6 @@
 //! A vCPU's thread: runs the guest, serves its exits, stands still when told.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -13,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::bus::Bus;
 use crate::control::{self, Control, Want};
 use crate::events::VmEvent;
+use crate::reset::ResetLine;
 
 /// What a vCPU's thread works on.
 pub(crate) struct VcpuThread {
@@ -20,7 +20,8 @@ pub(crate) struct VcpuThread {
     pub(crate) vcpu: Arc<Mutex<VcpuFd>>,
     pub(crate) control: Arc<Control>,
     pub(crate) bus: Arc<Bus>,
-    pub(crate) events: Sender<VmEvent>,
+    /// How the guest's run ends.
+    pub(crate) reset: Arc<ResetLine>,
     /// Returns of `KVM_RUN`, counted for [`crate::VcpuReport`].
     pub(crate) exits: Arc<AtomicU64>,
 }
@@ -29,7 +30,7 @@ pub(crate) struct VcpuThread {
 enum Leave {
     /// It is to stand still.
     Told,
-    /// It ended.
+    /// It ended, unless it is to be restarted.
     Ended(VmEvent),
 }
 
@@ -49,11 +50,9 @@ impl VcpuThread {
                     reason,
                 })
             });
-            if let Leave::Ended(event) = leave
-                && self.control.end()
-            {
-                // Nobody listening means the machine is being taken down.
-                let _ = self.events.send(event);
+            match leave {
+                Leave::Told => {}
+                Leave::Ended(event) => self.reset.happened(event),
             }
         }
     }

@@ -143,7 +143,8 @@ impl VcpuState {
         })
     }
 
-    /// Puts the state into a fresh vCPU. `clock` is the machine's time-stamp counter, the same for all its vCPUs.
+    /// Puts the state into a fresh vCPU, or, `fresh` being false, that of power-on into one that has run, which keeps its
+    /// features. `clock` is the machine's time-stamp counter, the same for all its vCPUs.
     ///
     /// # Errors
     /// [`VcpuStateError`] naming the part KVM refused; the vCPU must then not run.
@@ -152,20 +153,13 @@ impl VcpuState {
         vcpu: &VcpuFd,
         traits: &VcpuTraits,
         clock: &mut TscClock,
+        fresh: bool,
     ) -> Result<(), VcpuStateError> {
-        if self.tsc_khz != 0 && vcpu.get_tsc_khz().ok() != Some(self.tsc_khz) {
-            // Hosts without TSC scaling refuse. The guest then sees another rate: it knows (kvmclock) or drifts.
-            if let Err(e) = vcpu.set_tsc_khz(self.tsc_khz) {
-                tracing::warn!(
-                    "this host cannot give the guest its {} kHz time-stamp counter: {e}",
-                    self.tsc_khz
-                );
-            }
+        if fresh {
+            self.apply_features(vcpu)?;
         }
-        let cpuid = CpuId::from_entries(&self.cpuid)
-            .map_err(|_| VcpuStateError::Cpuid(self.cpuid.len()))?;
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
-        if self.mp_state.mp_state != KVM_MP_STATE_UNINITIALIZED {
+        // A fresh vCPU is uninitialised, unless it is the first.
+        if !fresh || self.mp_state.mp_state != KVM_MP_STATE_UNINITIALIZED {
             vcpu.set_mp_state(self.mp_state)
                 .map_err(kvm("KVM_SET_MP_STATE"))?;
         }
@@ -196,6 +190,22 @@ impl VcpuState {
             return Err(kvm("KVM_KVMCLOCK_CTRL")(e));
         }
         Ok(())
+    }
+
+    /// The counter's rate and the features.
+    fn apply_features(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+        if self.tsc_khz != 0 && vcpu.get_tsc_khz().ok() != Some(self.tsc_khz) {
+            // Hosts without TSC scaling refuse. The guest then sees another rate: it knows (kvmclock) or drifts.
+            if let Err(e) = vcpu.set_tsc_khz(self.tsc_khz) {
+                tracing::warn!(
+                    "this host cannot give the guest its {} kHz time-stamp counter: {e}",
+                    self.tsc_khz
+                );
+            }
+        }
+        let cpuid = CpuId::from_entries(&self.cpuid)
+            .map_err(|_| VcpuStateError::Cpuid(self.cpuid.len()))?;
+        vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))
     }
 
     /// The blob of this state.

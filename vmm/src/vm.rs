@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use checkpoint::CpuFeatures;
 use checkpoint::machine::MachineState;
@@ -22,12 +23,17 @@ use crate::kvm_caps;
 use crate::layout::MAX_VCPUS;
 use crate::memory::{self, GuestMemory, RamFiles, RamLayout};
 use crate::platform::{create_platform, create_vcpus};
+use crate::reset::{PowerOn, ResetLine, Restart};
 use crate::vcpu::VcpuThread;
 use crate::vcpu_state::{TscClock, VcpuState, VcpuTraits};
 pub use crate::vm_error::VmError;
 use crate::vm_error::create;
 use crate::vm_state::VmState;
 use crate::{msrs, paging};
+
+/// How long a disk may take to end what it is at when the machine is reset.
+const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN_POLL: Duration = Duration::from_millis(1);
 
 /// What a machine consists of.
 pub struct VmSpec {
@@ -74,6 +80,8 @@ pub struct Vm {
     bus: Arc<Bus>,
     vcpus: Vec<Vcpu>,
     control: Arc<Control>,
+    reset: Arc<ResetLine>,
+    power_on: Option<PowerOn>,
     traits: VcpuTraits,
     dirty: BitmapTracker,
     vm: Arc<VmFd>,
@@ -104,14 +112,10 @@ impl Vm {
 
         let control = Arc::new(Control::new(usize::from(spec.vcpus)));
         let (sender, events) = Events::channel();
+        let reset = Arc::new(ResetLine::new(Arc::clone(&control), sender));
         let on_reset = {
-            let (control, sender) = (Arc::clone(&control), sender.clone());
-            Box::new(move || {
-                if control.end() {
-                    // Nobody listening means the machine is being taken down.
-                    let _ = sender.send(VmEvent::Reset);
-                }
-            })
+            let reset = Arc::clone(&reset);
+            Box::new(move || reset.happened(VmEvent::Reset))
         };
         let devices = DeviceSpec {
             net: spec.net,
@@ -133,6 +137,8 @@ impl Vm {
             bus,
             vcpus: Vec::new(),
             control,
+            reset,
+            power_on: None,
             traits,
             dirty: BitmapTracker::new(Arc::clone(&vm), memory.clone(), spec.ram.ranges().to_vec()),
             vm,
@@ -142,15 +148,12 @@ impl Vm {
             ram,
             memory,
         };
-        machine.start_threads(fds, &sender)?;
+        machine.start_threads(fds)?;
+        machine.power_on = Some(PowerOn(machine.capture()?));
         Ok(machine)
     }
 
-    fn start_threads(
-        &mut self,
-        fds: Vec<VcpuFd>,
-        sender: &std::sync::mpsc::Sender<VmEvent>,
-    ) -> Result<(), VmError> {
+    fn start_threads(&mut self, fds: Vec<VcpuFd>) -> Result<(), VmError> {
         let refused = |what| move |source| VmError::Create { what, source };
         control::install_handler().map_err(refused("installing the vCPU signal's handler"))?;
         for (id, fd) in (0u8..).zip(fds) {
@@ -162,7 +165,7 @@ impl Vm {
                 vcpu: Arc::clone(&fd),
                 control: Arc::clone(&self.control),
                 bus: Arc::clone(&self.bus),
-                events: sender.clone(),
+                reset: Arc::clone(&self.reset),
                 exits: Arc::clone(&exits),
             };
             let thread = std::thread::Builder::new()
@@ -187,6 +190,10 @@ impl Vm {
     /// [`BootError`], naming what is wrong with which file or size.
     pub fn boot(&self, spec: &BootSpec) -> Result<(), BootError> {
         let _life = self.paused().map_err(Box::new)?;
+        self.load(spec)
+    }
+
+    fn load(&self, spec: &BootSpec) -> Result<(), BootError> {
         let slots = self.bus.devices().mmio_slots();
         let entry = boot::load(
             spec,
@@ -213,6 +220,11 @@ impl Vm {
     /// [`VmError`]: the shapes differ, or KVM or a device refused a part.
     pub fn restore(&self, state: &MachineState) -> Result<(), VmError> {
         let _life = self.paused()?;
+        self.put(state, true)
+    }
+
+    /// `fresh`: into a machine in which nothing has run.
+    fn put(&self, state: &MachineState, fresh: bool) -> Result<(), VmError> {
         if state.ram != self.layout.ranges() {
             return Err(VmError::Shape(format!(
                 "memory {:?} instead of {:?}",
@@ -238,7 +250,7 @@ impl Vm {
         let mut clock = TscClock::default();
         for (id, (vcpu, saved)) in (0u8..).zip(self.vcpus.iter().zip(&vcpus)) {
             saved
-                .apply(&vcpu.fd(), &self.traits, &mut clock)
+                .apply(&vcpu.fd(), &self.traits, &mut clock, fresh)
                 .map_err(|source| VmError::Vcpu { id, source })?;
         }
         // After the local APICs: restoring the IOAPIC delivers what is pending in it.
@@ -248,9 +260,81 @@ impl Vm {
         Ok(())
     }
 
+    /// What the machine does from now on instead of ending. Without it a reset ends the guest's run, as anything else does.
+    pub fn restarts(&self, restart: Option<Restart>) {
+        self.reset.set(restart);
+    }
+
+    /// As the guest's own reset, but from outside: what runs in it is lost as by a power cut. Whoever hears
+    /// [`VmEvent::Reset`] has to follow with [`Vm::reset`]. False: nothing is known to boot, or the guest has ended.
+    pub fn press_reset(&self) -> bool {
+        self.reset.press()
+    }
+
+    /// Whether the guest's run is over.
+    pub fn has_ended(&self) -> bool {
+        self.control.ended()
+    }
+
+    /// Whether the guest waits for [`Vm::reset`].
+    pub fn waits_for_reset(&self) -> bool {
+        self.control.wants_reset()
+    }
+
+    /// Resets the machine if the guest waits for that, and boots it again: processors, interrupt controllers, timers and
+    /// devices are as at power-on, memory is as it was but for what is loaded. To be called after an event that
+    /// restarts it; a checkpoint that is captured before resets the machine first. If it cannot be booted again that is
+    /// [`VmEvent::Crashed`].
+    ///
+    /// # Errors
+    /// [`VmError::Stuck`] if a vCPU does not stop; the machine must then be given up.
+    pub fn reset(&self) -> Result<(), VmError> {
+        let mut life = self.life();
+        if !self.control.wants_reset() {
+            return Ok(());
+        }
+        let ran = *life == Life::Running;
+        self.halt(&mut life)?;
+        self.reset_now();
+        if ran {
+            self.go(&mut life);
+        }
+        Ok(())
+    }
+
+    /// The machine is paused and locked.
+    fn reset_now(&self) {
+        if let Err(why) = self.try_reset() {
+            let reason = format!("it cannot be booted again after its reset: {why}");
+            self.reset.ends(VmEvent::Crashed { vcpu: 0, reason });
+        }
+        self.control.reset_done();
+    }
+
+    fn try_reset(&self) -> Result<(), BootError> {
+        let Some(spec) = self.reset.boots() else {
+            return Err(BootError::Nothing);
+        };
+        // What the guest has asked of a disk must not happen after it has begun anew.
+        let deadline = Instant::now() + DRAIN;
+        while self.bus.devices().is_busy() {
+            if Instant::now() > deadline {
+                return Err(BootError::DiskBusy(DRAIN));
+            }
+            std::thread::sleep(DRAIN_POLL);
+        }
+        if let Some(PowerOn(state)) = &self.power_on {
+            self.put(state, false).map_err(Box::new)?;
+        }
+        self.load(&spec)
+    }
+
     /// Lets the machine run: first the devices, then the vCPUs. No effect if it runs, or if the guest has ended.
     pub fn resume(&self) {
-        let mut life = self.life();
+        self.go(&mut self.life());
+    }
+
+    fn go(&self, life: &mut Life) {
         if *life == Life::Running || self.control.ended() {
             return;
         }
@@ -265,7 +349,10 @@ impl Vm {
     /// # Errors
     /// [`VmError::Stuck`] if a vCPU does not stop; the machine must then be given up.
     pub fn pause(&self) -> Result<(), VmError> {
-        let mut life = self.life();
+        self.halt(&mut self.life())
+    }
+
+    fn halt(&self, life: &mut Life) -> Result<(), VmError> {
         if *life == Life::Paused {
             return Ok(());
         }
@@ -275,13 +362,17 @@ impl Vm {
         Ok(())
     }
 
-    /// The machine's state without its memory; only while paused. Harvest dirty pages afterwards: reading vCPU state
+    /// The machine's state without its memory; only while paused. If the guest waits to be reset it is reset first: there is
+    /// no checkpoint of a machine that waits for somebody to do so. Harvest dirty pages afterwards: reading vCPU state
     /// lets KVM write guest memory (steal time).
     ///
     /// # Errors
     /// [`VmError`]: not paused, the guest has ended, or KVM or a device refused a part.
     pub fn capture(&self) -> Result<MachineState, VmError> {
         let _life = self.paused()?;
+        if self.control.wants_reset() {
+            self.reset_now();
+        }
         if self.control.ended() {
             return Err(VmError::Ended);
         }

@@ -12,15 +12,20 @@ use diskbuf::{DiskSink, Mirror, OwnerDisk};
 use netbuf::{Cable, Gate, Watcher};
 use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
 use vmm::devices::NetSpec;
-use vmm::{BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Vm, VmEvent, VmSpec};
+use vmm::{
+    BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Restart, Vm, VmError, VmEvent, VmSpec,
+};
 
 use super::busy::once_free;
 use super::network;
 use super::proto::TapSpec;
-use crate::config::{VmConfig, parse_mac};
+use crate::config::{OnEnd, VmConfig, parse_mac};
 use crate::epoch::owner::Owner;
 use crate::epoch::queue::ShipQueue;
 use crate::fault::{self, Fault};
+
+/// A guest that has ended has nothing more to say after this long.
+const LAST_WORD: Duration = Duration::from_millis(100);
 
 /// Why a VM could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -241,6 +246,7 @@ impl Machine {
             serial_in,
         };
         let vm = Arc::new(Vm::new(spec, ram)?);
+        vm.restarts(restart(config));
         Ok(Self {
             vm,
             gates,
@@ -305,15 +311,26 @@ impl Machine {
         network::watch(self.cables.clone(), say)
     }
 
-    /// Waits until the guest ends; `None` if the machine is taken down first.
-    #[must_use]
-    pub fn wait_event(vm: &Vm) -> Option<VmEvent> {
+    /// Waits until the guest ends; `None` if the machine is taken down first. Whatever restarts it does so here, and
+    /// `restarted` hears of it.
+    ///
+    /// # Errors
+    /// [`VmError::Stuck`] if it cannot be stopped to be reset.
+    pub fn wait_end(vm: &Vm, restarted: impl Fn(&VmEvent)) -> Result<Option<VmEvent>, VmError> {
         loop {
-            match vm.events().recv_timeout(Duration::from_secs(3600)) {
-                Ok(event) => return Some(event),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return None,
+            let event = match vm.events().recv_timeout(Duration::from_secs(3600)) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            };
+            if vm.has_ended() {
+                // The end itself is what was said last.
+                let last = vm.events().recv_timeout(LAST_WORD);
+                return Ok(Some(last.unwrap_or(event)));
             }
+            // A checkpoint may have done so already.
+            vm.reset()?;
+            restarted(&event);
         }
     }
 
@@ -322,17 +339,31 @@ impl Machine {
     /// # Errors
     /// [`BuildError::Boot`] naming the file and what is wrong with it.
     pub fn boot(&self, config: &VmConfig) -> Result<(), BuildError> {
-        let kernel = if config.is_probe() {
-            KernelSource::Bytes(guest::IMAGE.to_vec())
-        } else {
-            KernelSource::Path(config.kernel.clone())
-        };
-        Ok(self.vm.boot(&BootSpec {
-            kernel,
-            initrd: config.initrd.clone(),
-            cmdline: config.cmdline.clone(),
-        })?)
+        Ok(self.vm.boot(&boot_spec(config))?)
     }
+}
+
+fn boot_spec(config: &VmConfig) -> BootSpec {
+    let kernel = if config.is_probe() {
+        KernelSource::Bytes(guest::IMAGE.to_vec())
+    } else {
+        KernelSource::Path(config.kernel.clone())
+    };
+    BootSpec {
+        kernel,
+        initrd: config.initrd.clone(),
+        cmdline: config.cmdline.clone(),
+    }
+}
+
+/// The files are read when the VM is reset: a kernel that was exchanged meanwhile is booted then.
+fn restart(config: &VmConfig) -> Option<Restart> {
+    Some(Restart {
+        spec: boot_spec(config),
+        on_reset: config.on_reboot == OnEnd::Restart,
+        on_crash: config.on_crash == OnEnd::Restart,
+        on_power_off: config.on_poweroff == OnEnd::Restart,
+    })
 }
 
 /// Opens the images that the configuration names.

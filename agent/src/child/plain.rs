@@ -107,7 +107,9 @@ pub fn run_plain(path: &Path) -> Result<(), PlainError> {
         RawTerminal(None)
     };
     machine.vm.resume();
-    match Machine::wait_event(&machine.vm) {
+    let said = |event: &VmEvent| tracing::info!("{event}: it boots again");
+    let ended = Machine::wait_end(&machine.vm, said).map_err(BuildError::from)?;
+    match ended {
         Some(VmEvent::Shutdown | VmEvent::Reset) | None => Ok(()),
         Some(VmEvent::Crashed { vcpu, reason }) => Err(PlainError::Crashed { vcpu, reason }),
     }

@@ -13,12 +13,12 @@ use vmm::VmEvent;
 use super::build::{BuildError, Machine, open_disks, open_images};
 use super::monotonic_us;
 use super::orphaned::Door;
-use super::protector::Protector;
+use super::protector::{self, Protector};
 use super::proto::{Activate, FromChild, GuestEnd, Owns, Role, Start, ToChild};
 pub use super::reporter::Reporter;
 use crate::config::{ConfigError, VmConfig};
 use crate::control::EventKind;
-use crate::epoch::owner::{EpochOptions, Owner};
+use crate::epoch::owner::{EpochOptions, Owner, OwnerParts};
 use crate::ipc::{self, IpcError};
 
 /// Between two reports of how an owner is doing.
@@ -122,7 +122,7 @@ impl Child {
         let owner = self.start_owner(&machine, Generation::ZERO, Epoch(1))?;
         machine.vm.resume();
         self.reporter.send(&FromChild::Ready);
-        let protector = self.protector(&machine, &owner);
+        let protector = self.protector(&owner);
         self.own(socket, &machine, &owner, protector, None)
     }
 
@@ -150,6 +150,7 @@ impl Child {
                 ToChild::Fence
                 | ToChild::HandOver
                 | ToChild::RunOn
+                | ToChild::Reset
                 | ToChild::Freeze
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
@@ -189,7 +190,7 @@ impl Child {
         let restored_us = monotonic_us();
         let open = activate.mark.epoch.next();
         let owner = self.start_owner(machine, view.generation, open)?;
-        let mut protector = self.protector(machine, &owner);
+        let mut protector = self.protector(&owner);
         if view.in_place() {
             protector
                 .resume_from(view.vm, view.generation, activate.mark)
@@ -226,37 +227,22 @@ impl Child {
         generation: Generation,
         open: Epoch,
     ) -> Result<Arc<Owner>, ChildError> {
-        let reporter = self.reporter.clone();
-        let owner = Owner::new(
-            machine.vm.clone(),
-            machine.gates.clone(),
-            machine.mirrors(),
-            machine.queue.clone(),
+        let owner = Owner::new(OwnerParts {
+            guest: machine.vm.clone(),
+            gates: machine.gates.clone(),
+            disks: machine.mirrors(),
+            queue: machine.queue.clone(),
             generation,
             open,
-            self.config.protect.max_in_flight as usize,
-            Box::new(move |generation, epoch, took, sync| {
-                reporter.send(&FromChild::Protected {
-                    generation,
-                    epoch,
-                    sync_ms: took.as_millis() as u64,
-                    sync: Some(sync),
-                });
-            }),
-        );
+            max_in_flight: self.config.protect.max_in_flight as usize,
+            on_event: protector::report(self.reporter.clone()),
+        });
         // The gates' backends learn of the owner here; before, nothing was held.
         let _ = machine.owner.set(owner.clone());
-        let options = self.options();
-        let (runner, reporter) = (owner.clone(), self.reporter.clone());
+        let (runner, options) = (owner.clone(), self.options());
         std::thread::Builder::new()
             .name("epochs".into())
-            .spawn(move || {
-                if let Err(e) = runner.run(options) {
-                    tracing::error!("epoch loop: {e}");
-                    runner.fence();
-                    reporter.send(&FromChild::Fatal(e.to_string()));
-                }
-            })?;
+            .spawn(move || runner.run(options))?;
         self.tell_figures(&owner)?;
         self.watch_guest(machine)?;
         Ok(owner)
@@ -289,7 +275,20 @@ impl Child {
         std::thread::Builder::new()
             .name("guest-events".into())
             .spawn(move || {
-                if let Some(event) = Machine::wait_event(&vm) {
+                let restarted = |event: &VmEvent| {
+                    let text = format!("{event}: it boots again, here");
+                    tracing::info!("{text}");
+                    let kind = EventKind::Rebooted;
+                    reporter.send(&FromChild::Said { kind, text });
+                };
+                let ended = match Machine::wait_end(&vm, restarted) {
+                    Ok(ended) => ended,
+                    Err(e) => {
+                        let why = format!("the guest cannot be reset: {e}");
+                        return reporter.send(&FromChild::GiveUp { why });
+                    }
+                };
+                if let Some(event) = ended {
                     let (end, how) = match event {
                         VmEvent::Shutdown => {
                             (GuestEnd::PoweredOff, "the guest has shut down".to_string())
@@ -309,18 +308,27 @@ impl Child {
         Ok(())
     }
 
+    /// Whoever waits for the guest's events does the rest.
+    fn press_reset(&self, vm: &vmm::Vm) {
+        if !vm.press_reset() {
+            self.reporter.send(&FromChild::Said {
+                kind: EventKind::Failed,
+                text: "its guest has ended, and cannot be reset: start the VM again".into(),
+            });
+        }
+    }
+
     fn inspect(&self, vm: &vmm::Vm) {
         let reports = vm.inspect().map_err(|e| e.to_string());
         self.reporter.send(&FromChild::Inspected(reports));
     }
 
-    fn protector(&self, machine: &Machine, owner: &Arc<Owner>) -> Protector {
+    fn protector(&self, owner: &Arc<Owner>) -> Protector {
         Protector::new(
             self.start.host.clone(),
             Duration::from_millis(self.start.heartbeat_ms),
             self.config.protect.lz4,
             owner.clone(),
-            machine.vm.clone(),
             self.reporter.clone(),
         )
     }
@@ -376,6 +384,7 @@ impl Child {
             ToChild::Fence => owner.fence(),
             ToChild::HandOver => protector.hand_over()?,
             ToChild::RunOn => owner.run_on(),
+            ToChild::Reset => self.press_reset(&machine.vm),
             ToChild::Freeze => owner.freeze(),
             ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
             ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {

@@ -1,6 +1,8 @@
 //! Connects an owner to its chain, configuration after configuration: the client that keeps what is not acknowledged,
 //! and the threads that ship, beat and receive acks.
 
+mod watch;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
@@ -8,14 +10,15 @@ use std::time::{Duration, Instant};
 
 use chain::{ChainClient, ClientError, ClientEvent, Connection, LossKind, Mark, View};
 use checkpoint::{Epoch, Generation, HostId, VmId};
-use vmm::Vm;
 
 use super::protected::Reporter;
 use super::proto::FromChild;
-use crate::epoch::owner::{Begin, Owner};
+use crate::control::EventKind;
+use crate::epoch::owner::{OnEvent, Owner, OwnerError, OwnerEvent};
 use crate::epoch::queue::Blocks;
-use crate::epoch::ship::{Link, Shipper};
+use crate::epoch::ship::{Link, ShipError, Shipper};
 use crate::epoch::staging::{RamView, Shadow, StagingError};
+use watch::{Seen, Watch};
 
 /// How long a chain that begins anew may take to come up: its replicas create images, mirrors and standbys first.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
@@ -23,8 +26,6 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
 const GO_ON_PATIENCE: Duration = Duration::from_secs(5);
 /// Between attempts.
 const RETRY: Duration = Duration::from_millis(5);
-/// A commit that takes longer makes the agent look whether all replicas still answer.
-const COMMIT_PATIENCE: Duration = Duration::from_millis(150);
 
 /// Keeps an owner's connection to the chain of the newest configuration.
 pub struct Protector {
@@ -32,12 +33,21 @@ pub struct Protector {
     heartbeat: Duration,
     lz4: bool,
     owner: Arc<Owner>,
-    vm: Arc<Vm>,
     reporter: Reporter,
     /// The newest configuration; attempts to connect to an older one end.
     newest: Arc<AtomicU64>,
     /// What is being sent, while there is a chain.
-    client: Option<Arc<ChainClient>>,
+    sending: Option<Sending>,
+}
+
+/// Checkpoints on their way to a chain, from its beginning on, through the configurations in which it goes on in place.
+#[derive(Clone)]
+struct Sending {
+    client: Arc<ChainClient>,
+    /// Of the queue.
+    session: u64,
+    /// The newest of these configurations.
+    generation: Arc<AtomicU64>,
 }
 
 impl Protector {
@@ -48,7 +58,6 @@ impl Protector {
         heartbeat: Duration,
         lz4: bool,
         owner: Arc<Owner>,
-        vm: Arc<Vm>,
         reporter: Reporter,
     ) -> Self {
         Self {
@@ -56,10 +65,9 @@ impl Protector {
             heartbeat,
             lz4,
             owner,
-            vm,
             reporter,
             newest: Arc::default(),
-            client: None,
+            sending: None,
         }
     }
 
@@ -74,24 +82,29 @@ impl Protector {
         generation: Generation,
         base: Mark,
     ) -> Result<(), String> {
-        let client = Arc::new(ChainClient::new(
-            vm,
-            self.host.clone(),
-            generation,
-            Some(base),
-            self.keeps(),
-        ));
-        let shadow = Shadow::unknown(&RamView::new(self.vm.memory())).map_err(text)?;
-        let session = self.owner.queue().new_session();
-        self.owner.hold();
-        self.ship(&client, shadow, session, false)?;
-        self.client = Some(client);
+        let keeps = self.keeps();
+        let client = ChainClient::new(vm, self.host.clone(), generation, Some(base), keeps);
+        let shadow = Shadow::unknown(&RamView::new(self.owner.guest().memory())).map_err(text)?;
+        let sending = self.sending(client, generation);
+        self.owner.hold(sending.session);
+        let shipper = shipper(&self.owner, &sending, shadow, self.lz4, false);
+        ship(shipper, &sending, None, &self.owner, &self.reporter)?;
+        self.sending = Some(sending);
         Ok(())
+    }
+
+    fn sending(&self, client: ChainClient, generation: Generation) -> Sending {
+        Sending {
+            client: Arc::new(client),
+            session: self.owner.queue().new_session(),
+            generation: Arc::new(AtomicU64::new(generation.0)),
+        }
     }
 
     /// Bytes that may wait for acknowledgements.
     fn keeps(&self) -> usize {
-        chain::owner_keeps(RamView::new(self.vm.memory()).bytes() as u64)
+        let ram = RamView::new(self.owner.guest().memory());
+        chain::owner_keeps(ram.bytes() as u64)
     }
 
     /// Follows `view`: with an empty chain, output flows. A chain that goes on in place is connected to and sent what it
@@ -102,37 +115,47 @@ impl Protector {
         }
         self.newest.store(view.generation.0, Ordering::Release);
         if view.chain.is_empty() {
-            if let Some(client) = self.client.take() {
-                client.close();
-            }
+            // First, so that the shipper's end is no failure.
             self.owner.queue().new_session();
+            if let Some(old) = self.sending.take() {
+                old.client.close();
+            }
             self.owner.unprotect(view.generation);
             return;
         }
-        let attempt = match (&self.client, view.in_place()) {
-            (Some(client), true) => {
-                self.owner.go_on(view.generation);
-                self.attempt(client.clone(), view, None)
+        let generation = view.generation;
+        let (sending, anew) = match &self.sending {
+            Some(sending) if view.in_place() => {
+                sending.generation.store(generation.0, Ordering::Release);
+                self.owner.go_on(generation);
+                (sending.clone(), false)
             }
             _ => {
-                let session = self.owner.queue().new_session();
                 let (host, keeps) = (self.host.clone(), self.keeps());
-                let client = ChainClient::new(view.vm, host, view.generation, None, keeps);
-                let client = Arc::new(client);
+                let client = ChainClient::new(view.vm, host, generation, None, keeps);
+                let sending = self.sending(client, generation);
                 // What waits for acknowledgements of the chain before has nothing to wait for any more.
-                if let Some(old) = self.client.replace(client.clone()) {
-                    old.close();
+                if let Some(old) = &self.sending {
+                    old.client.close();
                 }
-                self.attempt(client, view, Some(session))
+                (sending, true)
             }
         };
+        self.sending = Some(sending.clone());
+        let attempt = Attempt {
+            heartbeat: self.heartbeat,
+            lz4: self.lz4,
+            owner: self.owner.clone(),
+            reporter: self.reporter.clone(),
+            newest: self.newest.clone(),
+            sending,
+            view,
+            anew,
+        };
         // Connecting waits for the replicas; the agent's orders must be heard meanwhile.
-        let spawned = std::thread::Builder::new()
-            .name("protect".into())
-            .spawn(move || attempt.run());
-        if let Err(e) = spawned {
-            self.reporter
-                .send(&FromChild::Fatal(format!("starting a thread: {e}")));
+        let (owner, reporter) = (self.owner.clone(), self.reporter.clone());
+        if let Err(why) = spawn("protect", move || attempt.run()) {
+            cannot(&owner, &reporter, generation, why, anew);
         }
     }
 
@@ -145,7 +168,7 @@ impl Protector {
     /// Whether there is a chain, of which a replica may take over.
     #[must_use]
     pub fn has_chain(&self) -> bool {
-        self.client.is_some()
+        self.sending.is_some()
     }
 
     /// Stops the guest at the end of an epoch; once that is committed, the head is asked to take over.
@@ -155,12 +178,12 @@ impl Protector {
     pub fn hand_over(&self) -> std::io::Result<()> {
         let (sender, stopped) = channel();
         self.owner.quiesce(sender);
-        let (client, reporter) = (self.client.clone(), self.reporter.clone());
+        let (sending, reporter) = (self.sending.clone(), self.reporter.clone());
         std::thread::Builder::new()
             .name("hand-over".into())
             .spawn(move || {
                 let Ok(epoch) = stopped.recv() else { return };
-                match client.map(|client| client.yield_at(epoch)) {
+                match sending.map(|sending| sending.client.yield_at(epoch)) {
                     Some(Ok(())) => reporter.send(&FromChild::HandedOver { epoch }),
                     Some(Err(e)) => tracing::warn!("handing over: {e}"),
                     None => {}
@@ -168,30 +191,42 @@ impl Protector {
             })
             .map(drop)
     }
+}
 
-    fn attempt(&self, client: Arc<ChainClient>, view: View, anew: Option<u64>) -> Attempt {
-        Attempt {
-            heartbeat: self.heartbeat,
-            lz4: self.lz4,
-            owner: self.owner.clone(),
-            vm: self.vm.clone(),
-            reporter: self.reporter.clone(),
-            newest: self.newest.clone(),
-            client,
-            view,
-            anew,
+/// Turns what an owner says into reports to the agent.
+pub fn report(reporter: Reporter) -> OnEvent {
+    Box::new(move |event| match event {
+        OwnerEvent::Protected {
+            generation,
+            epoch,
+            took,
+            sync,
+        } => reporter.send(&FromChild::Protected {
+            generation,
+            epoch,
+            sync_ms: took.as_millis() as u64,
+            sync: Some(sync),
+        }),
+        OwnerEvent::AttemptFailed { generation, error } => {
+            let why = error.to_string();
+            if matches!(error, OwnerError::Disk { .. }) {
+                reporter.send(&FromChild::Said {
+                    kind: EventKind::DiskTrouble,
+                    text: format!("not protected: {why}"),
+                });
+            }
+            reporter.send(&FromChild::AttemptFailed { generation, why });
         }
-    }
+        OwnerEvent::GaveUp { why } => reporter.send(&FromChild::GiveUp { why }),
+    })
+}
 
-    fn ship(
-        &self,
-        client: &Arc<ChainClient>,
-        shadow: Shadow,
-        session: u64,
-        first: bool,
-    ) -> Result<(), String> {
-        let shipper = shipper(&self.owner, client, shadow, self.lz4, first);
-        ship(shipper, session, &self.reporter, self.newest.clone())
+/// Something of this host's own keeps it from following a configuration: a thread cannot be started, say.
+fn cannot(owner: &Owner, reporter: &Reporter, generation: Generation, why: String, anew: bool) {
+    match anew {
+        true => reporter.send(&FromChild::AttemptFailed { generation, why }),
+        // Its output is held, and nobody would ever let it out.
+        false => owner.give_up(why),
     }
 }
 
@@ -201,35 +236,68 @@ fn text(e: StagingError) -> String {
 
 fn shipper(
     owner: &Arc<Owner>,
-    client: &Arc<ChainClient>,
+    sending: &Sending,
     shadow: Shadow,
     lz4: bool,
     first: bool,
 ) -> Shipper {
     let link = Arc::new(ClientLink {
-        client: client.clone(),
+        client: sending.client.clone(),
     });
-    Shipper::new(owner.queue(), link, shadow, lz4, first, owner.recorder())
+    Shipper::new(owner.queue(), link, shadow, lz4, first, owner.measures())
 }
 
-/// Ships until the session is over.
+/// Ships until the session is over. `head` is blamed if a chain that begins cannot be sent to.
 fn ship(
     mut shipper: Shipper,
-    session: u64,
+    sending: &Sending,
+    head: Option<HostId>,
+    owner: &Arc<Owner>,
     reporter: &Reporter,
-    newest: Arc<AtomicU64>,
 ) -> Result<(), String> {
-    let reporter = reporter.clone();
+    let (session, newest) = (sending.session, sending.generation.clone());
+    let (owner, reporter) = (owner.clone(), reporter.clone());
     spawn("ship", move || {
-        if let Err(e) = shipper.run(session) {
-            reporter.send(&FromChild::ChainLost {
-                generation: Generation(newest.load(Ordering::Acquire)),
-                host: None,
-                why: e.to_string(),
-                unfit: true,
-            });
+        let Err(error) = shipper.run(session) else {
+            return;
+        };
+        if !owner.queue().is_current(session) {
+            return;
         }
+        // Of its own chain: a newer one that begins has another.
+        let generation = Generation(newest.load(Ordering::Acquire));
+        shipping_failed(&owner, &reporter, generation, head, &error);
+        owner.queue().end_session(session);
     })
+}
+
+/// A chain that is slow makes the shipper wait; this is a chain that cannot be sent to, or a mistake of this host's.
+fn shipping_failed(
+    owner: &Owner,
+    reporter: &Reporter,
+    generation: Generation,
+    head: Option<HostId>,
+    error: &ShipError,
+) {
+    let why = error.to_string();
+    if owner.is_current(generation) && owner.is_protected() {
+        return owner.give_up(why);
+    }
+    owner.abandon(generation);
+    match error {
+        ShipError::Link(_) => lost(
+            reporter,
+            generation,
+            Trouble {
+                unfit: head.is_none(),
+                host: head,
+                why,
+            },
+        ),
+        ShipError::Staging(_) | ShipError::Machine(_) => {
+            reporter.send(&FromChild::AttemptFailed { generation, why });
+        }
+    }
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), String> {
@@ -245,13 +313,12 @@ struct Attempt {
     heartbeat: Duration,
     lz4: bool,
     owner: Arc<Owner>,
-    vm: Arc<Vm>,
     reporter: Reporter,
     newest: Arc<AtomicU64>,
-    client: Arc<ChainClient>,
+    sending: Sending,
     view: View,
-    /// The chain begins anew, in this session of the queue.
-    anew: Option<u64>,
+    /// The chain begins anew.
+    anew: bool,
 }
 
 /// Why a chain could not be used.
@@ -272,34 +339,70 @@ impl From<String> for Trouble {
     }
 }
 
+/// Why a configuration could not be followed.
+enum Failure {
+    /// The chain.
+    Chain(Trouble),
+    /// This host.
+    Own(String),
+}
+
+impl From<Trouble> for Failure {
+    fn from(trouble: Trouble) -> Self {
+        Self::Chain(trouble)
+    }
+}
+
 impl Attempt {
     fn run(self) {
-        if let Err(trouble) = self.connect() {
-            self.lost(trouble);
+        let generation = self.view.generation;
+        match self.connect() {
+            Ok(()) => {}
+            Err(Failure::Chain(trouble)) => lost(&self.reporter, generation, trouble),
+            Err(Failure::Own(why)) => {
+                cannot(&self.owner, &self.reporter, generation, why, self.anew);
+            }
         }
     }
 
-    fn lost(&self, trouble: Trouble) {
-        lost(&self.reporter, self.view.generation, trouble);
+    fn connect(&self) -> Result<(), Failure> {
+        let begun = Instant::now();
+        let Some(connection) = self.reach(begun)? else {
+            return Ok(());
+        };
+        self.listen(&connection).map_err(Failure::Own)?;
+        if self.anew {
+            self.begin().map_err(Failure::Own)?;
+        } else if !self.owner.begins() {
+            // One that begins is protected with its first checkpoint that counts; a resumed one, whose loop may not have
+            // begun yet, is held from its first instruction on.
+            self.reporter.send(&FromChild::Protected {
+                generation: self.view.generation,
+                epoch: self.owner.committed(),
+                sync_ms: begun.elapsed().as_millis() as u64,
+                sync: None,
+            });
+        }
+        Ok(())
     }
 
-    fn connect(&self) -> Result<(), Trouble> {
-        let begun = Instant::now();
+    /// Connects to the chain, trying again while its replicas are not ready. `None`: a newer configuration is in force.
+    fn reach(&self, begun: Instant) -> Result<Option<Arc<Connection>>, Trouble> {
         let patience = match self.anew {
-            Some(_) => CONNECT_PATIENCE,
-            None => GO_ON_PATIENCE,
+            true => CONNECT_PATIENCE,
+            false => GO_ON_PATIENCE,
         };
         let deadline = begun + patience;
-        let connection = loop {
+        loop {
             if self.newest.load(Ordering::Acquire) != self.view.generation.0 {
-                return Ok(());
+                return Ok(None);
             }
-            match self.client.connect(&self.view) {
-                Ok(connection) => break connection,
+            match self.sending.client.connect(&self.view) {
+                Ok(connection) => return Ok(Some(connection)),
                 Err(e @ ClientError::Refused { generation, .. }) => {
                     tracing::debug!("{e}");
                     self.reporter.send(&FromChild::Refused { generation });
-                    return Ok(());
+                    return Ok(None);
                 }
                 Err(ClientError::Unfit { ref host, .. }) if Instant::now() >= deadline => {
                     return Err(Trouble {
@@ -323,33 +426,35 @@ impl Attempt {
                     std::thread::sleep(RETRY);
                 }
             }
-        };
-        self.listen(&connection)?;
-        match self.anew {
-            Some(session) => {
-                let shadow = Shadow::new(&RamView::new(self.vm.memory())).map_err(text)?;
-                let shipper = shipper(&self.owner, &self.client, shadow, self.lz4, true);
-                ship(shipper, session, &self.reporter, self.newest.clone())?;
-                self.owner.begin(Begin {
-                    generation: self.view.generation,
-                });
-            }
-            None => self.reporter.send(&FromChild::Protected {
-                generation: self.view.generation,
-                epoch: self.owner.committed(),
-                sync_ms: begun.elapsed().as_millis() as u64,
-                sync: None,
-            }),
         }
+    }
+
+    fn head(&self) -> Option<HostId> {
+        self.view.chain.first().map(|member| member.host.clone())
+    }
+
+    fn begin(&self) -> Result<(), String> {
+        let view = RamView::new(self.owner.guest().memory());
+        let shadow = Shadow::new(&view).map_err(text)?;
+        let shipper = shipper(&self.owner, &self.sending, shadow, self.lz4, true);
+        ship(
+            shipper,
+            &self.sending,
+            self.head(),
+            &self.owner,
+            &self.reporter,
+        )?;
+        self.owner.begin(self.view.generation, self.sending.session);
         Ok(())
     }
 
     /// Starts the threads that beat and that hear what the chain says.
-    fn listen(&self, connection: &Arc<Connection>) -> Result<(), Trouble> {
+    fn listen(&self, connection: &Arc<Connection>) -> Result<(), String> {
         spawn("heartbeat", {
             let (connection, owner) = (connection.clone(), self.owner.clone());
             let (reporter, heartbeat) = (self.reporter.clone(), self.heartbeat);
-            move || beat(&connection, &owner, &reporter, heartbeat)
+            let watch = Watch::new(self.head(), self.view.chain.len());
+            move || beat(&connection, &owner, &reporter, heartbeat, watch)
         })?;
         spawn("acks", {
             let (connection, owner) = (connection.clone(), self.owner.clone());
@@ -361,8 +466,7 @@ impl Attempt {
                     }
                 }
             }
-        })?;
-        Ok(())
+        })
     }
 }
 
@@ -375,18 +479,29 @@ fn lost(reporter: &Reporter, generation: Generation, trouble: Trouble) {
     });
 }
 
-fn beat(connection: &Connection, owner: &Owner, reporter: &Reporter, heartbeat: Duration) {
+/// Tells the chain that the owner lives, until it does not, and watches whether the chain moves.
+fn beat(
+    connection: &Connection,
+    owner: &Owner,
+    reporter: &Reporter,
+    heartbeat: Duration,
+    mut watch: Watch,
+) {
     chain::urgent_thread();
-    let mut reported = Instant::now();
-    while connection.heartbeat().is_ok() {
+    let began = Instant::now();
+    while !owner.gave_up() && connection.heartbeat().is_ok() {
         std::thread::sleep(heartbeat);
-        // A backup that lost power closes no connection: only the missing commits show it.
-        if let Some(waited) = owner.waiting_for_commit().filter(|w| *w > COMMIT_PATIENCE)
-            && reported.elapsed() > COMMIT_PATIENCE
-        {
-            reported = Instant::now();
-            let why = format!("no commit for {} ms", waited.as_millis());
-            lost(reporter, connection.generation(), why.into());
+        // The watch belongs to this configuration only.
+        if !owner.is_current(connection.generation()) {
+            continue;
+        }
+        let seen = Seen {
+            begins: owner.begins(),
+            waiting: owner.waiting_for_commit(),
+            stuck: owner.stuck_for(),
+        };
+        if let Some(trouble) = watch.look(began.elapsed(), &seen) {
+            lost(reporter, connection.generation(), trouble);
         }
     }
 }
@@ -396,8 +511,8 @@ fn hear(event: ClientEvent, owner: &Owner, reporter: &Reporter) -> bool {
     match event {
         ClientEvent::Ack { epoch, generation } => {
             if let Err(e) = owner.ack(generation, epoch) {
-                reporter.send(&FromChild::Fatal(e.to_string()));
-                owner.fence();
+                owner.give_up(e.to_string());
+                return false;
             }
         }
         ClientEvent::Compared {

@@ -71,6 +71,8 @@ pub enum ToChild {
     Freeze,
     /// Nobody has taken it over: run on.
     RunOn,
+    /// Press the guest's reset button.
+    Reset,
     /// Another host owns the VM: stop for good, drop what is held.
     Fence,
     /// Bench only: harvest the dirty log every `ms` without copying or sending (0: stop).
@@ -174,6 +176,15 @@ pub enum FromChild {
         why: String,
         /// It cannot go on from what it holds; without a host named, the whole chain has to begin anew.
         unfit: bool,
+    },
+    /// A chain that begins anew in this configuration cannot be completed, for a cause of this host's (an unreadable disk, say)
+    /// and not of the replicas'. Output flows as before, and nothing is sent to the chain: to be tried again later, in another
+    /// configuration.
+    AttemptFailed {
+        /// The configuration.
+        generation: Generation,
+        /// Why, in words; names the disk and the place if it was one.
+        why: String,
     },
     /// The replica that is joining has everything.
     JoinerReady {

@@ -46,9 +46,28 @@ pub struct VmConfig {
     /// Where the serial console's output goes: a file (appended), or standard output when absent in plain mode.
     #[serde(default)]
     pub console: Option<PathBuf>,
+    /// When the guest resets itself.
+    #[serde(default = "restart")]
+    pub on_reboot: OnEnd,
+    /// When the guest crashes: a vCPU cannot go on.
+    #[serde(default = "stop")]
+    pub on_crash: OnEnd,
+    /// When the guest switches itself off.
+    #[serde(default = "stop")]
+    pub on_poweroff: OnEnd,
     /// How the VM is protected.
     #[serde(default)]
     pub protect: ProtectConfig,
+}
+
+/// What becomes of a VM whose guest does something to itself. (libvirt's elements of the same names.)
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum OnEnd {
+    /// It is reset and boots again, on the same host, in the same process, with the same backups.
+    Restart,
+    /// It stops. After a power-off it is off; after a reset or a crash it stays with its host, for somebody to look at.
+    Stop,
 }
 
 /// One network card.
@@ -160,6 +179,12 @@ impl Default for ProtectConfig {
     }
 }
 
+fn restart() -> OnEnd {
+    OnEnd::Restart
+}
+fn stop() -> OnEnd {
+    OnEnd::Stop
+}
 fn one() -> u8 {
     1
 }

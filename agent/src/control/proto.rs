@@ -37,6 +37,11 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// A VM that runs on this host is reset and boots again, in place.
+    Reset {
+        /// The VM.
+        vm: String,
+    },
     /// What this host knows of its VMs.
     Status,
     /// A VM's epoch figures since the last such request.

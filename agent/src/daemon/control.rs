@@ -90,6 +90,7 @@ impl Service {
             }
             Request::StartAgain { vm } => drop(self.order(&vm, Order::Start)?),
             Request::Delete { vm } => drop(self.order(&vm, Order::Delete)?),
+            Request::Reset { vm } => self.tell(&vm, &ToChild::Reset)?,
             Request::Status => {
                 let mut all = status::status(&self.env, &self.table);
                 all.extend(self.clones.status());

@@ -428,6 +428,9 @@ impl Runner {
                 unfit,
                 why,
             }),
+            Some(FromChild::AttemptFailed { generation, why }) => {
+                Report::AttemptFailed { generation, why }
+            }
             Some(FromChild::JoinerReady { generation }) => Report::JoinerReady { generation },
             Some(FromChild::HandedOver { epoch }) => Report::HandedOver { epoch },
             Some(FromChild::GuestEnded { end, how }) => Report::Ended { end, how },

@@ -23,9 +23,7 @@ use crate::host::{Health, Loss, Refusal};
 
 /// A host that does not answer for this long is lost.
 const ANSWER_PATIENCE: Duration = Duration::from_millis(250);
-/// A replica that has one frame in hand for this many milliseconds is lost: commits wait for it.
-const STUCK_MS: u64 = 1000;
-/// The same as the first, for the head that a new owner's output waits for.
+/// The same, for the head that a new owner's output waits for.
 const HEAD_PATIENCE: Duration = Duration::from_millis(200);
 /// How long the replicas that are left may take to hear of a takeover and to connect to each other.
 const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
@@ -48,10 +46,6 @@ pub(super) fn probe(env: &Env, view: &View, members: &[Member]) -> Vec<(HostId, 
         match chain::probe(member, vm, generation, &env.host, ANSWER_PATIENCE) {
             Err(e) => Health::Silent(e.to_string()),
             Ok(alive) => match alive.replica {
-                Some(replica) if replica.busy_ms >= STUCK_MS => Health::Silent(format!(
-                    "{} has been handling one piece of a checkpoint for {} ms: its storage hangs, most likely",
-                    member.host, replica.busy_ms
-                )),
                 Some(Progress {
                     failed: Some(why), ..
                 }) => Health::Declines(format!("its replica has failed: {why}")),
@@ -59,6 +53,7 @@ pub(super) fn probe(env: &Env, view: &View, members: &[Member]) -> Vec<(HostId, 
                     declined: Some(why),
                     ..
                 }) => Health::Declines(format!("cannot stand by: {why}")),
+                Some(Progress { busy_ms, .. }) if busy_ms > 0 => Health::Busy(busy_ms),
                 _ => Health::Answers,
             },
         }

@@ -103,7 +103,10 @@ fn owner_state(summary: &Summary, figures: &Figures) -> String {
         (Some(trouble), _) => format!("Not protected: {trouble}"),
         (None, true) => match &view.joining {
             Some(joining) => format!("Protected; {} is joining", joining.host),
-            None if summary.lacking.is_empty() => "Protected".into(),
+            None if summary.lacking.is_empty() => match &figures.throttled {
+                Some(throttled) => format!("Protected, {}", throttled.text()),
+                None => "Protected".into(),
+            },
             None => format!(
                 "Degraded: protected by {} of {} backups; {}",
                 view.chain.len(),

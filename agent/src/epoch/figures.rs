@@ -19,6 +19,46 @@ pub struct Figures {
     pub held_p99_us: u64,
     /// How far the first synchronisation of a chain is, during it.
     pub sync: Option<SyncFigures>,
+    /// The guest writes more than the chain takes, and waits for it. It is protected all the same.
+    #[serde(default)]
+    pub throttled: Option<Throttled>,
+}
+
+/// How much a guest waits for its chain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Throttled {
+    /// Of so many milliseconds,
+    pub window_ms: u64,
+    /// for so many a checkpoint that was due could not be captured,
+    pub waited_ms: u64,
+    /// and for so many of these the guest's vCPUs stood still.
+    pub vcpus_ms: u64,
+    /// Bytes queued or sent and not acknowledged.
+    pub unacknowledged: u64,
+    /// Bytes that the chain took per second, encoded.
+    pub bytes_per_second: u64,
+}
+
+impl Throttled {
+    /// Percent of the time that checkpoints waited.
+    #[must_use]
+    pub fn percent(&self) -> u64 {
+        (self.waited_ms * 100 / self.window_ms.max(1)).min(100)
+    }
+
+    /// In words, to follow `Protected, `.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        format!(
+            "slow: the chain takes {:.1} MiB/s, the guest writes more ({:.0} MiB are not acknowledged; checkpoints waited \
+             for {} % of the last {} s)",
+            mib(self.bytes_per_second),
+            mib(self.unacknowledged),
+            self.percent(),
+            self.window_ms / 1000
+        )
+    }
 }
 
 /// How far a first synchronisation is, in bytes. Memory that changes meanwhile is sent again, and not counted again.
@@ -109,6 +149,22 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn c8_a_slow_chain_is_a_state_with_a_reason() {
+        let throttled = Throttled {
+            window_ms: 10_000,
+            waited_ms: 8500,
+            vcpus_ms: 100,
+            unacknowledged: 300 << 20,
+            bytes_per_second: 75 << 20,
+        };
+        assert_eq!(
+            throttled.text(),
+            "slow: the chain takes 75.0 MiB/s, the guest writes more (300 MiB are not acknowledged; checkpoints waited for \
+             85 % of the last 10 s)"
+        );
+    }
 
     #[test]
     fn percent_is_of_disks_and_memory_together() {

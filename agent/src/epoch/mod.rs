@@ -1,11 +1,13 @@
 //! The owner's side of protection: epochs of a running VM are captured, shipped to the chain and, once committed, their
 //! output is let out.
 //!
-//! [`pipeline`] decides (a plain state machine); [`owner`] runs the epoch loop; [`queue`] carries staged epochs and
+//! [`pipeline`] decides (a plain state machine); [`owner`] runs the epoch loop over a [`guest`]; [`queue`] carries staged epochs and
 //! disk writes to the shipping thread ([`ship`]); [`staging`] copies dirty pages while the guest is paused and keeps
 //! the shadow that deltas are computed against.
 
 pub mod figures;
+pub mod guest;
+mod meter;
 pub mod owner;
 pub mod pipeline;
 pub mod queue;
@@ -13,4 +15,4 @@ pub mod ship;
 pub mod staging;
 mod stats;
 
-pub use stats::{EpochStats, Percentiles, Recorder, Series};
+pub use stats::{EpochStats, Measures, Percentiles, Recorder, Series};

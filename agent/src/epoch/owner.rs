@@ -4,27 +4,36 @@
 mod capture;
 mod commit;
 mod disks;
+mod orders;
+mod run;
 mod sync;
+#[cfg(test)]
+mod tests;
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use checkpoint::{Epoch, Generation, PageBitmap};
+use checkpoint::{Epoch, Generation};
 use netbuf::Gate;
-use vmm::Vm;
 
 use super::figures::{Figures, Progress, SyncFigures};
+use super::guest::{CaptureError, Guest};
 use super::pipeline::{Action, Mode, Pipeline};
 use super::queue::ShipQueue;
 use super::staging::{RamView, StagingError};
-use super::stats::{EpochStats, Recorder};
+use super::stats::{EpochStats, Measures};
 use crate::fault::{self, Fault};
 use disks::Answers;
+use orders::Order;
 
-/// Nothing happens by itself.
-const FOREVER: Duration = Duration::from_secs(3600);
+/// Pages queued to the chain take at most this part of the VM's RAM,
+const QUEUED_SHARE: u64 = 2;
+/// but so many bytes are always allowed. What finds no room waits in the guest.
+const QUEUED_MIN: u64 = 64 << 20;
+
 /// Lengths of epochs and bounds.
 #[derive(Clone, Copy, Debug)]
 pub struct EpochOptions {
@@ -36,20 +45,25 @@ pub struct EpochOptions {
     pub max_in_flight: usize,
 }
 
-/// Why the epoch loop ended.
+/// What the epoch loop could not do.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnerError {
     /// The VM could not be paused, captured or resumed.
     #[error("virtual machine: {0}")]
     Vm(String),
+    /// The guest has switched itself off, or crashed. What follows from that others decide.
+    #[error("the guest has ended")]
+    Ended,
     /// Guest memory could not be copied.
     #[error(transparent)]
     Staging(#[from] StagingError),
     /// A disk could not be read for its initial copy.
-    #[error("disk {index}: initial copy: {source}")]
+    #[error("disk {index} cannot be read at byte {offset} for the backups' copy of it: {source}")]
     Disk {
         /// Which.
         index: usize,
+        /// Where, in bytes.
+        offset: u64,
         /// Why.
         source: std::io::Error,
     },
@@ -58,93 +72,134 @@ pub enum OwnerError {
     Output(String),
 }
 
-/// What a thread of the VM process tells the epoch loop.
-#[derive(Debug, Default)]
-struct Signals {
-    begin: Option<Begin>,
-    begin_held: bool,
-    unprotect: Option<Generation>,
-    harvest_only: Option<Duration>,
-    options: Option<EpochOptions>,
-    quiesce: Option<Sender<Epoch>>,
-    go_on: bool,
-    freeze: bool,
-    stop: bool,
+impl From<CaptureError> for OwnerError {
+    fn from(error: CaptureError) -> Self {
+        match error {
+            CaptureError::Ended => Self::Ended,
+            CaptureError::Failed(why) => Self::Vm(why),
+        }
+    }
 }
 
-/// A configuration to protect by; the link's shipper runs already.
-#[derive(Debug, Clone, Copy)]
-pub struct Begin {
-    /// Its generation.
+/// What an owner reports, unasked.
+#[derive(Debug)]
+pub enum OwnerEvent {
+    /// The first checkpoint that the chain may resume the VM from is committed.
+    Protected {
+        /// The configuration.
+        generation: Generation,
+        /// That checkpoint.
+        epoch: Epoch,
+        /// Since the synchronisation began.
+        took: Duration,
+        /// What it came to.
+        sync: SyncFigures,
+    },
+    /// The chain that begins cannot be completed, for a cause of this host's. Output flows as before.
+    AttemptFailed {
+        /// The configuration.
+        generation: Generation,
+        /// The cause.
+        error: OwnerError,
+    },
+    /// A protected VM cannot be kept running here. It stands still, its output stays held, and heartbeats end, so that a
+    /// backup resumes it.
+    GaveUp {
+        /// Why.
+        why: String,
+    },
+}
+
+/// Hears of them.
+pub type OnEvent = Box<dyn Fn(OwnerEvent) + Send + Sync>;
+
+/// What an owner is made of.
+pub struct OwnerParts {
+    /// The virtual machine.
+    pub guest: Arc<dyn Guest>,
+    /// One gate per network card.
+    pub gates: Vec<Arc<Gate>>,
+    /// Its disks, in order.
+    pub disks: Vec<Arc<diskbuf::Mirror>>,
+    /// To the shipping thread.
+    pub queue: Arc<ShipQueue>,
+    /// The configuration's.
     pub generation: Generation,
+    /// The next checkpoint.
+    pub open: Epoch,
+    /// Checkpoints under way at most.
+    pub max_in_flight: usize,
+    /// Where reports go.
+    pub on_event: OnEvent,
 }
 
-/// Called when the first checkpoint of a configuration is committed.
-pub type OnProtected = Box<dyn Fn(Generation, Epoch, Duration, SyncFigures) + Send + Sync>;
+/// When things happened, for figures and for who waits.
+#[derive(Debug)]
+struct Book {
+    measured_since: Instant,
+    captured_at: VecDeque<(Epoch, Instant)>,
+    /// While a chain begins, since when.
+    sync_since: Option<Instant>,
+    last_commit: Option<Instant>,
+}
 
-/// Shared between the epoch loop and its feeders.
+/// Shared between the epoch loop and its feeders. Locks are taken in this order: pipeline, then one of the others.
 pub struct Owner {
-    vm: Arc<Vm>,
+    guest: Arc<dyn Guest>,
     gates: Vec<Arc<Gate>>,
     disks: Vec<Arc<diskbuf::Mirror>>,
     queue: Arc<ShipQueue>,
     pipeline: Mutex<Pipeline>,
     changed: Condvar,
-    signals: Mutex<Signals>,
+    orders: Mutex<VecDeque<Order>>,
     output_waiting: AtomicBool,
-    recorder: Arc<Mutex<Recorder>>,
-    measured_since: Mutex<Instant>,
-    captured_at: Mutex<std::collections::VecDeque<(Epoch, Instant)>>,
-    sync_started: Mutex<Option<(Epoch, Instant)>>,
+    gave_up: AtomicBool,
+    measures: Arc<Measures>,
+    book: Mutex<Book>,
     progress: Progress,
     answers: Answers,
-    last_commit: Mutex<Option<Instant>>,
-    on_protected: OnProtected,
+    on_event: OnEvent,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Panics abort this process (see `child::run`), so a poisoned lock can only be seen in unit tests.
+    // Panics abort this process (see `child::protected`), so a poisoned lock can only be seen in unit tests.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Owner {
-    /// An owner in `generation` whose next checkpoint is `open`.
+    /// An owner of `parts`, not protected.
     #[must_use]
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        vm: Arc<Vm>,
-        gates: Vec<Arc<Gate>>,
-        disks: Vec<Arc<diskbuf::Mirror>>,
-        queue: Arc<ShipQueue>,
-        generation: Generation,
-        open: Epoch,
-        max_in_flight: usize,
-        on_protected: OnProtected,
-    ) -> Arc<Self> {
+    pub fn new(parts: OwnerParts) -> Arc<Self> {
+        let ram = RamView::new(parts.guest.memory()).bytes() as u64;
+        parts.queue.limit_pages(QUEUED_MIN.max(ram / QUEUED_SHARE));
+        let pipeline = Pipeline::new(parts.generation, parts.open, parts.max_in_flight);
         Arc::new(Self {
-            vm,
-            gates,
-            disks,
-            queue,
-            pipeline: Mutex::new(Pipeline::new(generation, open, max_in_flight)),
+            guest: parts.guest,
+            gates: parts.gates,
+            disks: parts.disks,
+            queue: parts.queue,
+            pipeline: Mutex::new(pipeline),
             changed: Condvar::new(),
-            signals: Mutex::default(),
+            orders: Mutex::default(),
             output_waiting: AtomicBool::new(false),
-            recorder: Arc::default(),
-            measured_since: Mutex::new(Instant::now()),
-            captured_at: Mutex::default(),
-            sync_started: Mutex::default(),
+            gave_up: AtomicBool::new(false),
+            measures: Arc::default(),
+            book: Mutex::new(Book {
+                measured_since: Instant::now(),
+                captured_at: VecDeque::new(),
+                sync_since: None,
+                last_commit: None,
+            }),
             progress: Progress::default(),
             answers: Answers::default(),
-            last_commit: Mutex::default(),
-            on_protected,
+            on_event: parts.on_event,
         })
     }
 
     /// Where the shipper records its figures.
     #[must_use]
-    pub fn recorder(&self) -> Arc<Mutex<Recorder>> {
-        self.recorder.clone()
+    pub fn measures(&self) -> Arc<Measures> {
+        self.measures.clone()
     }
 
     /// The queue to the shipping thread.
@@ -153,26 +208,36 @@ impl Owner {
         self.queue.clone()
     }
 
-    /// Begin protecting (again): the shipper of the new configuration is about to read the queue.
-    pub fn begin(&self, begin: Begin) {
-        self.signal(|s| s.begin = Some(begin));
+    /// The virtual machine.
+    #[must_use]
+    pub fn guest(&self) -> &dyn Guest {
+        &*self.guest
+    }
+
+    /// Begin protecting (again), by a chain that begins anew: its shipper is about to read the queue in `session`.
+    pub fn begin(&self, generation: Generation, session: u64) {
+        self.order(Order::Begin(generation, session));
     }
 
     /// Before a VM that has been taken over runs: from its first instruction on output is held and disk writes are
-    /// queued, because its chain goes on from the checkpoint it resumes from.
-    pub fn hold(&self) {
+    /// queued in `session`, because its chain goes on from the checkpoint it resumes from.
+    pub fn hold(&self, session: u64) {
         let open = lock(&self.pipeline).open();
+        self.hold_output();
+        self.queue.activate(session, open, true);
+    }
+
+    fn hold_output(&self) {
         for gate in &self.gates {
             if !fault::is(Fault::Hold) {
                 gate.set_hold(true);
             }
         }
-        self.queue.activate(open);
     }
 
     /// After [`Owner::hold`], once it runs: epochs end from here on.
     pub fn begin_held(&self) {
-        self.signal(|s| s.begin_held = true);
+        self.order(Order::BeginHeld);
     }
 
     /// The chain goes on in place in a newer configuration; output stays held.
@@ -186,53 +251,104 @@ impl Owner {
         lock(&self.pipeline).committed()
     }
 
+    /// Whether this is the configuration that the owner follows.
+    #[must_use]
+    pub fn is_current(&self, generation: Generation) -> bool {
+        lock(&self.pipeline).generation() == generation
+    }
+
+    /// Whether a chain begins that is not complete yet.
+    #[must_use]
+    pub fn begins(&self) -> bool {
+        lock(&self.pipeline).mode().begins()
+    }
+
+    /// Whether the chain could resume the VM, and output is held for it.
+    #[must_use]
+    pub fn is_protected(&self) -> bool {
+        lock(&self.pipeline).mode() == Mode::Protected
+    }
+
     /// No replica is left and the master has recorded so: let output flow.
     pub fn unprotect(&self, generation: Generation) {
-        self.signal(|s| s.unprotect = Some(generation));
+        self.order(Order::Unprotect(generation));
+    }
+
+    /// What is sent to the chain that begins in `generation` does not reach it: output flows as before.
+    pub fn abandon(&self, generation: Generation) {
+        self.order(Order::Abandon(generation));
     }
 
     /// Harvest the dirty log every `period` without copying (zero: stop). A bench's baseline.
     pub fn harvest_only(&self, period: Duration) {
-        self.signal(|s| s.harvest_only = Some(period));
+        self.order(Order::HarvestOnly(period));
     }
 
     /// Replaces the epoch lengths.
     pub fn set_options(&self, options: EpochOptions) {
-        self.signal(|s| s.options = Some(options));
+        self.order(Order::Options(options));
     }
 
     /// Stops the guest at the end of an epoch and tells `stopped` which, once it is committed. For a planned switchover.
     pub fn quiesce(&self, stopped: Sender<Epoch>) {
-        self.signal(|s| s.quiesce = Some(stopped));
+        self.order(Order::Quiesce(stopped));
     }
 
     /// The last backup is lost: the guest stands still, its output held, until there is another one.
     pub fn freeze(&self) {
-        self.signal(|s| s.freeze = true);
+        self.order(Order::Freeze);
     }
 
     /// Nobody has taken a stopped guest over: it runs on.
     pub fn run_on(&self) {
-        self.signal(|s| s.go_on = true);
+        self.order(Order::RunOn);
     }
 
     /// Ends the loop.
     pub fn stop(&self) {
-        self.signal(|s| s.stop = true);
+        self.order(Order::Stop);
     }
 
-    fn signal(&self, set: impl FnOnce(&mut Signals)) {
-        set(&mut lock(&self.signals));
-        // Taking the pipeline's lock orders this with the loop's check of the signals before it waits.
+    /// This owner cannot go on with a VM whose output is held: heartbeats end at once and the guest stops, so that a backup
+    /// resumes it. Until the master has decided something else.
+    pub fn give_up(&self, why: String) {
+        if !self.gave_up.swap(true, Ordering::AcqRel) {
+            tracing::error!("giving the virtual machine up: {why}");
+            (self.on_event)(OwnerEvent::GaveUp { why });
+            self.order(Order::GiveUp);
+        }
+    }
+
+    /// Whether it did: no heartbeat may be sent then.
+    #[must_use]
+    pub fn gave_up(&self) -> bool {
+        self.gave_up.load(Ordering::Acquire)
+    }
+
+    fn order(&self, order: Order) {
+        lock(&self.orders).push_back(order);
+        self.wake();
+    }
+
+    /// Wakes the loop if it waits for a change.
+    fn wake(&self) {
+        // Taking the pipeline's lock orders this with the loop's check of what it waits for.
         drop(lock(&self.pipeline));
         self.changed.notify_all();
+    }
+
+    /// Whether what the loop is doing has become pointless.
+    fn is_over(&self) -> bool {
+        let pipeline = lock(&self.pipeline);
+        let syncing = (pipeline.mode() == Mode::Syncing).then(|| pipeline.generation());
+        let over = |order: &Order| order.ends_attempt(syncing);
+        pipeline.mode() == Mode::Fenced || lock(&self.orders).iter().any(over)
     }
 
     /// A frame has been held: the epoch loop may end the epoch early.
     pub fn output_held(&self) {
         if !self.output_waiting.swap(true, Ordering::AcqRel) {
-            drop(lock(&self.pipeline));
-            self.changed.notify_all();
+            self.wake();
         }
     }
 
@@ -245,182 +361,10 @@ impl Owner {
         self.changed.notify_all();
     }
 
-    /// The epoch loop. Returns when told to stop or fenced.
-    ///
-    /// # Errors
-    /// [`OwnerError`] when the VM fails; the caller reports it, output stays held.
-    pub fn run(&self, mut options: EpochOptions) -> Result<(), OwnerError> {
-        let view = RamView::new(self.vm.memory());
-        let mut dirty = PageBitmap::new(&view.ranges());
-        let mut harvesting = Duration::ZERO;
-        let mut frozen = false;
-        let mut last = Instant::now();
-        loop {
-            let signals = std::mem::take(&mut *lock(&self.signals));
-            if signals.stop {
-                return Ok(());
-            }
-            if let Some(new) = signals.options {
-                options = new;
-            }
-            if let Some(period) = signals.harvest_only {
-                self.switch_harvest(&mut dirty, harvesting, period)?;
-                harvesting = period;
-                last = Instant::now();
-            }
-            if signals.freeze {
-                self.vm.pause().map_err(Self::vm_error)?;
-                frozen = true;
-            }
-            if let Some(generation) = signals.unprotect {
-                if std::mem::take(&mut frozen) {
-                    self.vm.resume();
-                }
-                self.release_all(generation)?;
-            }
-            if let Some(begin) = signals.begin {
-                harvesting = Duration::ZERO;
-                self.synchronise(&view, &mut dirty, begin, frozen)?;
-                frozen = false;
-                last = Instant::now();
-            }
-            if signals.begin_held {
-                lock(&self.pipeline).begin_held();
-                last = Instant::now();
-            }
-            if let Some(stopped) = signals.quiesce {
-                self.stop_at_commit(&view, &mut dirty, &stopped)?;
-                last = Instant::now();
-            }
-            let mode = lock(&self.pipeline).mode();
-            match mode {
-                Mode::Fenced => {
-                    self.vm.pause().map_err(|e| OwnerError::Vm(e.to_string()))?;
-                    return Ok(());
-                }
-                Mode::Protected if frozen => {
-                    self.idle(last + FOREVER);
-                }
-                Mode::Protected => {
-                    if self.wait_for_epoch_end(last, &options) {
-                        self.checkpoint(&view, &mut dirty, true)?;
-                        last = Instant::now();
-                    }
-                }
-                Mode::Unprotected | Mode::Syncing => {
-                    let wait = if harvesting.is_zero() {
-                        FOREVER
-                    } else {
-                        harvesting
-                    };
-                    if self.idle(last + wait) && !harvesting.is_zero() {
-                        self.harvest(&mut dirty)?;
-                        last = Instant::now();
-                    }
-                }
-            }
-        }
-    }
-
-    /// Waits until the open epoch should end. False: something else has to be looked at first.
-    fn wait_for_epoch_end(&self, last: Instant, options: &EpochOptions) -> bool {
-        let mut pipeline = lock(&self.pipeline);
-        let mut blocked = false;
-        loop {
-            if pipeline.mode() != Mode::Protected || lock(&self.signals).any() {
-                return false;
-            }
-            let now = Instant::now();
-            let early = pipeline.in_flight() == 0 && self.output_waiting.load(Ordering::Acquire);
-            let due = last
-                + if early {
-                    options.shortest
-                } else {
-                    options.longest
-                };
-            if now >= due {
-                if pipeline.may_capture() {
-                    return true;
-                }
-                if !blocked {
-                    blocked = true;
-                    lock(&self.recorder).back_pressure += 1;
-                }
-            }
-            let wait = due.saturating_duration_since(now);
-            // At the bound only an ack helps; it notifies, so the length of this wait is only a safety net.
-            let wait = if wait.is_zero() {
-                Duration::from_millis(100)
-            } else {
-                wait
-            };
-            pipeline = self
-                .changed
-                .wait_timeout(pipeline, wait)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    fn idle(&self, until: Instant) -> bool {
-        let mut pipeline = lock(&self.pipeline);
-        loop {
-            if pipeline.mode() == Mode::Fenced || lock(&self.signals).any() {
-                return false;
-            }
-            let now = Instant::now();
-            if now >= until {
-                return true;
-            }
-            pipeline = self
-                .changed
-                .wait_timeout(pipeline, until - now)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    fn vm_error(error: impl std::fmt::Display) -> OwnerError {
-        OwnerError::Vm(error.to_string())
-    }
-
     /// Ends holding: what is held goes out in order, and later frames at once.
     fn flow(&self) {
         for gate in &self.gates {
             gate.set_hold(false);
         }
-    }
-
-    fn release_all(&self, generation: Generation) -> Result<(), OwnerError> {
-        let mut pipeline = lock(&self.pipeline);
-        let action = pipeline.unprotect(generation);
-        if action == Action::None {
-            return Ok(());
-        }
-        drop(pipeline);
-        self.queue.deactivate();
-        *lock(&self.sync_started) = None;
-        self.vm.dirty().stop().map_err(Self::vm_error)?;
-        self.flow();
-        Ok(())
-    }
-}
-
-impl Signals {
-    /// Whether a synchronisation under way has become pointless. Anything else waits until it is done.
-    fn ends_sync(&self) -> bool {
-        self.begin.is_some() || self.unprotect.is_some() || self.freeze || self.stop
-    }
-
-    fn any(&self) -> bool {
-        self.begin.is_some()
-            || self.begin_held
-            || self.unprotect.is_some()
-            || self.harvest_only.is_some()
-            || self.options.is_some()
-            || self.quiesce.is_some()
-            || self.go_on
-            || self.freeze
-            || self.stop
     }
 }

@@ -1,25 +1,24 @@
 //! The shipping thread: takes staged epochs and disk writes off the queue, encodes them and sends them to the head
 //! while the guest runs on.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use checkpoint::{Encoded, EncoderOptions, Epoch, PAGE_SIZE, PageEncoder};
 
-use super::queue::{Blocks, Item, ShipQueue};
+use super::queue::{Blocks, Content, Item, ShipQueue};
 use super::staging::{Shadow, Staging, StagingError};
-use super::stats::Recorder;
+use super::stats::Measures;
 
 /// Encoded pages are sent in frames of about this size: small enough that the next replica starts early (cut-through),
 /// large enough that headers and system calls do not matter.
 const FRAME: usize = 256 << 10;
-/// Disk records of at most this many bytes are joined into one frame.
-const DISK_FRAME: usize = 256 << 10;
 
-/// Where encoded checkpoints go. The chain's client is one; tests have another.
+/// Where encoded checkpoints go. The chain's client is one; tests have others. Each call may block while the chain takes
+/// nothing: that is the back-pressure, and no error.
 pub trait Link: Send + Sync {
-    /// Announces `epoch`; `full` if it replaces the whole image, except for what [`Link::compare`] finds to be there;
-    /// `held` if from the end of the epoch before on output is held until it is acknowledged.
+    /// Announces `epoch`; `full` if it replaces the whole image, except for what [`Link::compare`] finds to be there. `held` if
+    /// output is held from its capture on: the chain may resume the VM from the first such checkpoint, and from none before.
     fn begin(&self, epoch: Epoch, full: bool, held: bool) -> Result<(), String>;
     /// Asks which disk blocks need not be sent.
     fn compare(&self, epoch: Epoch, blocks: &Blocks) -> Result<(), String>;
@@ -53,11 +52,14 @@ pub struct Shipper {
     link: Arc<dyn Link>,
     shadow: Shadow,
     encoder: PageEncoder,
-    recorder: Arc<Mutex<Recorder>>,
+    measures: Arc<Measures>,
     buffer: Vec<u8>,
     begun: Option<Epoch>,
     first: bool,
+    /// Of the epoch in hand, in bytes.
     sent: u64,
+    /// Of the epoch in hand, in pages.
+    dirty: u64,
     encodings: [u64; 5],
 }
 
@@ -71,18 +73,19 @@ impl Shipper {
         shadow: Shadow,
         lz4: bool,
         first: bool,
-        recorder: Arc<Mutex<Recorder>>,
+        measures: Arc<Measures>,
     ) -> Self {
         Self {
             queue,
             link,
             shadow,
             encoder: PageEncoder::new(EncoderOptions { lz4 }),
-            recorder,
+            measures,
             buffer: Vec::with_capacity(FRAME + 2 * PAGE_SIZE),
             begun: None,
             first,
             sent: 0,
+            dirty: 0,
             encodings: [0; 5],
         }
     }
@@ -99,49 +102,45 @@ impl Shipper {
     }
 
     fn ship(&mut self, item: Item) -> Result<(), ShipError> {
-        match item {
-            Item::Disk { epoch, bytes } => {
-                self.begin(epoch)?;
-                debug_assert!(bytes.len() <= (1 << 20) + DISK_FRAME);
-                self.sent += bytes.len() as u64;
-                self.link.disk(epoch, &bytes).map_err(ShipError::Link)
+        let Item {
+            epoch,
+            held,
+            content,
+        } = item;
+        let started = Instant::now();
+        self.begin(epoch, held)?;
+        match content {
+            Content::Disk(bytes) => {
+                self.link.disk(epoch, &bytes).map_err(ShipError::Link)?;
+                self.count(epoch, bytes.len());
             }
-            Item::Compare { epoch, blocks } => {
-                self.begin(epoch)?;
-                self.link.compare(epoch, &blocks).map_err(ShipError::Link)
+            Content::Compare(blocks) => {
+                self.link.compare(epoch, &blocks).map_err(ShipError::Link)?;
+                self.count(epoch, 0);
             }
-            Item::Pages { epoch, staging } => {
-                self.begin(epoch)?;
+            Content::Pages(staging) => {
                 self.pages(epoch, &staging)?;
                 self.queue.give_staging(staging);
-                Ok(())
             }
-            Item::Checkpoint {
-                epoch,
-                staging,
-                machine,
-            } => {
-                let started = Instant::now();
-                self.begin(epoch)?;
+            Content::Checkpoint { staging, machine } => {
                 self.pages(epoch, &staging)?;
                 let state = machine
                     .encode()
                     .map_err(|e| ShipError::Machine(e.to_string()))?;
-                self.sent += state.len() as u64;
                 self.link.machine(epoch, &state).map_err(ShipError::Link)?;
                 self.link.end(epoch).map_err(ShipError::Link)?;
-                let dirty = staging.len() as u64;
+                self.count(epoch, state.len());
                 self.queue.give_staging(staging);
-                self.record(started, dirty);
-                Ok(())
+                self.record(started);
             }
         }
+        Ok(())
     }
 
-    fn begin(&mut self, epoch: Epoch) -> Result<(), ShipError> {
+    fn begin(&mut self, epoch: Epoch, held: bool) -> Result<(), ShipError> {
         if self.begun != Some(epoch) {
             self.link
-                .begin(epoch, self.first, !self.first)
+                .begin(epoch, self.first, held)
                 .map_err(ShipError::Link)?;
             self.begun = Some(epoch);
             self.first = false;
@@ -149,7 +148,15 @@ impl Shipper {
         Ok(())
     }
 
+    /// The link has taken so many bytes.
+    fn count(&mut self, epoch: Epoch, bytes: usize) {
+        self.sent += bytes as u64;
+        let now = self.measures.now();
+        self.measures.meter().sent(epoch, bytes as u64, now);
+    }
+
     fn pages(&mut self, epoch: Epoch, staging: &Staging) -> Result<(), ShipError> {
+        self.dirty += staging.len() as u64;
         for (gfn, page) in staging.pages() {
             let known = self.shadow.is_known(gfn);
             let shadow = self.shadow.page_mut(gfn)?;
@@ -173,23 +180,23 @@ impl Shipper {
         if self.buffer.is_empty() {
             return Ok(());
         }
-        self.sent += self.buffer.len() as u64;
         self.link
             .pages(epoch, &self.buffer)
             .map_err(ShipError::Link)?;
+        self.count(epoch, self.buffer.len());
         self.buffer.clear();
         Ok(())
     }
 
-    fn record(&mut self, started: Instant, dirty: u64) {
-        let mut recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
+    fn record(&mut self, started: Instant) {
+        let measures = self.measures.clone();
+        let mut recorder = measures.recorder();
         recorder.ship.push(started.elapsed().as_micros() as u64);
-        recorder.sent.push(self.sent);
-        recorder.dirty.push(dirty);
+        recorder.sent.push(std::mem::take(&mut self.sent));
+        recorder.dirty.push(std::mem::take(&mut self.dirty));
         for (total, n) in recorder.encodings.iter_mut().zip(self.encodings) {
             *total += n;
         }
-        self.sent = 0;
         self.encodings = [0; 5];
     }
 }

@@ -1,17 +1,22 @@
 //! Copies of guest pages: the staging buffer that a pause fills, and the shadow that deltas are computed against.
 
+use std::fs::File;
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use checkpoint::{PAGE_SIZE, Page, PageBitmap, RamRange};
+use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use nix::unistd::{Whence, lseek};
+use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Why memory for copies could not be had, or guest memory is not as expected.
 #[derive(Debug, thiserror::Error)]
 pub enum StagingError {
     /// mmap failed.
     #[error(
-        "cannot map {bytes} bytes for the shadow image: {source} (each protected VM needs its RAM size twice)"
+        "cannot map {bytes} bytes for the shadow image: {source} (a protected VM needs as much memory again as its guest has \
+         written to)"
     )]
     Map {
         /// Size asked for.
@@ -44,6 +49,18 @@ impl Staging {
         self.gfns.len()
     }
 
+    /// Bytes of pages.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// Bytes of memory kept for pages.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.bytes.capacity() as u64
+    }
+
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -64,7 +81,7 @@ impl Staging {
 pub struct RamView {
     regions: Vec<Region>,
     // Keeps the mapping alive for as long as the pointers are in use.
-    _memory: vmm::GuestMemory,
+    memory: vmm::GuestMemory,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -75,7 +92,7 @@ struct Region {
     shadow_offset: usize,
 }
 
-// SAFETY: the pointers refer to guest RAM, which is shared memory mapped for as long as `_memory` lives; reads through
+// SAFETY: the pointers refer to guest RAM, which is shared memory mapped for as long as `memory` lives; reads through
 // them tolerate concurrent writers (a torn page is always followed by another copy of it, see `copy`).
 unsafe impl Send for RamView {}
 // SAFETY: as above; no method mutates through the pointers.
@@ -100,7 +117,7 @@ impl RamView {
         }
         Self {
             regions,
-            _memory: memory.clone(),
+            memory: memory.clone(),
         }
     }
 
@@ -172,8 +189,21 @@ impl RamView {
         dirty: &PageBitmap,
         staging: &mut Staging,
     ) -> Result<(), StagingError> {
+        self.copy_some(&mut dirty.iter(), usize::MAX, staging)
+    }
+
+    /// Copies the next `count` pages of `gfns`, ascending, neighbouring ones in one go.
+    ///
+    /// # Errors
+    /// As [`RamView::copy`].
+    pub fn copy_some(
+        &self,
+        gfns: &mut dyn Iterator<Item = u64>,
+        count: usize,
+        staging: &mut Staging,
+    ) -> Result<(), StagingError> {
         let mut run: Option<(u64, u64)> = None;
-        for gfn in dirty.iter() {
+        for gfn in gfns.take(count) {
             run = match run {
                 Some((first, count))
                     if gfn == first + count
@@ -193,6 +223,50 @@ impl RamView {
         }
         Ok(())
     }
+
+    /// The frames that may hold something: the others were never touched, by anybody, and are zero. Looking touches none.
+    ///
+    /// What is written later is not in it: the dirty log has to be on.
+    #[must_use]
+    pub fn touched(&self) -> Vec<Range<u64>> {
+        let regions = self.regions.iter().zip(self.memory.iter());
+        regions
+            .flat_map(|(region, mapped)| match mapped.file_offset() {
+                Some(at) => data(at, region),
+                // Memory without a file behind it, of which nobody can say.
+                None => {
+                    std::iter::once(region.first_gfn..region.first_gfn + region.pages).collect()
+                }
+            })
+            .collect()
+    }
+}
+
+/// The frames of a region whose file has pages. Guest memory is a memfd; pages that are swapped out count as there.
+fn data(at: &FileOffset, region: &Region) -> Vec<Range<u64>> {
+    let page = PAGE_SIZE as u64;
+    let (start, end) = (at.start(), at.start() + region.pages * page);
+    let mut ranges = Vec::new();
+    let mut from = start;
+    while from < end {
+        let first = match seek(at.file(), from, Whence::SeekData) {
+            Ok(first) if first < end => first,
+            Ok(_) | Err(Errno::ENXIO) => break,
+            // Not a file that knows: all of it.
+            Err(_) => from,
+        };
+        let hole = seek(at.file(), first, Whence::SeekHole).unwrap_or(end);
+        let hole = hole.clamp(first + 1, end);
+        let frame = |offset: u64| region.first_gfn + (offset - start) / page;
+        ranges.push(frame(first)..frame(hole.next_multiple_of(page).min(end)));
+        from = hole;
+    }
+    ranges
+}
+
+fn seek(file: &File, from: u64, whence: Whence) -> nix::Result<u64> {
+    let from = i64::try_from(from).map_err(|_| Errno::EINVAL)?;
+    lseek(file, from, whence).map(|at| u64::try_from(at).unwrap_or_default())
 }
 
 /// What the replicas' memory image looks like once everything sent so far is processed: the reference for deltas and

@@ -1,6 +1,11 @@
 //! Figures about epochs, gathered by the owner's loop and read by `status` and the benches.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
 use serde::{Deserialize, Serialize};
+
+use super::meter::Meter;
 
 /// Samples kept of each series: enough for minutes of epochs, bounded for ever.
 const KEEP: usize = 1 << 16;
@@ -109,7 +114,7 @@ pub struct EpochStats {
     pub pages_lz4: u64,
     /// Raw.
     pub pages_raw: u64,
-    /// Times a capture waited because the pipeline was full.
+    /// Times a capture waited for the chain: the pipeline or the queue to it was full.
     pub back_pressure: u64,
 }
 
@@ -172,6 +177,42 @@ impl Recorder {
             back_pressure: self.back_pressure,
             ..EpochStats::default()
         }
+    }
+}
+
+/// What the epoch loop and the shipping thread measure.
+#[derive(Debug)]
+pub struct Measures {
+    origin: Instant,
+    recorder: Mutex<Recorder>,
+    meter: Mutex<Meter>,
+}
+
+impl Default for Measures {
+    fn default() -> Self {
+        Self {
+            origin: Instant::now(),
+            recorder: Mutex::default(),
+            meter: Mutex::default(),
+        }
+    }
+}
+
+impl Measures {
+    /// The recorder.
+    pub fn recorder(&self) -> MutexGuard<'_, Recorder> {
+        self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The meter.
+    pub fn meter(&self) -> MutexGuard<'_, Meter> {
+        self.meter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Now, as the meter counts time.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.origin.elapsed()
     }
 }
 

@@ -49,6 +49,9 @@ impl Machine {
         {
             return;
         }
+        if let Some(why) = owner.failed_attempt.take() {
+            return self.attempt_failed(now, &why, out);
+        }
         if !owner.losses.is_empty() && !owner.frozen {
             let losses = std::mem::take(&mut owner.losses);
             let members = view.chain.iter().chain(&view.joining).cloned().collect();
@@ -294,8 +297,8 @@ impl Machine {
             }
             Some(Probing::Missing(missing)) => {
                 for (host, health) in answers {
-                    if let Health::Silent(why) | Health::Declines(why) = health {
-                        owner.absent.insert(host.clone(), why.clone());
+                    if let Some(why) = health.trouble(false) {
+                        owner.absent.insert(host.clone(), why);
                     }
                 }
                 if self.ask.is_none() {
@@ -324,7 +327,11 @@ impl Machine {
             .into_iter()
             .filter(|member| {
                 let health = answers.iter().find(|(host, _)| *host == member.host);
-                matches!(health, Some((_, Health::Answers | Health::Declines(_))))
+                health.is_some_and(|(_, health)| match health {
+                    // One that declines in this generation may come in the next.
+                    Health::Declines(_) => true,
+                    other => other.trouble(true).is_none(),
+                })
             })
             .collect();
         let Some(first) = up.first().cloned() else {
@@ -335,6 +342,25 @@ impl Machine {
             self.reconfigure(up, None, true, out);
         } else {
             self.reconfigure(view.chain.clone(), Some(first), false, out);
+        }
+    }
+
+    /// A chain could not begin, for a cause of this host's own. It is tried again later; meanwhile the backups do not wait for
+    /// what does not come.
+    fn attempt_failed(&mut self, now: Micros, why: &str, out: &mut Vec<Effect>) {
+        let view = self.record.view.clone();
+        let Some(owner) = self.owner() else { return };
+        for member in &view.chain {
+            owner.retries.failed(&member.host, now);
+            owner.absent.insert(member.host.clone(), why.to_string());
+        }
+        owner.protected = None;
+        let text = format!("the first copy to the backups failed, it is tried again: {why}");
+        out.push(Effect::Say(EventKind::ChainLost, text.clone()));
+        owner.trouble = Some(text);
+        // Without a backup a frozen VM stands still until one is tried again.
+        if !owner.frozen {
+            self.reconfigure(Vec::new(), None, true, out);
         }
     }
 
@@ -373,11 +399,10 @@ impl Machine {
             owner.retries.failed(host, now);
             // What the host itself answered, or did not, says more than what its chain missed.
             let health = answers.iter().find(|(asked, _)| asked == host);
-            let why = match health {
-                Some((_, Health::Silent(why) | Health::Declines(why))) => why,
-                _ => &loss.why,
-            };
-            owner.absent.insert(host.clone(), why.clone());
+            let why = health.and_then(|(_, health)| health.trouble(in_place));
+            owner
+                .absent
+                .insert(host.clone(), why.unwrap_or_else(|| loss.why.clone()));
         }
         let text = match lost.is_empty() {
             true => format!("the chain of generation {generation} has to begin anew: {why}"),
@@ -399,9 +424,11 @@ impl Machine {
 
     fn left(&self, loss: &Loss, answers: &[(HostId, Health)]) -> Left {
         let view = &self.record.view;
+        let waited_for = self.chain_is_filled();
         let stays = |member: &&Member| {
             let named = Some(&member.host) == loss.host.as_ref();
-            !named && answers.contains(&(member.host.clone(), Health::Answers))
+            let health = answers.iter().find(|(host, _)| *host == member.host);
+            !named && health.is_some_and(|(_, health)| health.trouble(waited_for).is_none())
         };
         let chain: Vec<Member> = view.chain.iter().filter(stays).cloned().collect();
         let joining = view.joining.as_ref().filter(stays).cloned();

@@ -89,6 +89,13 @@ pub enum Report {
     },
     /// A replica, or the whole chain, is of no use any more.
     Lost(Loss),
+    /// The chain that begins cannot be completed, for a cause of this host's: an unreadable disk, say. Output flows.
+    AttemptFailed {
+        /// The configuration.
+        generation: Generation,
+        /// The cause, in words.
+        why: String,
+    },
     /// The joining replica has everything.
     JoinerReady {
         /// The configuration in which it joins.
@@ -131,12 +138,38 @@ pub struct Loss {
 /// How another host is, as far as a question tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// It answered, and nothing holds its replica up.
+    /// It answered.
     Answers,
+    /// It answered; its replica has had one piece of a checkpoint in hand for so many milliseconds.
+    Busy(u64),
     /// It answered that it cannot hold a replica, or that its replica has failed; in words. Asked anew it may.
     Declines(String),
-    /// It does not answer, or something holds it up; in words.
+    /// It does not answer; in words.
     Silent(String),
+}
+
+/// How long a replica that commits wait for may have one piece of a checkpoint in hand, in milliseconds.
+const HANGS_MS: u64 = 1000;
+/// The same while nobody waits: the chain begins, and the end of its first checkpoint is everything at once.
+const HANGS_FILLING_MS: u64 = 30_000;
+
+impl Health {
+    /// What keeps the host from backing a VM up, if anything does; `waited_for`: the chain is filled, so that output waits
+    /// for it.
+    #[must_use]
+    pub fn trouble(&self, waited_for: bool) -> Option<String> {
+        let limit = match waited_for {
+            true => HANGS_MS,
+            false => HANGS_FILLING_MS,
+        };
+        match self {
+            Self::Declines(why) | Self::Silent(why) => Some(why.clone()),
+            Self::Busy(ms) if *ms >= limit => Some(format!(
+                "it has been handling one piece of a checkpoint for {ms} ms: its storage hangs, most likely"
+            )),
+            Self::Answers | Self::Busy(_) => None,
+        }
+    }
 }
 
 /// Why the master did not decide as asked.

@@ -296,7 +296,8 @@ impl Machine {
     pub(super) fn recover_probed(&mut self, answers: &[(HostId, Health)], out: &mut Vec<Effect>) {
         let record = self.record.clone();
         let view = &record.view;
-        let up = answers.contains(&(view.owner.clone(), Health::Answers));
+        let mut of_owner = answers.iter().filter(|(host, _)| *host == view.owner);
+        let up = of_owner.any(|(_, health)| matches!(health, Health::Answers | Health::Busy(_)));
         let Some(orphan) = self.orphan_mut() else {
             return;
         };

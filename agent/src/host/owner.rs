@@ -81,6 +81,8 @@ pub(super) struct Owner {
     /// Losses that nobody has looked into.
     pub(super) losses: Vec<Loss>,
     pub(super) probing: Option<Probing>,
+    /// Why a chain could not begin, though nothing is wrong with it.
+    pub(super) failed_attempt: Option<String>,
     /// What was joining has everything.
     pub(super) joiner_ready: bool,
     /// It stands still: its last backup is lost.
@@ -136,6 +138,7 @@ impl Owner {
             bridge: None,
             losses: Vec::new(),
             probing: None,
+            failed_attempt: None,
             joiner_ready: false,
             frozen: false,
             leaving: None,
@@ -351,6 +354,14 @@ impl Machine {
                 // Of a chain that is lost already nothing more can be.
                 if loss.generation == generation && !owner.frozen {
                     owner.losses.push(loss);
+                }
+            }
+            Report::AttemptFailed {
+                generation: of,
+                why,
+            } => {
+                if of == generation {
+                    owner.failed_attempt = Some(why);
                 }
             }
             Report::JoinerReady { generation: of } => owner.joiner_ready |= of == generation,

@@ -353,6 +353,42 @@ fn a_chain_that_is_only_slow_is_left_as_it_is() {
     assert!(a.machine.summary().protected);
 }
 
+/// FIELD H15, and its opposite.
+#[test]
+fn a_replica_that_is_busy_for_long_is_lost_only_if_output_waits_for_it() {
+    let lost = |mut a: Bench, ms| {
+        let loss = Loss {
+            generation: a.machine.generation(),
+            host: None,
+            unfit: false,
+            why: "nothing is taken".into(),
+        };
+        a.step(Input::Report(Report::Lost(loss)));
+        let health = vec![(host("b"), Health::Busy(ms))];
+        a.step(Input::Probed(health));
+        proposals(&a.take()) > 0
+    };
+    assert!(!lost(Bench::protected(&["b"]), 900));
+    assert!(lost(Bench::protected(&["b"]), 1100));
+    let filling = || {
+        let mut a = Bench::owner();
+        a.order(Order::Protect {
+            backups: vec![host("b")],
+        });
+        while a.record().view.chain.is_empty() {
+            while a.decide() {}
+            a.take();
+            a.pass(SECOND);
+            a.step(Input::Probed(vec![(host("b"), Health::Answers)]));
+        }
+        a.take();
+        assert!(!a.machine.summary().protected);
+        a
+    };
+    assert!(!lost(filling(), 15_000));
+    assert!(lost(filling(), 60_000));
+}
+
 /// FIELD H18: whatever the chain does while the master is away, one question is under way.
 #[test]
 fn losses_while_the_master_is_away_ask_for_nothing_more() {

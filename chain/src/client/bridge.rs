@@ -43,6 +43,9 @@ pub fn bridge(from: &HostId, view: &View, mark: Mark, kept: &Kept) -> Result<(),
                 });
             }
         };
+        peer.stream
+            .set_write_timeout(Some(BRIDGE_PATIENCE))
+            .map_err(lost)?;
         kept.resend(&peer.link, after, view.generation)
             .map_err(lost)?;
         sent = true;

@@ -160,8 +160,8 @@ impl Sender {
         self.linked = false;
     }
 
-    /// A checkpoint begins; what it is applied to. `full`: it replaces everything. `held`: from the end of the epoch before
-    /// on, output is held; once it is, it stays so until another full one.
+    /// A checkpoint begins; what it is applied to. `full`: it replaces everything. `held`: from its capture on,
+    /// at the latest, output is held; once it is, it stays so until another full one.
     ///
     /// # Errors
     /// [`BeginError`]; nothing has changed then.
@@ -229,7 +229,7 @@ impl Sender {
 pub struct Begun {
     /// What it is applied to.
     pub base: Base,
-    /// Output is held from the end of the epoch before on.
+    /// Output is held from its capture on, at the latest.
     pub held: bool,
 }
 

@@ -31,7 +31,7 @@ pub enum Event {
         epoch: Epoch,
         /// What it is applied to.
         base: Base,
-        /// From the end of the epoch before on the owner's output is held.
+        /// From its capture on, at the latest, the owner's output is held.
         held: bool,
     },
     /// Part of a checkpoint: pages, disk writes, machine state.

@@ -12,7 +12,7 @@ use super::pulses::Pulses;
 use super::state::{Beat, End, Lack, State};
 use crate::greet::{Hello, Role};
 use crate::kept::Buffers;
-use crate::link::{HELLO_LIMIT, Link, WRITE_TIMEOUT};
+use crate::link::{FEED_TIMEOUT, HELLO_LIMIT, Link};
 use crate::mark::Mark;
 use crate::query::{Query, answer_payload};
 use crate::replica::{Event, FreezeError, Replica};
@@ -311,7 +311,7 @@ impl Slot {
         let state = lock(&self.state);
         let patience = match state.replica.is_tail() {
             true => JOINER_PATIENCE,
-            false => WRITE_TIMEOUT,
+            false => FEED_TIMEOUT,
         };
         Ok((state.down.clone(), patience))
     }

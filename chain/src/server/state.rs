@@ -433,7 +433,7 @@ impl State {
             Action::SayComplete(epoch) => {
                 let frame = self.own_frame(Kind::Complete, epoch);
                 if let Some(down) = &self.down
-                    && let Err(e) = down.post(&frame, &[])
+                    && let Err(e) = down.post_down(&frame, &[])
                 {
                     self.lost_next(&e.to_string());
                 }

@@ -10,13 +10,13 @@ use crate::cluster::{Cluster, Host, PATIENCE, VM, Vm, connect, host, shape, unti
 
 /// A disk that may hang.
 #[derive(Default)]
-struct Disk {
+pub struct Disk {
     hangs: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Disk {
-    fn set(&self, hangs: bool) {
+    pub fn set(&self, hangs: bool) {
         *self.hangs.lock().unwrap() = hangs;
         self.changed.notify_all();
     }
@@ -28,13 +28,14 @@ impl Disk {
 }
 
 /// A store that keeps nothing, on such a disk.
-struct Hanging(Arc<Disk>);
+pub struct Hanging(pub Arc<Disk>);
 
 impl ReplicaStore for Hanging {
     fn begin(&mut self, _: Generation, _: Epoch, _: bool) -> Result<(), StoreError> {
         Ok(())
     }
     fn pages(&mut self, _: &[u8]) -> Result<(), StoreError> {
+        self.0.sync();
         Ok(())
     }
     fn disk(&mut self, _: &[u8]) -> Result<(), StoreError> {

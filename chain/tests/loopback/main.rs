@@ -16,6 +16,7 @@ mod probe;
 mod proxy;
 mod pulse;
 mod repair;
+mod slow;
 mod takeover;
 mod vm;
 mod wire;

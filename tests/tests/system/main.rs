@@ -18,6 +18,7 @@ mod output_commit;
 mod partition;
 mod points;
 mod processor;
+mod reboot;
 mod rejoin;
 mod rewind;
 mod several;

@@ -369,6 +369,11 @@ impl DeviceManager {
         self.serial.resume();
     }
 
+    /// Whether a device's thread is inside a disk, with something the guest had asked for. It may be, while paused.
+    pub fn is_busy(&self) -> bool {
+        self.slots.iter().any(|s| s.busy.load(Ordering::SeqCst))
+    }
+
     /// The state of every device, in bus order, then `serial` and `rtc`; only while paused.
     ///
     /// # Errors

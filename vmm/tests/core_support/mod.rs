@@ -36,7 +36,8 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
         put(&word.to_le_bytes());
     }
     let len = code.len() as u64;
-    for word in [120, CODE, CODE, len, len, 4096] {
+    // What follows the code in its page is empty.
+    for word in [120, CODE, CODE, len, len.max(4096), 4096] {
         put(&word.to_le_bytes());
     }
     put(code);

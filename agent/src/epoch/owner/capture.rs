@@ -1,107 +1,73 @@
 //! The end of an epoch: the only part of it during which the guest does not run.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use checkpoint::{Epoch, PageBitmap};
+use checkpoint::{PAGE_SIZE, PageBitmap};
 
-use super::{Mode, Owner, OwnerError, Pipeline, RamView, lock};
-use crate::fault::{self, Fault};
+use super::run::{Run, STEP};
+use super::{Mode, Owner, OwnerError, RamView, lock};
+use crate::epoch::staging::Staging;
+
+/// Pages queued in one piece, of those that are not queued with their checkpoint.
+pub(super) const PIECE: usize = 1024;
 
 impl Owner {
-    /// Waits for something to change; false if this state of affairs is over.
-    fn quiet(&self, until: impl Fn(&Pipeline) -> bool) -> bool {
-        let mut pipeline = lock(&self.pipeline);
-        loop {
-            if pipeline.mode() != Mode::Protected || lock(&self.signals).any() {
-                return false;
-            }
-            if until(&pipeline) {
-                return true;
-            }
-            pipeline = self
-                .changed
-                .wait_timeout(pipeline, Duration::from_millis(100))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    /// The guest's last epoch here: it stands still from its end on, until it is told to run on.
-    pub(super) fn stop_at_commit(
-        &self,
-        view: &RamView,
-        dirty: &mut PageBitmap,
-        stopped: &Sender<Epoch>,
-    ) -> Result<(), OwnerError> {
-        if !self.quiet(Pipeline::may_capture) {
-            return Ok(());
-        }
-        let last = lock(&self.pipeline).open();
-        self.checkpoint(view, dirty, false)?;
-        if self.quiet(|pipeline| pipeline.committed() >= last) {
-            let _ = stopped.send(last);
-            // Until something else is wanted of it.
-            self.quiet(|_| false);
-        }
-        let mode = lock(&self.pipeline).mode();
-        let go_on = {
-            let signals = lock(&self.signals);
-            signals.go_on || signals.unprotect.is_some()
-        };
-        if mode != Mode::Fenced && go_on {
-            self.vm.resume();
-        }
-        Ok(())
-    }
-
     /// One checkpoint: the only part of an epoch during which the guest does not run. Afterwards it does, unless `resume`
-    /// says otherwise.
-    pub(super) fn checkpoint(
-        &self,
-        view: &RamView,
-        dirty: &mut PageBitmap,
-        resume: bool,
-    ) -> Result<(), OwnerError> {
+    /// says otherwise. False: it came to nothing, because of an order that is to be obeyed now.
+    pub(super) fn checkpoint(&self, run: &mut Run, resume: bool) -> Result<bool, OwnerError> {
+        let Run { view, dirty, .. } = run;
         let mut staging = self.queue.take_staging();
         dirty.clear();
         self.output_waiting.store(false, Ordering::Release);
         let _urgent = chain::urgent_section();
         let begun = Instant::now();
-        self.vm.pause().map_err(Self::vm_error)?;
+        self.guest.pause().map_err(OwnerError::Vm)?;
         let stopped = Instant::now();
-        let machine = self.vm.capture().map_err(Self::vm_error)?;
+        let machine = self.guest.capture()?;
         let state = Instant::now();
-        self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
+        self.harvest_into(dirty)?;
         let harvested = Instant::now();
-        view.copy_dirty(dirty, &mut staging)?;
+        if self.queue.fits(dirty.count() * PAGE_SIZE as u64) {
+            view.copy_dirty(dirty, &mut staging)?;
+        } else {
+            // The last piece too: it needs room as the others do.
+            let whole = self.queue_pieces(view, &mut dirty.iter(), &mut staging, true)?;
+            let last = std::mem::replace(&mut staging, self.queue.take_staging());
+            if !whole || !self.queue_piece(last, true) {
+                return Ok(false);
+            }
+        }
         let copied = Instant::now();
         {
             // The pipeline's lock is always taken before the queue's (an ack that fences does so too).
             let mut pipeline = lock(&self.pipeline);
             if pipeline.mode() == Mode::Fenced {
-                return Ok(());
+                return Ok(false);
             }
-            let (epoch, begin_hold) = pipeline.captured();
+            let captured = pipeline.captured();
             for gate in &self.gates {
-                gate.seal(epoch)
+                gate.seal(captured.epoch)
                     .map_err(|e| OwnerError::Output(e.to_string()))?;
-                if begin_hold && !fault::is(Fault::Hold) {
-                    gate.set_hold(true);
-                }
             }
-            lock(&self.captured_at).push_back((epoch, copied));
-            self.queue
-                .barrier()
-                .checkpoint(epoch, staging, Box::new(machine));
+            if captured.begin_hold {
+                self.hold_output();
+            }
+            lock(&self.book)
+                .captured_at
+                .push_back((captured.epoch, copied));
+            self.queue.barrier().checkpoint(
+                captured.epoch,
+                staging,
+                Box::new(machine),
+                captured.next_held,
+            );
         }
         if resume {
-            self.vm.resume();
+            self.guest.resume();
         }
         let resumed = Instant::now();
-        let mut r = lock(&self.recorder);
+        let mut r = self.measures.recorder();
         let us = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
         r.epochs += 1;
         r.pause.push(us(begun, resumed));
@@ -109,7 +75,52 @@ impl Owner {
         r.state.push(us(stopped, state));
         r.harvest.push(us(state, harvested));
         r.copy.push(us(harvested, copied));
-        Ok(())
+        Ok(true)
+    }
+
+    /// Queues pages piece by piece, waiting for room; the last piece is left in `last`. False: this has become pointless.
+    pub(super) fn queue_pieces(
+        &self,
+        view: &RamView,
+        gfns: &mut dyn Iterator<Item = u64>,
+        last: &mut Staging,
+        paused: bool,
+    ) -> Result<bool, OwnerError> {
+        loop {
+            view.copy_some(gfns, PIECE, last)?;
+            if last.len() < PIECE {
+                return Ok(true);
+            }
+            let full = std::mem::replace(last, self.queue.take_staging());
+            if !self.queue_piece(full, paused) {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Queues pages of the open epoch once there is room. False: this has become pointless.
+    pub(super) fn queue_piece(&self, mut pages: Staging, paused: bool) -> bool {
+        loop {
+            if self.is_over() {
+                return false;
+            }
+            let begun = Instant::now();
+            let pushed = self.queue.push_pages(pages, STEP);
+            let waited = begun.elapsed();
+            if paused && waited > Duration::from_millis(1) {
+                let now = self.measures.now();
+                self.measures.meter().vcpus_waited(waited, now);
+            }
+            match pushed {
+                Ok(()) => return true,
+                Err(back) => pages = back,
+            }
+        }
+    }
+
+    pub(super) fn harvest_into(&self, dirty: &mut PageBitmap) -> Result<(), OwnerError> {
+        let harvested = self.guest.dirty().harvest(dirty);
+        harvested.map_err(|e| OwnerError::Vm(e.to_string()))
     }
 
     pub(super) fn switch_harvest(
@@ -118,20 +129,21 @@ impl Owner {
         old: Duration,
         new: Duration,
     ) -> Result<(), OwnerError> {
-        if old.is_zero() && !new.is_zero() {
-            self.vm.dirty().start().map_err(Self::vm_error)?;
-        } else if !old.is_zero() && new.is_zero() {
-            self.vm.dirty().stop().map_err(Self::vm_error)?;
-        }
+        let log = self.guest.dirty();
+        let switched = match (old.is_zero(), new.is_zero()) {
+            (true, false) => log.start(),
+            (false, true) => log.stop(),
+            _ => Ok(()),
+        };
         dirty.clear();
-        Ok(())
+        switched.map_err(|e| OwnerError::Vm(e.to_string()))
     }
 
     pub(super) fn harvest(&self, dirty: &mut PageBitmap) -> Result<(), OwnerError> {
         let begun = Instant::now();
         dirty.clear();
-        self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
-        let mut r = lock(&self.recorder);
+        self.harvest_into(dirty)?;
+        let mut r = self.measures.recorder();
         r.epochs += 1;
         r.harvest.push(begun.elapsed().as_micros() as u64);
         r.dirty.push(dirty.count());

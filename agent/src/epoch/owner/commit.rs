@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, Generation};
 
-use super::{Action, EpochStats, Figures, Mode, Owner, OwnerError, lock};
+use super::{Action, EpochStats, Figures, Mode, Owner, OwnerError, OwnerEvent, lock};
 
-/// `status` looks at the output held in so many epochs.
+/// Epochs over which `status` reports hold times.
 const HOLDS_EPOCHS: u64 = 400;
 
 impl Owner {
@@ -20,66 +20,90 @@ impl Owner {
         self.carry_out(action)?;
         drop(pipeline);
         self.changed.notify_all();
-        if let Action::Release(epoch) = action {
-            self.queue.committed(epoch);
-            self.record_commit(epoch);
-            *lock(&self.last_commit) = Some(Instant::now());
-            let mut sync = lock(&self.sync_started);
-            if let Some((first, started)) = *sync
-                // A replica is resumed from the first checkpoint after the full one: that is sent with output held.
-                && epoch > first
-            {
-                *sync = None;
-                (self.on_protected)(generation, first, started.elapsed(), self.progress.read());
-            }
+        let Action::Commit {
+            epoch, protects, ..
+        } = action
+        else {
+            return Ok(());
+        };
+        self.queue.committed(epoch);
+        let now = self.measures.now();
+        self.measures.meter().committed(epoch, now);
+        if let Some(began) = self.record_commit(epoch, protects) {
+            (self.on_event)(OwnerEvent::Protected {
+                generation,
+                epoch,
+                took: began.elapsed(),
+                sync: self.progress.read(),
+            });
         }
         Ok(())
     }
 
-    /// How long the oldest captured checkpoint has been waiting for its commit; not during the first synchronisation,
-    /// which takes as long as it takes.
+    /// How long the oldest captured checkpoint has been waiting for its commit; not while a chain begins, which takes as long
+    /// as it takes.
     #[must_use]
     pub fn waiting_for_commit(&self) -> Option<Duration> {
-        if lock(&self.sync_started).is_some() || lock(&self.pipeline).in_flight() == 0 {
+        let pipeline = lock(&self.pipeline);
+        if pipeline.mode() != Mode::Protected || pipeline.in_flight() == 0 {
             return None;
         }
-        lock(&self.captured_at).front().map(|(_, at)| at.elapsed())
+        drop(pipeline);
+        let book = lock(&self.book);
+        book.captured_at.front().map(|(_, at)| at.elapsed())
+    }
+
+    /// How long the chain has neither taken nor acknowledged anything, if it should: it begins, or has a checkpoint to commit.
+    #[must_use]
+    pub fn stuck_for(&self) -> Option<Duration> {
+        let pipeline = lock(&self.pipeline);
+        let expected =
+            pipeline.mode().begins() || pipeline.mode().holds() && pipeline.in_flight() > 0;
+        drop(pipeline);
+        let now = self.measures.now();
+        expected.then(|| self.measures.meter().still_for(now))
     }
 
     /// How it is doing, for `status`.
     #[must_use]
     pub fn figures(&self) -> Figures {
-        let (open, committed) = {
+        let (open, committed, mode) = {
             let pipeline = lock(&self.pipeline);
-            (pipeline.open(), pipeline.committed())
+            (pipeline.open(), pipeline.committed(), pipeline.mode())
         };
-        let syncing = lock(&self.sync_started).is_some();
         let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let holds = self.gates.iter().flat_map(|gate| gate.recent_holds());
         let newest = open.0.saturating_sub(HOLDS_EPOCHS);
+        let (queued, now) = (self.queue.page_bytes(), self.measures.now());
+        let throttled = || self.measures.meter().throttled(queued, now);
         Figures {
             open_epoch: open.0,
             committed_epoch: committed.0,
             lag_ms: self.waiting_for_commit().map_or(0, ms),
-            since_commit_ms: lock(&self.last_commit).map(|at| ms(at.elapsed())),
+            since_commit_ms: lock(&self.book).last_commit.map(|at| ms(at.elapsed())),
             held_p99_us: holds
                 .filter(|hold| hold.epoch.0 >= newest)
                 .map(|hold| hold.p99_us)
                 .max()
                 .unwrap_or_default(),
-            sync: syncing.then(|| self.progress.read()),
+            sync: mode.begins().then(|| self.progress.read()),
+            throttled: (mode == Mode::Protected).then(throttled).flatten(),
         }
     }
 
     pub(super) fn carry_out(&self, action: Action) -> Result<(), OwnerError> {
         match action {
-            Action::None => {}
-            Action::Release(epoch) => {
+            Action::Commit {
+                epoch,
+                release: true,
+                ..
+            } => {
                 for gate in &self.gates {
                     gate.release(epoch)
                         .map_err(|e| OwnerError::Output(e.to_string()))?;
                 }
             }
+            Action::None | Action::Commit { .. } => {}
             Action::Fence => {
                 for gate in &self.gates {
                     gate.fence();
@@ -90,15 +114,17 @@ impl Owner {
         Ok(())
     }
 
-    fn record_commit(&self, epoch: Epoch) {
-        let mut captured = lock(&self.captured_at);
-        let mut recorder = lock(&self.recorder);
-        while let Some(&(e, at)) = captured.front() {
-            if e > epoch {
-                break;
-            }
-            captured.pop_front();
+    /// Answers when the chain began, if the VM is protected with this.
+    fn record_commit(&self, epoch: Epoch, protects: bool) -> Option<Instant> {
+        let mut book = lock(&self.book);
+        let mut recorder = self.measures.recorder();
+        while let Some((_, at)) = book.captured_at.pop_front_if(|(e, _)| *e <= epoch) {
             recorder.commit.push(at.elapsed().as_micros() as u64);
+        }
+        book.last_commit = Some(Instant::now());
+        match protects {
+            true => book.sync_since.take(),
+            false => None,
         }
     }
 
@@ -109,13 +135,13 @@ impl Owner {
             let p = lock(&self.pipeline);
             (p.mode(), p.generation(), p.open(), p.committed())
         };
-        let recorder = std::mem::take(&mut *lock(&self.recorder));
-        let elapsed = std::mem::replace(&mut *lock(&self.measured_since), Instant::now()).elapsed();
+        let recorder = std::mem::take(&mut *self.measures.recorder());
+        let elapsed =
+            std::mem::replace(&mut lock(&self.book).measured_since, Instant::now()).elapsed();
         let mut stats = recorder.stats();
         stats.mode = match mode {
             Mode::Unprotected => "unprotected",
-            Mode::Syncing => "syncing",
-            Mode::Protected if lock(&self.sync_started).is_some() => "syncing",
+            Mode::Syncing | Mode::Holding => "syncing",
             Mode::Protected => "protected",
             Mode::Fenced => "fenced",
         }

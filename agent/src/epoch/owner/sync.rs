@@ -1,80 +1,102 @@
-//! The first checkpoint of a chain that begins anew: everything, while the guest runs.
+//! The full checkpoint of a chain that begins anew: everything, while the guest runs.
 
 use std::time::Instant;
 
-use checkpoint::PageBitmap;
+use checkpoint::{Generation, PAGE_SIZE};
 
-use super::{Begin, Owner, OwnerError, lock};
+use super::capture::PIECE;
+use super::run::Run;
+use super::{Owner, OwnerError, lock};
 use crate::epoch::pipeline::Mode;
-use crate::epoch::staging::RamView;
 
-/// Pages streamed in one piece during the first synchronisation.
-const SYNC_CHUNK: u64 = 1024;
-/// The first synchronisation pauses the guest for its last round once fewer pages than this are dirty.
+/// The guest is paused for the last round once fewer pages than this are dirty.
 const SYNC_SMALL: u64 = 2048;
 /// Or after this many rounds: a guest that dirties faster than the link carries is caught by the pause all the same.
 const SYNC_ROUNDS: u32 = 8;
 
 impl Owner {
-    /// The first checkpoint of a configuration: everything, streamed while the guest runs; only the last round pauses. A
-    /// frozen guest stands still until its end, and what is held stays so.
+    /// The full checkpoint of a configuration: everything, streamed while the guest runs; only the last round pauses. Output
+    /// flows. A frozen guest stands still until its end and after, and what is held stays so. False: it was interrupted.
     pub(super) fn synchronise(
         &self,
-        view: &RamView,
-        dirty: &mut PageBitmap,
-        begin: Begin,
+        run: &mut Run,
+        generation: Generation,
+        session: u64,
         frozen: bool,
-    ) -> Result<(), OwnerError> {
-        let started = Instant::now();
+    ) -> Result<bool, OwnerError> {
         let epoch = {
             let mut pipeline = lock(&self.pipeline);
-            pipeline.begin_sync(begin.generation);
+            pipeline.begin_sync(generation, frozen);
             if pipeline.mode() == Mode::Fenced {
-                return Ok(());
+                return Ok(false);
             }
             pipeline.open()
         };
-        // Until the new chain has this checkpoint the VM is not protected, and held output would wait for nothing.
+        // Until the chain has what it may resume the VM from, the VM is not protected, and held output would wait for nothing.
         if !frozen {
             self.flow();
         }
         let disks = self.disks.iter().map(|mirror| mirror.size()).sum();
-        self.progress.begin(disks, view.bytes() as u64);
-        *lock(&self.sync_started) = Some((epoch, started));
-        lock(&self.captured_at).clear();
-        self.queue.activate(epoch);
-        self.vm.dirty().start().map_err(Self::vm_error)?;
+        self.progress.begin(disks, run.view.bytes() as u64);
+        {
+            let mut book = lock(&self.book);
+            book.sync_since = Some(Instant::now());
+            book.captured_at.clear();
+        }
+        let now = self.measures.now();
+        self.measures.meter().begin(now);
+        if !self.queue.activate(session, epoch, false) {
+            return Ok(false);
+        }
+        let dirty = self.guest.dirty();
+        dirty.start().map_err(|e| OwnerError::Vm(e.to_string()))?;
         self.copy_disks(epoch)?;
-        for range in view.ranges() {
-            let (mut gfn, end) = (range.start >> 12, (range.start + range.len) >> 12);
-            while gfn < end && self.still_syncing() {
-                let count = SYNC_CHUNK.min(end - gfn);
+        if !self.stream_memory(run)? {
+            return Ok(false);
+        }
+        self.checkpoint(run, !frozen)
+    }
+
+    /// False: it was interrupted.
+    fn stream_memory(&self, run: &mut Run) -> Result<bool, OwnerError> {
+        // After the dirty log has begun: what is written to a page not seen here is in it.
+        let touched = run.view.touched();
+        let bytes = |pages: u64| pages * PAGE_SIZE as u64;
+        let pages: u64 = touched.iter().map(|range| range.end - range.start).sum();
+        self.progress
+            .memory((run.view.bytes() as u64).saturating_sub(bytes(pages)));
+        for mut range in touched {
+            while !range.is_empty() {
+                let count = (PIECE as u64).min(range.end - range.start);
                 let mut staging = self.queue.take_staging();
-                view.copy(gfn, count, &mut staging)?;
-                self.queue.push_pages(epoch, staging);
-                gfn += count;
-                self.progress.memory(count * checkpoint::PAGE_SIZE as u64);
+                run.view.copy(range.start, count, &mut staging)?;
+                if !self.queue_piece(staging, false) {
+                    return Ok(false);
+                }
+                range.start += count;
+                self.progress.memory(bytes(count));
             }
         }
         for _ in 0..SYNC_ROUNDS {
-            if !self.still_syncing() {
-                return Ok(());
-            }
-            dirty.clear();
-            self.vm.dirty().harvest(dirty).map_err(Self::vm_error)?;
-            if dirty.count() < SYNC_SMALL {
+            run.dirty.clear();
+            self.harvest_into(&mut run.dirty)?;
+            if run.dirty.count() < SYNC_SMALL {
                 break;
             }
             let mut staging = self.queue.take_staging();
-            view.copy_dirty(dirty, &mut staging)?;
-            self.queue.push_pages(epoch, staging);
+            if !self.queue_pieces(&run.view, &mut run.dirty.iter(), &mut staging, false)?
+                || !self.queue_piece(staging, false)
+            {
+                return Ok(false);
+            }
+            run.dirty.clear();
         }
         // What the last harvest took out of the log is still to be sent.
-        self.vm.dirty().merge_back(dirty);
-        self.checkpoint(view, dirty, true)
+        self.guest.dirty().merge_back(&run.dirty);
+        Ok(self.still_syncing())
     }
 
     pub(super) fn still_syncing(&self) -> bool {
-        lock(&self.pipeline).mode() == Mode::Syncing && !lock(&self.signals).ends_sync()
+        lock(&self.pipeline).mode() == Mode::Syncing && !self.is_over()
     }
 }

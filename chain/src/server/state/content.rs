@@ -170,7 +170,8 @@ impl State {
             } => {
                 // The question goes on; the tail answers it.
                 if let Some(down) = &self.down {
-                    if let Err(e) = down.post(&frame, &blocks::payload(disk, first, &marked)) {
+                    let asked = blocks::payload(disk, first, &marked);
+                    if let Err(e) = down.post_down(&frame, &asked) {
                         self.lost_next(&e.to_string());
                     }
                 } else if self.replica.is_tail() {

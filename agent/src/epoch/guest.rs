@@ -1,0 +1,68 @@
+//! What the epoch loop needs of a virtual machine.
+
+use checkpoint::MachineState;
+use vmm::{DirtyTracker, GuestMemory, Vm, VmError};
+
+/// Why a guest has no state to be captured.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CaptureError {
+    /// It has switched itself off, or crashed: there is nothing to be resumed.
+    #[error("the guest has ended")]
+    Ended,
+    /// It could not be read.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A virtual machine, as the epoch loop sees it. [`Vm`] is the one; tests have others.
+pub trait Guest: Send + Sync {
+    /// Stops it: on return nothing changes memory or sends frames.
+    ///
+    /// # Errors
+    /// In words; it may run on then.
+    fn pause(&self) -> Result<(), String>;
+
+    /// Lets it run. No effect if it does.
+    fn resume(&self);
+
+    /// Its state without memory; only while paused.
+    ///
+    /// # Errors
+    /// [`CaptureError`].
+    fn capture(&self) -> Result<MachineState, CaptureError>;
+
+    /// Which pages change.
+    fn dirty(&self) -> &dyn DirtyTracker;
+
+    /// Its memory.
+    fn memory(&self) -> &GuestMemory;
+}
+
+impl Guest for Vm {
+    fn pause(&self) -> Result<(), String> {
+        Vm::pause(self).map_err(text)
+    }
+
+    fn resume(&self) {
+        Vm::resume(self);
+    }
+
+    fn capture(&self) -> Result<MachineState, CaptureError> {
+        Vm::capture(self).map_err(|e| match e {
+            VmError::Ended => CaptureError::Ended,
+            other => CaptureError::Failed(other.to_string()),
+        })
+    }
+
+    fn dirty(&self) -> &dyn DirtyTracker {
+        Vm::dirty(self)
+    }
+
+    fn memory(&self) -> &GuestMemory {
+        Vm::memory(self)
+    }
+}
+
+fn text(error: VmError) -> String {
+    error.to_string()
+}
