@@ -258,8 +258,7 @@ impl Machine {
                     // The answer to this host's own question, by another way.
                     self.granted(now, record, out);
                 } else {
-                    // Granted, but the answer was lost: the master answers a repeated question as it did before.
-                    self.take_over(now, "a takeover whose answer was lost", 0, None, out);
+                    self.granted_unheard(now, record, out);
                 }
             }
             Part::Standby(standby) if member => {

@@ -757,3 +757,35 @@ fn whoever_ordered_a_takeover_is_told_when_the_replica_is_given_up() {
     let told = |e: &Effect| matches!(e, Effect::Answer(9, Err(_)));
     assert!(b.take().iter().any(told));
 }
+
+/// The simulation's seed 4977: granted a takeover, a host lost the answer and then, with its power, its replica. It asked its
+/// empty replica again and again, without a pause, and the VM ran nowhere for ever.
+#[test]
+fn a_vm_that_was_granted_to_a_host_that_lost_its_replica_is_looked_for() {
+    let mut b = Bench::standby("b");
+    let at = mark(2, 7);
+    let take = Command::TakeOver {
+        vm: VmId(1),
+        expect: b.machine.generation(),
+        by: host("b"),
+        at,
+    };
+    let record = b.master.apply(&take).unwrap();
+    b.step(Input::Decided(record.clone()));
+    for _ in 0..10 {
+        for effect in b.take() {
+            match effect {
+                Effect::Freeze => b.step(Input::Frozen(Err("nothing".into()))),
+                Effect::Read => b.step(Input::Decided(record.clone())),
+                Effect::Survey(view) => {
+                    assert_eq!(view.generation, record.view.generation);
+                    assert_eq!(b.machine.summary().role, Role::Orphan);
+                    return;
+                }
+                _ => {}
+            }
+        }
+        b.step(Input::Tick);
+    }
+    panic!("{:?}", b.machine);
+}

@@ -338,7 +338,9 @@ impl World {
         match tell {
             Tell::Protect(view) => return self.protect(i, &Arc::new(view)),
             Tell::Freeze if owner.still.is_none() => owner.still = Some(Still::Frozen),
-            Tell::HandOver if owner.still.is_none() => owner.still = Some(Still::Stopping(None)),
+            Tell::HandOver if owner.still.is_none() && owner.output.is_protected() => {
+                owner.still = Some(Still::Stopping(None));
+            }
             Tell::RunOn if matches!(owner.still, Some(Still::Stopping(_))) => owner.still = None,
             Tell::Fence => {
                 owner.output.fence(&owner.content);

@@ -101,6 +101,8 @@ pub enum Mutant {
     FailedOnce,
     /// A next replica that does not come is not named to the owner.
     TroubleOnce,
+    /// A full checkpoint can be resumed from at once, while output flows.
+    FullHeld,
     /// A snapshot of the master's that is older than one before is believed.
     StaleTaken,
 }

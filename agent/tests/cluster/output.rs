@@ -10,6 +10,8 @@ use super::{Item, upto};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Output {
     pipeline: Pipeline,
+    /// The epoch that is open will have ended with output held.
+    next_held: bool,
     /// Frames wait at the gate.
     held: bool,
     /// So much of what the VM has done the outside may have seen, while frames wait.
@@ -22,7 +24,7 @@ pub struct Captured {
     pub epoch: Epoch,
     /// It is the first of a chain that begins anew.
     pub full: bool,
-    /// Output has been held since the epoch before it, or since its own capture.
+    /// Output is held from its capture on at the latest: the VM may be resumed from it.
     pub held: bool,
 }
 
@@ -30,8 +32,10 @@ pub struct Captured {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Acked {
     Nothing,
-    /// Everything up to that epoch is committed.
-    Committed,
+    /// Everything up to that epoch is committed; perhaps the VM is protected by that.
+    Committed {
+        protects: bool,
+    },
 }
 
 impl Output {
@@ -39,6 +43,7 @@ impl Output {
     pub fn new(generation: Generation, open: Epoch, limit: usize) -> Self {
         Self {
             pipeline: Pipeline::new(generation, open, limit),
+            next_held: false,
             held: false,
             released: 0,
         }
@@ -48,6 +53,7 @@ impl Output {
     /// on. The outside has seen so much of it already, as far as this host knows.
     pub fn hold(&mut self, released: usize) {
         self.pipeline.begin_held();
+        self.next_held = true;
         self.held = true;
         self.released = released;
     }
@@ -73,12 +79,18 @@ impl Output {
 
     /// Whether epochs end with a checkpoint.
     pub fn captures(&self) -> bool {
-        matches!(self.pipeline.mode(), Mode::Syncing | Mode::Protected)
+        let mode = self.pipeline.mode();
+        mode.begins() || mode == Mode::Protected
+    }
+
+    /// Whether the chain could resume the VM.
+    pub fn is_protected(&self) -> bool {
+        self.pipeline.mode() == Mode::Protected
     }
 
     /// Whether the next checkpoint is the first of a chain that begins anew.
     pub fn full_is_next(&self) -> bool {
-        self.pipeline.mode() == Mode::Syncing
+        self.pipeline.full_is_next()
     }
 
     /// Whether the guest may run on: at the bound an epoch only grows.
@@ -93,7 +105,8 @@ impl Output {
 
     /// A chain that begins anew is connected. A guest that stands still speaks no more until it has everything.
     pub fn begin_sync(&mut self, generation: Generation, frozen: bool) {
-        self.pipeline.begin_sync(generation);
+        self.pipeline.begin_sync(generation, frozen);
+        self.next_held = false;
         if !self.is_fenced() && !frozen {
             self.held = false;
         }
@@ -106,7 +119,7 @@ impl Output {
 
     /// The master has recorded that there is no chain any more.
     pub fn unprotect(&mut self, generation: Generation) {
-        if self.pipeline.unprotect(generation) != Action::None {
+        if self.pipeline.unprotect(generation) {
             self.held = false;
         }
     }
@@ -114,15 +127,15 @@ impl Output {
     /// The open epoch ends; the VM has done so much by then.
     pub fn capture(&mut self, done: usize) -> Captured {
         let full = self.full_is_next();
-        let (epoch, begins) = self.pipeline.captured();
-        if begins && !self.held {
+        let captured = self.pipeline.captured();
+        if captured.begin_hold && !self.held {
             self.held = true;
             self.released = done;
         }
         Captured {
-            epoch,
+            epoch: captured.epoch,
             full,
-            held: !full,
+            held: std::mem::replace(&mut self.next_held, captured.next_held),
         }
     }
 
@@ -134,11 +147,27 @@ impl Output {
                 self.stop(content);
                 Acked::Nothing
             }
-            Action::Release(epoch) => {
-                self.released = self.released.max(upto(content, epoch));
-                Acked::Committed
+            Action::Commit {
+                epoch,
+                release,
+                protects,
+            } => {
+                if release {
+                    self.released = self.released.max(upto(content, epoch));
+                }
+                Acked::Committed { protects }
             }
         }
+    }
+
+    /// The chain that begins comes to nothing: everything as before it.
+    pub fn abandon(&mut self) {
+        self.pipeline.abandon();
+    }
+
+    /// Whether a chain begins that is not complete yet.
+    pub fn begins(&self) -> bool {
+        self.pipeline.mode().begins()
     }
 
     /// Nothing is let out any more.

@@ -52,8 +52,6 @@ pub struct Owner {
     /// The frames of what that has pending.
     pub kept: Kept,
     pub output: Output,
-    /// The full checkpoint of a chain that begins, until a later one is committed.
-    pub syncing: Option<Epoch>,
     pub attempt: Option<Attempt>,
     /// Attempts that have come to nothing.
     pub tries: Aside<u32>,
@@ -87,7 +85,6 @@ impl Owner {
             is_client: false,
             kept: Kept::default(),
             output,
-            syncing: None,
             attempt: None,
             tries: Aside::default(),
             overdue: Aside::default(),
@@ -140,7 +137,7 @@ impl Owner {
 
     /// Whether a commit has been waited for so many times. Not for the first: that takes as long as it takes.
     pub fn is_overdue(&self, times: u32) -> bool {
-        let beats = self.connected() && self.syncing.is_none();
+        let beats = self.connected() && !self.output.begins();
         beats && self.output.waits() && self.overdue.0 > times
     }
 
@@ -167,8 +164,8 @@ impl Owner {
         match self.still {
             None if self.captures() => self.output.may_run(),
             None => self.output.may_run() && !self.output.holds(),
-            // The first checkpoint of a new chain is made while it stands still.
-            Some(Still::Frozen) => self.captures() && self.syncing.is_some_and(|e| e.0 == 0),
+            // The first checkpoints of a new chain are made while it stands still.
+            Some(Still::Frozen) => self.captures() && self.output.begins() && self.output.may_run(),
             Some(Still::Stopping(None)) => self.captures() && self.output.may_run(),
             Some(Still::Stopping(Some(_)) | Still::Ended) => false,
         }
@@ -207,20 +204,20 @@ impl World {
         }
         let captured = owner.output.capture(owner.content.len());
         match owner.still {
-            Some(Still::Frozen) => owner.still = None,
+            // The one after the first it may be resumed from.
+            Some(Still::Frozen) if !captured.full => owner.still = None,
             Some(Still::Stopping(_)) => {
                 owner.still = Some(Still::Stopping(Some(captured.epoch)));
             }
             _ => {}
         }
-        if captured.full {
-            owner.syncing = Some(captured.epoch);
-            if !owner.connected() {
-                // A full checkpoint is not kept: it fails with its connection.
-                owner.is_client = false;
-                self.say_lost(i, None, true);
-                return self.let_out(i);
-            }
+        if captured.full && !owner.connected() {
+            // A full checkpoint is not kept: it fails with its connection, and the attempt with it.
+            let head = owner.view.chain.first().map(|m| index(&m.host));
+            owner.is_client = false;
+            owner.output.abandon();
+            self.say_lost(i, head, head.is_none());
+            return self.let_out(i);
         }
         if self.owner_mut(i).is_client {
             self.send_checkpoint(i, captured)?;
@@ -229,11 +226,12 @@ impl World {
     }
 
     fn send_checkpoint(&mut self, i: usize, captured: Captured) -> Result<(), String> {
+        let claims_held = self.is(Mutant::FullHeld);
         let owner = self.owner_mut(i);
         let (content, generation) = (owner.content.clone(), owner.generation());
         let Captured { epoch, full, held } = captured;
         let before = owner.sender.newest().filter(|_| !full);
-        let begun = owner.sender.begin(epoch, full, held);
+        let begun = owner.sender.begin(epoch, full, held || claims_held);
         let begun = begun.map_err(|e| format!("h{i}: {e}"))?;
         let items = match full {
             true => content.clone(),
@@ -328,9 +326,9 @@ impl World {
             owner.kept.trim(epoch);
         }
         let acked = owner.output.ack(generation, epoch, &owner.content);
-        if acked == Acked::Nothing {
+        let Acked::Committed { protects } = acked else {
             return Ok(());
-        }
+        };
         owner.overdue.0 = 0;
         let (holds, owner_since) = (owner.output.holds(), owner.since);
         self.counts.0.commits += u64::from(holds);
@@ -340,17 +338,15 @@ impl World {
             epoch,
         });
         self.say(|| format!("h{i} has the ack of {epoch} ({generation})"));
-        self.committed(i, generation, epoch);
+        if protects {
+            self.say_protected(i, generation);
+        }
+        self.committed(i, epoch);
         self.let_out(i)
     }
 
     /// What follows from a commit.
-    fn committed(&mut self, i: usize, generation: Generation, epoch: Epoch) {
-        let owner = self.owner_mut(i);
-        if owner.syncing.is_some_and(|first| epoch > first) {
-            owner.syncing = None;
-            self.say_protected(i, generation);
-        }
+    fn committed(&mut self, i: usize, epoch: Epoch) {
         let owner = self.owner_mut(i);
         if let Some(Still::Stopping(Some(at))) = owner.still
             && epoch >= at

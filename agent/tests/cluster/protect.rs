@@ -59,7 +59,6 @@ impl World {
         if view.chain.is_empty() {
             owner.is_client = false;
             owner.attempt = None;
-            owner.syncing = None;
             owner.kept.clear();
             owner.output.unprotect(generation);
             if owner.still == Some(Still::Frozen) {
@@ -155,15 +154,13 @@ impl World {
             let frozen = owner.still == Some(Still::Frozen);
             owner.kept.clear();
             owner.output.begin_sync(generation, frozen);
-            // Of the epoch that is open then.
-            owner.syncing = Some(Epoch::ZERO);
         }
         let resent = frames.len();
         self.open_links(i, head, tail, generation)?;
         self.counts.0.resent += u64::from(resent > 1);
         self.send_down(Self::update_link(i, head, generation), frames);
         self.say(|| format!("h{i} connects to {chain:?} in {generation}, sends {resent} frames"));
-        if !anew {
+        if !anew && !self.owner_mut(i).output.begins() {
             self.say_protected(i, generation);
         }
         if self.is(Mutant::PromoteEarly) {

@@ -64,7 +64,7 @@ struct Cluster {
 }
 
 impl Cluster {
-    /// The owner is protected by the first replicas, which hold its first checkpoints: with the second, output is held.
+    /// The owner is protected by the first replicas, which hold its first checkpoints: with the third, output is held.
     fn begun(&self) -> World {
         let mut world = World::new(Rules {
             hosts: self.hosts,
@@ -97,13 +97,13 @@ impl Cluster {
         if self.empty {
             return world;
         }
-        for _ in 0..2 {
+        for _ in 0..3 {
             world.apply(&Step::Run(0)).expect("a checkpoint");
             settle(&mut world);
         }
         assert_eq!(
             world.visible.len(),
-            2,
+            3,
             "the first checkpoints are committed"
         );
         world
@@ -249,7 +249,7 @@ impl Model for Cluster {
                             let owner = state.world.hosts[i].owner.as_ref();
                             i > 0
                                 && owner.is_some_and(|o| {
-                                    o.output.holds() && o.connected() && o.output.committed().0 > 2
+                                    o.output.holds() && o.connected() && o.output.committed().0 > 3
                                 })
                         })
                 },
@@ -272,7 +272,7 @@ impl Model for Cluster {
                         || shorter
                             && index(&view.owner) == 0
                             && view.in_place()
-                            && state.world.visible.len() > 2
+                            && state.world.visible.len() > 3
                 },
             ),
             Property::sometimes(
@@ -327,12 +327,12 @@ fn cluster(hosts: usize, replicas: usize, grain: Grain, small: Bounds, deeper: B
 /// FIELD H16: output flows until the first checkpoint has been acknowledged, whoever suspects whom meanwhile.
 fn beginning() -> Cluster {
     let small = Bounds {
-        runs: 3,
+        runs: 4,
         asks: 1,
         ..NOTHING
     };
     let deeper = Bounds {
-        runs: 4,
+        runs: 5,
         crashes: 1,
         ..small
     };
@@ -487,6 +487,11 @@ mod mutants {
             ..NOTHING
         };
         planted(Mutant::ForwardEndEarly, three(bounds), "I2");
+    }
+
+    #[test]
+    fn i5_resuming_from_a_full_checkpoint_at_once_is_found() {
+        planted(Mutant::FullHeld, beginning(), "I5");
     }
 
     #[test]

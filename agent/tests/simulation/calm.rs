@@ -227,7 +227,9 @@ impl Stepper {
             if self.below(if busy { 40 } else { 4 }) == 0 {
                 return self.world.apply(&Step::Wait);
             }
-            if let Some(step) = self.last_order() {
+            if self.below(20) == 0
+                && let Some(step) = self.last_order()
+            {
                 return self.world.apply(&step);
             }
         }
@@ -245,7 +247,7 @@ impl Stepper {
         let host = &world.hosts[i];
         let agent = host.agent.0.as_ref()?;
         let summary = agent.machine.as_ref()?.summary();
-        if !agent.tickets.is_empty() {
+        if !agent.tickets.is_empty() || summary.record.view.generation < world.generation() {
             return None;
         }
         let is_up = |host: &str| world.hosts[index(&HostId::new(host).expect("ours"))].up;

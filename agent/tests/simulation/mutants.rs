@@ -48,6 +48,7 @@ mutants! {
     i5_a_fork_that_the_replica_ignores: Shipped, ForkIgnored, ["no part of the owner's history"];
     i5_resuming_a_new_member_before_it_is_complete: Shipped, ResumeIncomplete, ["I5"];
     i5_not_looking_at_since_when_somebody_is_a_member: Shipped, SinceIgnored, ["I5"];
+    i5_resuming_from_a_full_checkpoint_at_once: Shipped, FullHeld, ["I5"];
     i5_a_full_checkpoint_without_a_decision: Shipped, FullUndecided, ["I5", "I4"];
     sent_is_not_resent: Shipped, SentNotResent, ["failed without a reason"];
     sent_is_resent_whatever_the_successor_holds: Shipped, ResendAnyway, ["failed without a reason"];
