@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use checkpoint::{Epoch, Generation};
 
 /// What the VM's output may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
     /// There is no chain: output flows.
     Unprotected,
@@ -68,7 +68,7 @@ pub enum Action {
 }
 
 /// The pipeline of one generation.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Pipeline {
     generation: Generation,
     open: Epoch,

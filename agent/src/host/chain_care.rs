@@ -4,8 +4,8 @@
 //! One question is under way at a time, to the master or to other hosts. What else is to be done stays noted and is looked at
 //! again when that is answered.
 
-use chain::Member;
 use chain::master::Command;
+use chain::{Held, Member};
 use checkpoint::{Generation, HostId};
 
 use super::machine::{Part, Purpose};
@@ -23,6 +23,8 @@ pub(super) enum Probing {
     Losses(Vec<Loss>),
     /// Backups are missing; who is asked.
     Missing(Vec<Member>),
+    /// This one is to go, if the others hold everything.
+    Leaving(HostId),
 }
 
 /// What is left of a chain.
@@ -79,13 +81,50 @@ impl Machine {
             return out.push(Effect::Probe(missing));
         }
         if let Some(leaver) = self.leaver() {
-            let chain = view.chain.iter().filter(|m| m.host != leaver);
-            let chain = chain.cloned().collect();
-            let text = format!("{leaver} leaves the chain, as an administrator has ordered");
-            out.push(Effect::Say(EventKind::ChainLost, text));
-            return self.reconfigure(chain, None, false, out);
+            // One that has just come may lack the last that was acknowledged before.
+            if let Some(owner) = self.owner()
+                && now >= owner.leave_at
+            {
+                owner.probing = Some(Probing::Leaving(leaver));
+                out.push(Effect::Survey(view));
+            }
+            return;
         }
         self.arranged();
+    }
+
+    /// What the members of the chain hold: whoever is to go does so once the others could do without it.
+    pub(super) fn leaver_surveyed(
+        &mut self,
+        now: Micros,
+        answers: &[(HostId, Held)],
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(owner) = self.owner() else { return };
+        let Some(Probing::Leaving(leaver)) =
+            owner.probing.take_if(|p| matches!(p, Probing::Leaving(_)))
+        else {
+            return;
+        };
+        owner.leave_at = now + PERIOD;
+        if self.ask.is_some() || self.leaver().as_ref() != Some(&leaver) {
+            return;
+        }
+        let members = &self.record.view.chain;
+        let stay: Vec<Member> = members
+            .iter()
+            .filter(|m| m.host != leaver)
+            .cloned()
+            .collect();
+        let holds = |member: &Member| {
+            let answer = answers.iter().find(|(host, _)| *host == member.host);
+            matches!(answer, Some((_, Held::Checkpoint(_))))
+        };
+        if stay.iter().all(holds) {
+            let text = format!("{leaver} leaves the chain, as an administrator has ordered");
+            out.push(Effect::Say(EventKind::ChainLost, text));
+            self.reconfigure(stay, None, false, out);
+        }
     }
 
     /// Nothing more is to be moved.
@@ -101,9 +140,14 @@ impl Machine {
     }
 
     pub(super) fn chain_wakes_at(&self, owner: &Owner) -> Option<Micros> {
-        let busy = self.ask.is_some() || owner.probing.is_some() || !owner.runs();
-        let missing = !busy && self.lacks(owner).next().is_some();
-        missing.then_some(()).map(|()| owner.next_look())
+        // While the configuration comes about, or the VM leaves, nothing is looked for.
+        let busy = self.ask.is_some() || owner.probing.is_some() || owner.leaving.is_some();
+        if busy || !self.is_settled(owner) {
+            return None;
+        }
+        let missing = self.lacks(owner).next().map(|_| owner.next_look());
+        let leaver = self.leaver().map(|_| owner.leave_at);
+        [missing, leaver].into_iter().flatten().min()
     }
 
     /// Wanted hosts that are not in the chain.
@@ -120,7 +164,8 @@ impl Machine {
         let view = &self.record.view;
         let there =
             view.chain.is_empty() || owner.frozen || owner.protected == Some(view.generation);
-        there && view.joining.is_none() && owner.runs()
+        // A VM that stands still has nobody who could fill the one that joins.
+        there && (view.joining.is_none() || owner.frozen) && owner.runs()
     }
 
     /// The backups that the VM should have and has not, if now is the time for one.
@@ -260,6 +305,8 @@ impl Machine {
                     self.bring_back(missing, answers, out);
                 }
             }
+            // Answered by a survey.
+            Some(leaving @ Probing::Leaving(_)) => owner.probing = Some(leaving),
             None => {}
         }
     }
@@ -367,6 +414,7 @@ impl Machine {
         out.push(Effect::Say(EventKind::ChainLost, text));
         if freezes {
             owner.frozen = true;
+            owner.losses.clear();
             owner.trouble =
                 Some("frozen: its last backup is lost, and protect.alone is \"freeze\"".into());
             return out.push(Effect::Tell(Tell::Freeze));

@@ -227,7 +227,10 @@ impl Machine {
             }
             return;
         }
-        self.policy = Policy::of(&record);
+        let (new, old) = (&record, &self.record);
+        if new.shape.config_toml != old.shape.config_toml || new.view.name != old.view.name {
+            self.policy = Policy::of(&record);
+        }
         let mine = record.view.owner == self.me;
         let member = record.view.holds(&self.me);
         if mine && record.life == Life::Off && !matches!(self.part, Part::Nothing { .. }) {
@@ -241,6 +244,8 @@ impl Machine {
             Part::Off(_) if mine => self.started(record, out),
             Part::Off(_) => {
                 self.record = record;
+                let why = format!("{} owns it now", self.record.view.owner);
+                self.answer_all(&why, out);
                 self.part = Part::Nothing { declined: None };
                 if member {
                     self.become_standby(out);
@@ -253,8 +258,7 @@ impl Machine {
                     // The answer to this host's own question, by another way.
                     self.granted(now, record, out);
                 } else {
-                    // Granted, but the answer was lost: the master answers a repeated question as it did before.
-                    self.take_over(now, "a takeover whose answer was lost", 0, None, out);
+                    self.granted_unheard(now, record, out);
                 }
             }
             Part::Standby(standby) if member => {
@@ -296,20 +300,34 @@ impl Machine {
         if let Some(Purpose::Remove(Some(ticket))) = self.ask.take().map(|ask| ask.purpose) {
             out.push(Effect::Answer(ticket, Ok(Answered::Done)));
         }
-        let tickets = match &mut self.part {
-            Part::Owner(owner) => owner.tickets(),
-            _ => Vec::new(),
-        };
-        for ticket in tickets {
-            let why = format!("{} was deleted meanwhile", self.name());
-            out.push(Effect::Answer(ticket, Err(why)));
-        }
+        let why = format!("{} was deleted meanwhile", self.name());
+        self.answer_all(&why, out);
         self.part = Part::Nothing { declined: None };
         out.push(Effect::Forget);
     }
 
+    /// Whoever waits for an order is told why nothing comes of it.
+    pub(super) fn answer_all(&mut self, why: &str, out: &mut Vec<Effect>) {
+        let tickets = match &mut self.part {
+            Part::Owner(owner) => owner.tickets(),
+            Part::Standby(standby) => standby.tickets(),
+            Part::Orphan(orphan) => orphan.tickets(),
+            Part::Off(off) => off.tickets(),
+            Part::Nothing { .. } => Vec::new(),
+        };
+        for ticket in tickets {
+            out.push(Effect::Answer(ticket, Err(why.into())));
+        }
+    }
+
     /// This host is no member any more.
     pub(super) fn give_replica_up(&mut self, out: &mut Vec<Effect>) {
+        let owner = &self.record.view.owner;
+        let why = format!(
+            "this host is no backup of {} any more, which is {owner}'s",
+            self.name()
+        );
+        self.answer_all(&why, out);
         out.push(Effect::RemoveReplica(self.generation()));
         out.push(Effect::Kill);
         self.part = Part::Nothing { declined: None };

@@ -18,6 +18,15 @@ pub(super) struct Off {
     ending: Option<Vec<Ticket>>,
 }
 
+impl Off {
+    /// Everybody who waits for something.
+    pub(super) fn tickets(&mut self) -> Vec<Ticket> {
+        let ending = self.ending.as_mut().map(std::mem::take);
+        let ending = ending.into_iter().flatten();
+        self.starting.take().into_iter().chain(ending).collect()
+    }
+}
+
 impl Machine {
     /// The owner's VM is to run no more, once the master has decided so.
     pub(super) fn power_off(&mut self, ticket: Option<Ticket>, out: &mut Vec<Effect>) {
@@ -33,18 +42,12 @@ impl Machine {
     /// The master has decided that the VM is off.
     pub(super) fn powered_off(&mut self, record: VmRecord, out: &mut Vec<Effect>) {
         let asked = self.ask.take().map(|ask| ask.purpose);
-        let tickets = match &mut self.part {
-            Part::Owner(owner) => owner.tickets(),
-            _ => Vec::new(),
-        };
         let mut ending = Vec::new();
         if let Some(Purpose::PowerOff(Some(ticket))) = asked {
             ending.push(ticket);
         }
-        for ticket in tickets {
-            let why = format!("{} was stopped meanwhile", record.view.name);
-            out.push(Effect::Answer(ticket, Err(why)));
-        }
+        let why = format!("{} was stopped meanwhile", record.view.name);
+        self.answer_all(&why, out);
         self.record = record;
         out.push(Effect::Kill);
         out.push(Effect::Bury);

@@ -67,6 +67,12 @@ pub(super) struct Orphan {
 }
 
 impl Orphan {
+    /// Everybody who waits for something.
+    pub(super) fn tickets(&mut self) -> Vec<Ticket> {
+        let leaving = self.leaving.take().map(|leaving| leaving.ticket());
+        self.ordered.take().into_iter().chain(leaving).collect()
+    }
+
     pub(super) fn wakes_at(&self) -> Micros {
         let leaving = self.leaving.as_ref().map_or(Micros::MAX, Leaving::until);
         match self.surveying || self.booting {
@@ -128,7 +134,7 @@ impl Machine {
         let patience = self.policy.return_wait;
         let record = self.record.clone();
         let Some(orphan) = self.orphan_mut() else {
-            return;
+            return self.leaver_surveyed(now, answers, out);
         };
         orphan.surveying = false;
         orphan.look_at = now + PERIOD;

@@ -114,6 +114,8 @@ pub(super) struct Owner {
     pub(super) closing: Option<Closing>,
     /// When to look for missing backups again.
     look_at: Micros,
+    /// When to ask again whether one that is to leave the chain may.
+    pub(super) leave_at: Micros,
 }
 
 /// When to try hosts again that were lost.
@@ -166,6 +168,7 @@ impl Owner {
             leaving: None,
             closing: None,
             look_at: 0,
+            leave_at: 0,
         }
     }
 
@@ -375,7 +378,8 @@ impl Machine {
             }
             Report::Refused { generation: newer } => self.refused(newer, out),
             Report::Lost(loss) => {
-                if loss.generation == generation {
+                // Of a chain that is lost already nothing more can be.
+                if loss.generation == generation && !owner.frozen {
                     owner.losses.push(loss);
                 }
             }
@@ -591,6 +595,10 @@ impl Leaving {
     /// Nobody has taken over in time: whom to tell.
     pub(super) fn overdue(&self, now: Micros) -> Option<Ticket> {
         (now >= self.until).then_some(self.ticket)
+    }
+
+    pub(super) fn ticket(&self) -> Ticket {
+        self.ticket
     }
 
     pub(super) fn until(&self) -> Micros {

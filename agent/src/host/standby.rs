@@ -18,6 +18,8 @@ pub(super) struct Standby {
     taking: Option<Taking>,
     /// How long to wait before another attempt if this one fails; none: as after the first.
     pause: Option<Micros>,
+    /// How often it could not resume a VM that the master says is this host's.
+    vain: u32,
 }
 
 /// A takeover under way.
@@ -29,7 +31,12 @@ struct Taking {
     held: Option<Mark>,
     /// What the master has granted.
     granted: Option<VmRecord>,
+    /// The record that gives the VM to this host, if that was heard before it asked.
+    told: Option<VmRecord>,
 }
+
+/// After so many attempts a replica that cannot resume its VM is given up.
+const VAIN_MAX: u32 = 3;
 
 /// Between attempts to stand by: at first, and at most.
 const RETRY: (Micros, Micros) = (SECOND, 60 * SECOND);
@@ -49,6 +56,12 @@ impl Standby {
             ready: true,
             ..Self::default()
         }
+    }
+
+    /// Everybody who waits for something.
+    pub(super) fn tickets(&mut self) -> Vec<Ticket> {
+        let ticket = self.taking.as_mut().and_then(|taking| taking.ticket.take());
+        ticket.into_iter().collect()
     }
 
     /// Whether a takeover is under way.
@@ -212,6 +225,7 @@ impl Machine {
             },
             held: None,
             granted: None,
+            told: None,
         });
         // Frozen before asking: whatever the tail acks from now on was forwarded by this replica before (I2, I5).
         out.push(Effect::Freeze);
@@ -219,7 +233,7 @@ impl Machine {
 
     pub(super) fn frozen(
         &mut self,
-        _now: Micros,
+        now: Micros,
         result: Result<Mark, String>,
         out: &mut Vec<Effect>,
     ) {
@@ -228,7 +242,7 @@ impl Machine {
         };
         let held = match result {
             Ok(held) => held,
-            Err(why) => return self.not_granted(&Refusal::Rejected(why), out),
+            Err(why) => return self.not_frozen(now, why, out),
         };
         taking.held = Some(held);
         let command = Command::TakeOver {
@@ -238,6 +252,39 @@ impl Machine {
             at: held,
         };
         self.propose(Purpose::TakeOver, command, out);
+    }
+
+    /// The replica holds nothing that the VM could be resumed from. If the VM is this host's all the same (it was granted, the
+    /// answer was lost, and then the replica's memory), it is looked for elsewhere.
+    fn not_frozen(&mut self, now: Micros, why: String, out: &mut Vec<Effect>) {
+        let Some(standby) = self.standby() else {
+            return;
+        };
+        standby.vain += 1;
+        let given_up = standby.vain >= VAIN_MAX;
+        let told = standby
+            .taking
+            .as_mut()
+            .and_then(|taking| taking.told.take());
+        let Some(record) = told.filter(|_| given_up) else {
+            return self.not_granted(&Refusal::Rejected(why), out);
+        };
+        self.answer_all(&why, out);
+        let why = format!("it is this host's, but cannot be resumed here: {why}");
+        out.push(Effect::Say(EventKind::Orphaned, why.clone()));
+        out.push(Effect::RemoveReplica(record.view.generation));
+        out.push(Effect::Kill);
+        self.record = record;
+        self.orphan(now, &why);
+    }
+
+    /// The master has given the VM to this host, which has not asked, or has forgotten that it did: it answers a repeated
+    /// question as it did before.
+    pub(super) fn granted_unheard(&mut self, now: Micros, record: VmRecord, out: &mut Vec<Effect>) {
+        self.take_over(now, "a takeover whose answer was lost", 0, None, out);
+        if let Some(taking) = self.taking() {
+            taking.told = Some(record);
+        }
     }
 
     /// The VM stays whose it is, as far as this host knows: the replica goes on. If it was granted after all, the master's
@@ -264,7 +311,7 @@ impl Machine {
             return;
         }
         let Some(taking) = self.taking() else {
-            return self.take_over(now, "a takeover whose answer was lost", 0, None, out);
+            return self.granted_unheard(now, record, out);
         };
         let Some(held) = taking.held else { return };
         let view = &record.view;

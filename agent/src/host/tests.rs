@@ -45,13 +45,19 @@ impl Bench {
     }
 
     fn registered() -> (MasterState, VmRecord) {
+        Self::registered_with("")
+    }
+
+    fn registered_with(protect: &str) -> (MasterState, VmRecord) {
         let mut master = MasterState::default();
         let shape = VmShape {
             ram: vec![],
             vcpus: 1,
             cpu: Default::default(),
             disks: vec![],
-            config_toml: "name = \"vm\"\nmemory_mib = 32\nkernel = \"builtin:probe\"\n".into(),
+            config_toml: format!(
+                "name = \"vm\"\nmemory_mib = 32\nkernel = \"builtin:probe\"\n{protect}"
+            ),
         };
         let register = Command::Register {
             vm: VmId(1),
@@ -66,7 +72,15 @@ impl Bench {
 
     /// Host `a` owns the VM, which runs.
     fn owner() -> Self {
-        let (master, record) = Self::registered();
+        Self::owning(Self::registered())
+    }
+
+    /// The same, of a VM that does not run without a backup.
+    fn freezing() -> Self {
+        Self::owning(Self::registered_with("[protect]\nalone = \"freeze\"\n"))
+    }
+
+    fn owning((master, record): (MasterState, VmRecord)) -> Self {
         let mut out = Vec::new();
         let machine = Machine::starting(host("a"), Self::peers(), &record, 1, &mut out);
         assert_eq!(out, [Effect::Boot(record, Disks::Configured)]);
@@ -179,6 +193,11 @@ impl Bench {
                         };
                         let answers = members.iter().map(|m| (m.host.clone(), health(m)));
                         self.step(Input::Probed(answers.collect()));
+                    }
+                    Effect::Survey(view) if self.machine.summary().role == Role::Owner => {
+                        let held = Held::Checkpoint(mark(view.generation.0, 1));
+                        let answers = view.chain.iter().map(|m| (m.host.clone(), held.clone()));
+                        self.step(Input::Surveyed(answers.collect()));
                     }
                     Effect::Tell(Tell::Protect(view)) => {
                         let generation = view.generation;
@@ -671,4 +690,162 @@ fn a_vm_that_was_deleted_is_gone_here_too() {
         let effects = bench.take();
         assert!(effects.contains(&Effect::Kill) && effects.contains(&Effect::Forget));
     }
+}
+
+/// The simulation's seed 7: the thread of a VM whose chain comes about, and lacks a host still, did not rest for a moment.
+#[test]
+fn an_owner_rests_while_its_chain_comes_about_and_while_it_leaves() {
+    let rests = |b: &mut Bench| {
+        b.take();
+        b.step(Input::Tick);
+        b.machine.wake_at().is_none_or(|at| at > b.now)
+    };
+    let mut b = Bench::owner();
+    b.order(Order::Protect {
+        backups: vec![host("b"), host("c")],
+    });
+    b.decide();
+    let up = [
+        (host("b"), Health::Answers),
+        (host("c"), Health::Silent("no route".into())),
+    ];
+    b.step(Input::Probed(up.into()));
+    b.decide();
+    assert_eq!(b.chain(), ["b"]);
+    b.now += 10 * SECOND;
+    assert!(rests(&mut b), "the first checkpoint is on its way");
+    let generation = b.machine.generation();
+    let text = String::new();
+    b.step(Input::Report(Report::Protected { generation, text }));
+    b.step(Input::Probed(vec![(
+        host("c"),
+        Health::Silent("no".into()),
+    )]));
+    b.order(Order::HandOver);
+    b.now += SECOND;
+    assert!(rests(&mut b), "the VM leaves");
+}
+
+/// The simulation's seed 216: a host that had just become the tail lacked what had been acknowledged before, when the one that
+/// had it was made to leave: nothing could be gone on from.
+#[test]
+fn a_backup_leaves_once_the_others_hold_everything() {
+    let mut b = Bench::protected(&["b", "c"]);
+    b.order(Order::Protect {
+        backups: vec![host("c")],
+    });
+    b.decide();
+    let effects = b.take();
+    let asks = |effects: &[Effect]| effects.iter().any(|e| matches!(e, Effect::Survey(_)));
+    assert!(asks(&effects) && proposals(&effects) == 0, "{effects:?}");
+    let holds = Held::Checkpoint(mark(2, 7));
+    let lacks = [(host("b"), holds.clone()), (host("c"), Held::Nothing)];
+    b.step(Input::Surveyed(lacks.into()));
+    assert_eq!(b.take(), [], "not yet");
+    assert!(b.machine.wake_at().is_some_and(|at| at > b.now));
+    b.pass(SECOND);
+    assert!(asks(&b.take()));
+    let holds = [(host("b"), holds.clone()), (host("c"), holds)];
+    b.step(Input::Surveyed(holds.into()));
+    b.decide();
+    assert_eq!(b.chain(), ["c"]);
+}
+
+/// The simulation's seeds 439 and 470: with another backup joining, or a second report of the loss, a VM that stood still for
+/// its last backup did so for ever.
+#[test]
+fn a_vm_that_stands_still_is_protected_again_whatever_joined_or_was_lost_meanwhile() {
+    for (joins, twice) in [(false, false), (true, false), (false, true)] {
+        let mut b = Bench::freezing();
+        b.order(Order::Protect {
+            backups: vec![host("b"), host("c")],
+        });
+        b.decide();
+        let (up, silent) = (Health::Answers, Health::Silent("no route".into()));
+        let c = if joins { up.clone() } else { silent.clone() };
+        b.step(Input::Probed(vec![
+            (host("b"), up.clone()),
+            (host("c"), silent.clone()),
+        ]));
+        b.decide();
+        let generation = b.machine.generation();
+        let text = String::new();
+        b.step(Input::Report(Report::Protected { generation, text }));
+        b.pass(2 * SECOND);
+        b.step(Input::Probed(vec![(host("c"), c)]));
+        b.decide();
+        assert_eq!(b.record().view.joining.is_some(), joins);
+        let generation = b.machine.generation();
+        let loss = Loss {
+            generation,
+            host: Some(host("b")),
+            unfit: false,
+            why: "its connection ended".into(),
+        };
+        for _ in 0..=usize::from(twice) {
+            b.step(Input::Report(Report::Lost(loss.clone())));
+        }
+        b.take();
+        b.step(Input::Probed(vec![
+            (host("b"), silent.clone()),
+            (host("c"), silent),
+        ]));
+        assert!(b.take().contains(&Effect::Tell(Tell::Freeze)));
+        b.pass(100 * SECOND);
+        b.go_on(&["b", "c"]);
+        assert_eq!(b.chain().len(), 2, "joins {joins}, twice {twice}");
+    }
+}
+
+/// The simulation's seed 24170: whoever had ordered a takeover was never answered when the replica was given up meanwhile.
+#[test]
+fn whoever_ordered_a_takeover_is_told_when_the_replica_is_given_up() {
+    let mut b = Bench::standby("b");
+    b.order(Order::Failover);
+    b.step(Input::Frozen(Ok(mark(2, 7))));
+    let anew = Command::Reconfigure {
+        vm: VmId(1),
+        expect: b.machine.generation(),
+        by: host("a"),
+        chain: vec![Member::new(host("c"), "127.0.0.1:1".parse().unwrap())],
+        joining: None,
+        anew: true,
+    };
+    let record = b.master.apply(&anew).unwrap();
+    b.take();
+    b.step(Input::Decided(record));
+    let told = |e: &Effect| matches!(e, Effect::Answer(9, Err(_)));
+    assert!(b.take().iter().any(told));
+}
+
+/// The simulation's seed 4977: granted a takeover, a host lost the answer and then, with its power, its replica. It asked its
+/// empty replica again and again, without a pause, and the VM ran nowhere for ever.
+#[test]
+fn a_vm_that_was_granted_to_a_host_that_lost_its_replica_is_looked_for() {
+    let mut b = Bench::standby("b");
+    let at = mark(2, 7);
+    let take = Command::TakeOver {
+        vm: VmId(1),
+        expect: b.machine.generation(),
+        by: host("b"),
+        at,
+    };
+    let record = b.master.apply(&take).unwrap();
+    b.step(Input::Decided(record.clone()));
+    for _ in 0..10 {
+        for effect in b.take() {
+            match effect {
+                Effect::Freeze => b.step(Input::Frozen(Err("nothing".into()))),
+                Effect::Read => b.step(Input::Decided(record.clone())),
+                Effect::Survey(view) => {
+                    assert_eq!(view.generation, record.view.generation);
+                    assert_eq!(b.machine.summary().role, Role::Orphan);
+                    return;
+                }
+                _ => {}
+            }
+        }
+        b.step(Input::Tick);
+    }
+    panic!("{:?}", b.machine);
 }

@@ -10,7 +10,7 @@ use chain::{Mark, View};
 use checkpoint::{Epoch, Generation};
 use stateright::semantics::{ConsistencyTester, LinearizabilityTester, SequentialSpec};
 
-use crate::cluster::{Mutant, Op, World, index};
+use crate::cluster::{Agents, Mutant, Op, World, index};
 use crate::stepper::Stepper;
 
 /// The newest checkpoint.
@@ -104,11 +104,14 @@ fn ask(stepper: &mut Stepper, client: &mut Asking, known: &mut Arc<View>, querie
 }
 
 /// Runs a seed with clients that query; what the clients saw.
-fn history(seed: u64, mutant: Mutant) -> (Vec<Op>, u64) {
-    let mut stepper = Stepper::new(seed, mutant, false);
+fn history(seed: u64, agents: Agents, mutant: Mutant) -> (Vec<Op>, u64) {
+    let mut stepper = Stepper::new(seed, agents, mutant, false);
     let mut clients = [Asking::Idle, Asking::Idle, Asking::Idle];
     let mut known = [(); 3].map(|()| stepper.world.view());
     let mut queries = 0;
+    if stepper.begin().is_err() {
+        return (Vec::new(), 0);
+    }
     for _ in 0..700 {
         // What else a mutant breaks is not of interest here.
         if stepper.storm_step().is_err() {
@@ -236,7 +239,7 @@ fn updates_and_queries_are_linearizable() {
     let seeds = crate::number("CHAIN_LINEAR_SEEDS").unwrap_or(300);
     let (mut queries, mut updates) = (0, 0);
     for seed in 0..seeds {
-        let (ops, answered) = history(seed, Mutant::None);
+        let (ops, answered) = history(seed, Agents::Shipped, Mutant::None);
         queries += answered;
         updates += ops
             .iter()
@@ -250,7 +253,7 @@ fn updates_and_queries_are_linearizable() {
 
 fn killed(mutant: Mutant) {
     let seeds = 3000;
-    let caught = (0..seeds).find(|seed| !is_linearizable(&history(*seed, mutant).0));
+    let caught = (0..seeds).find(|seed| !is_linearizable(&history(*seed, Agents::Free, mutant).0));
     println!("{mutant:?}: not linearizable with seed {caught:?}");
     assert!(
         caught.is_some(),

@@ -1,6 +1,9 @@
 //! Picks what happens next, from a seed: first with faults, then without.
 
-use crate::cluster::{Grain, LinkId, Mutant, Plan, Rules, Step, World, index};
+use agent::host::Order;
+use checkpoint::HostId;
+
+use crate::cluster::{Agents, Grain, LinkId, Mutant, Plan, Rules, Step, World, index, name};
 
 /// Steps with faults.
 const STEPS: usize = 1200;
@@ -14,7 +17,7 @@ pub struct Stepper {
     wishes: usize,
 }
 
-pub fn rules(seed: u64, mutant: Mutant, story: bool) -> Rules {
+pub fn rules(seed: u64, agents: Agents, mutant: Mutant, story: bool) -> Rules {
     Rules {
         hosts: 4 + (seed % 2) as usize,
         in_flight: 3,
@@ -22,15 +25,17 @@ pub fn rules(seed: u64, mutant: Mutant, story: bool) -> Rules {
         slow_disks: seed / 4 % 2 == 1,
         grain: Grain::Frame,
         mutant,
+        agents,
+        freezes: seed / 144 % 4 == 3,
         story,
     }
 }
 
 impl Stepper {
-    pub fn new(seed: u64, mutant: Mutant, story: bool) -> Self {
+    pub fn new(seed: u64, agents: Agents, mutant: Mutant, story: bool) -> Self {
         Self {
             random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678_9abc_def1,
-            world: World::new(rules(seed, mutant, story)),
+            world: World::new(rules(seed, agents, mutant, story)),
             durable: seed / 8 % 2 == 1,
             faults: [4, 10, 25][(seed / 16 % 3) as usize],
             wishes: [3, 10, 30][(seed / 48 % 3) as usize],
@@ -55,6 +60,7 @@ impl Stepper {
     /// # Errors
     /// What did not hold, and at which step.
     pub fn storm(&mut self) -> Result<(), String> {
+        self.begin()?;
         for step in 0..STEPS {
             self.storm_step()
                 .map_err(|why| format!("step {step}: {why}"))?;
@@ -62,18 +68,23 @@ impl Stepper {
         Ok(())
     }
 
-    pub fn storm_step(&mut self) -> Result<(), String> {
-        let step = match self.below(1000) {
-            0..440 => {
-                for _ in 0..self.below(4) {
-                    let steps = self.world.deliveries();
-                    if let Some(step) = self.pick(&steps) {
-                        self.world.apply(&step)?;
-                    }
-                }
-                let steps = self.world.deliveries();
-                self.pick(&steps)
+    /// What an administrator does first.
+    pub fn begin(&mut self) -> Result<(), String> {
+        match self.world.is_free() {
+            true => Ok(()),
+            false => {
+                let order = self.protect(0);
+                self.world.apply(&order)
             }
+        }
+    }
+
+    pub fn storm_step(&mut self) -> Result<(), String> {
+        if !self.world.is_free() {
+            return self.shipped_step();
+        }
+        let step = match self.below(1000) {
+            0..440 => self.some_deliveries()?,
             440..580 => self.owner_runs(),
             580..880 => {
                 let steps = self.world.errands();
@@ -89,6 +100,104 @@ impl Stepper {
         match step {
             Some(step) => self.world.apply(&step),
             None => Ok(()),
+        }
+    }
+
+    fn some_deliveries(&mut self) -> Result<Option<Step>, String> {
+        for _ in 0..self.below(4) {
+            let steps = self.world.deliveries();
+            if let Some(step) = self.pick(&steps) {
+                self.world.apply(&step)?;
+            }
+        }
+        let steps = self.world.deliveries();
+        Ok(self.pick(&steps))
+    }
+
+    /// With shipped agents: what they do by themselves, what befalls them, and what an administrator orders.
+    fn shipped_step(&mut self) -> Result<(), String> {
+        let step = match self.below(1000) {
+            0..440 => self.some_deliveries()?,
+            440..580 => self.owner_runs(),
+            580..880 => {
+                let steps = self.world.errands();
+                self.pick(&steps)
+            }
+            880..895 => Some(Step::Wait),
+            895..915 if self.below(30) < self.wishes => self.an_order(),
+            915..935 => self.a_deadline(),
+            935..960 => self.false_suspicion(),
+            960..975 => self.owner_beats(),
+            975.. if self.below(25) < self.faults => self.fault(),
+            _ => None,
+        };
+        match step {
+            Some(step) => self.world.apply(&step),
+            None => Ok(()),
+        }
+    }
+
+    /// A replica hears nothing of its predecessor, rightly or not; or one that asks is not answered.
+    fn false_suspicion(&mut self) -> Option<Step> {
+        if self.below(4) == 0 {
+            let asking: Vec<usize> = self.world.asked.iter().map(|asked| asked.host).collect();
+            return self.pick(&asking).map(Step::Silence);
+        }
+        if self.below(3) != 0 {
+            return None;
+        }
+        let able: Vec<usize> = (0..self.world.hosts.len())
+            .filter(|i| self.world.can_ask(*i))
+            .collect();
+        self.pick(&able).map(Step::Suspect)
+    }
+
+    /// Something has been waited for long enough.
+    fn a_deadline(&mut self) -> Option<Step> {
+        let mut steps = Vec::new();
+        for (i, host) in self.world.hosts.iter().enumerate() {
+            if host.owner.as_ref().is_some_and(|o| o.tries.0 > 3) && self.world.can_connect(i) {
+                steps.push(Step::ConnectFails(i));
+            }
+            if host.owner.as_ref().is_some_and(|o| o.is_overdue(0)) {
+                steps.push(Step::Slow(i));
+            }
+            if host.bridge.is_some() {
+                steps.push(Step::BridgeFails(i));
+            }
+            if let Some(agent) = &host.agent.0 {
+                let errands = 0..agent.errands.len();
+                steps.extend(errands.map(|which| Step::ErrandFails(i, which)));
+            }
+        }
+        self.pick(&steps)
+    }
+
+    /// An owner of some hosts' is to be backed up by some others.
+    fn protect(&mut self, i: usize) -> Step {
+        let mut others: Vec<usize> = (0..self.world.hosts.len()).filter(|h| *h != i).collect();
+        for n in (1..others.len()).rev() {
+            others.swap(n, self.below(n + 1));
+        }
+        others.truncate(1 + self.below(self.world.rules.wanted + 1));
+        let backups: Vec<HostId> = others.into_iter().map(name).collect();
+        Step::Order(i, Order::Protect { backups })
+    }
+
+    fn an_order(&mut self) -> Option<Step> {
+        let owners = self
+            .world
+            .hosts_where(|h| h.agent.0.as_ref().is_some_and(|agent| agent.owns()));
+        let i = self.pick(&owners)?;
+        match self.below(8) {
+            0..5 => Some(self.protect(i)),
+            5 => Some(Step::Order(i, Order::HandOver)),
+            6 => Some(Step::Order(i, Order::Drill)),
+            _ => {
+                let standbys = self.world.hosts_where(|h| h.standby.is_some());
+                let i = self.pick(&standbys)?;
+                Some(Step::Order(i, Order::Failover))
+            }
         }
     }
 

@@ -117,6 +117,10 @@ impl World {
                 epoch: *epoch,
             },
             Message::Heartbeat => Event::Heartbeat { generation },
+            Message::Yield(epoch) => Event::Yield {
+                generation,
+                epoch: *epoch,
+            },
             _ => return Ok(()),
         };
         if mutant == Mutant::AckBeforeProcessed
@@ -155,7 +159,7 @@ impl World {
     }
 
     /// The tail copies one piece more for the replica that joins.
-    pub fn feed(&mut self, at: usize) -> Result<(), String> {
+    pub fn fill(&mut self, at: usize) -> Result<(), String> {
         let Some(link) = self.down_link(at) else {
             return Ok(());
         };
@@ -177,7 +181,7 @@ impl World {
                 self.send_down(link, [begin]);
             }
             Some(Feeding::Copying(sent)) if sent < standby.store.len() => {
-                let to = standby.store.len().min(sent + 3);
+                let to = standby.store.len().min(sent + 3 + standby.store.len() / 16);
                 standby.feeding = Some(Feeding::Copying(to));
                 let items = standby.store[sent..to].to_vec();
                 let epoch = Epoch::ZERO;

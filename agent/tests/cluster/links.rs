@@ -2,7 +2,7 @@
 
 use chain::replica::Event;
 
-use super::owner::Greeting;
+use super::greeting::Greeting;
 use super::{Link, LinkId, Message, Mutant, Role, World};
 
 impl World {
@@ -97,11 +97,13 @@ impl World {
             generation,
             ..
         } = link;
+        let alone = self.is_free() || self.hosts[from].bridge.is_none();
         if let Some(owner) = &mut self.hosts[from].owner
             && owner.generation() == generation
+            && alone
         {
             owner.sender.lost();
-            owner.troubles.insert(to);
+            self.say_lost(from, Some(to), false);
             self.links
                 .retain(|l, _| l.from != from || l.generation != generation);
         } else if self.down_link(from) == Some(link) {

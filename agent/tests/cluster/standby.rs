@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use agent::host::Input;
 use chain::replica::{Action, Event, Replica};
 use chain::{History, Mark, View};
 use checkpoint::{Epoch, Generation};
@@ -81,6 +82,14 @@ impl Standby {
             None => Vec::new(),
         };
         Self::with(machine, told.clone(), store)
+    }
+
+    /// What it could resume the VM from, if it were suspicious.
+    pub fn may_resume(&self) -> Option<Mark> {
+        match self.machine.failed() {
+            None => self.machine.resumable(),
+            Some(_) => self.machine.clone().freeze().ok(),
+        }
     }
 
     /// The next replica: the successor, or at the tail the one that joins.
@@ -369,14 +378,22 @@ impl World {
                 self.counts.0.holes += u64::from(!why.contains("planted"));
                 self.say(|| format!("h{at} has failed: {why}"));
                 self.tell_up(at, Message::Broken(at));
+                self.letter(at, Input::ReplicaFailed { why: why.clone() });
                 if !excused {
                     return Err(format!("h{at} has failed without a reason: {why}"));
                 }
             }
             Action::StillFailed(_) => self.tell_up(at, Message::Broken(at)),
-            Action::Suspect(_) => {}
+            Action::Suspect(silence_ms) => self.letter(at, Input::Suspected { silence_ms }),
         }
         Ok(None)
+    }
+
+    /// The chain server tells the agent something.
+    fn letter(&mut self, at: usize, letter: Input) {
+        if let Some(agent) = self.agent(at) {
+            agent.mail.push_back(letter);
+        }
     }
 
     pub fn ack_owner(&mut self, at: usize, generation: Generation, epoch: Epoch) {

@@ -1,4 +1,5 @@
-//! What the hosts' agents do: ask for ownership, follow the master's decisions, ask for other chains.
+//! Agents that are free to do anything ([`Agents::Free`](super::Agents)): ask for ownership, follow the master's decisions or not,
+//! ask for any chain. Which and when is a step each.
 
 use std::sync::Arc;
 
@@ -6,19 +7,18 @@ use chain::View;
 use chain::master::Command;
 use chain::replica::FreezeError;
 
-use super::{Answer, Asked, Mutant, Owner, Plan, World, index, member, name};
+use super::{Answer, Asked, Bridge, Mutant, Plan, World, index, member, name};
 
 impl World {
     pub fn can_ask(&self, i: usize) -> bool {
         self.takes(i)
             && self.reaches_master(i)
             && self.hosts[i].standby.as_ref().is_some_and(|s| {
-                let mut machine = s.machine.clone();
                 s.asking.is_none()
-                    && match machine.freeze() {
-                        Ok(_) => true,
-                        Err(FreezeError::Joining(_)) => self.is(Mutant::ResumeIncomplete),
-                        Err(_) => self.is(Mutant::ResumeOutdated) && s.before.is_some(),
+                    && match self.rules.mutant {
+                        Mutant::ResumeIncomplete => s.machine.hist().is_some(),
+                        Mutant::ResumeOutdated => s.may_resume().is_some() || s.before.is_some(),
+                        _ => s.may_resume().is_some(),
                     }
             })
     }
@@ -55,65 +55,11 @@ impl World {
             by: name(i),
             at,
         };
-        self.asked.push(Asked { host: i, command });
-    }
-
-    /// The master decides on something it was asked.
-    pub fn decide(&mut self, which: usize) {
-        let Asked { host, mut command } = self.asked.remove(which);
-        let now = self.view().generation;
-        if let (Command::TakeOver { expect, at, .. }, Mutant::NoCompare) =
-            (&mut command, self.rules.mutant)
-        {
-            *expect = now;
-            at.generation = now;
-        }
-        let result = Arc::make_mut(&mut self.master.0).apply(&command);
-        let record = self.master.0.snapshot().records.remove(0);
-        self.now = self.told(record);
-        match (&command, result) {
-            (Command::TakeOver { expect, .. }, result) => {
-                self.counts.0.refused += u64::from(result.is_err());
-                let granted = result.ok().map(|record| self.told(record));
-                if self.hosts[host].up {
-                    self.answers.push(Answer {
-                        host,
-                        expect: *expect,
-                        granted,
-                    });
-                }
-            }
-            (_, Ok(record)) => {
-                self.counts.0.reconfigurations += 1;
-                if let Some(owner) = &mut self.hosts[host].owner
-                    && owner.generation() == record.view.generation
-                {
-                    // Asked twice, and known already.
-                    owner.asked = false;
-                }
-                let view = &record.view;
-                let was_joined = view
-                    .chain
-                    .last()
-                    .is_some_and(|m| m.since == view.generation);
-                self.counts.0.joins += u64::from(was_joined && view.in_place());
-                self.counts.0.anew += u64::from(!view.in_place());
-                self.say(|| {
-                    let chain: Vec<&str> = view.chain.iter().map(|m| m.host.as_str()).collect();
-                    let joining = view.joining.as_ref().map(|m| m.host.as_str());
-                    format!(
-                        "the master: {} has {chain:?}, joining {joining:?}, history {:?}",
-                        view.generation, view.history
-                    )
-                });
-            }
-            (_, Err(why)) => {
-                if let Some(owner) = &mut self.hosts[host].owner {
-                    owner.asked = false;
-                }
-                self.say(|| format!("the master refuses h{host}: {why}"));
-            }
-        }
+        self.asked.push(Asked {
+            host: i,
+            by: (0, 0),
+            command,
+        });
     }
 
     /// An answer arrives.
@@ -122,7 +68,11 @@ impl World {
             host: i,
             expect,
             granted,
+            reply,
         } = self.answers.remove(which);
+        if let Some(reply) = reply.0 {
+            return self.agent_hears(i, reply);
+        }
         let any = self.is(Mutant::NoCompare);
         let Some(standby) = &self.hosts[i].standby else {
             return Ok(());
@@ -146,62 +96,38 @@ impl World {
 
     /// The master gave this host the VM.
     fn activate(&mut self, i: usize, view: &Arc<View>) -> Result<(), String> {
-        let noted = self.is(Mutant::AskWithoutFreezing);
-        let Some(mut standby) = self.hosts[i].standby.take() else {
-            return Ok(());
-        };
         self.hosts[i].seen = view.generation;
-        let before = standby.before.take();
-        if let (true, None, Some((_, content))) = (
-            self.is(Mutant::ResumeOutdated),
-            standby.machine.hist(),
-            before,
-        ) {
-            standby.store = content;
-        }
-        let outdated = standby.machine.hist().is_none().then_some(standby.asking);
-        let outdated = outdated
-            .filter(|_| self.is(Mutant::ResumeOutdated))
-            .flatten();
-        let mark = standby.machine.hist().or(outdated.map(|(_, mark)| mark));
-        let (Some(mark), true) = (mark, !standby.store.is_empty()) else {
+        let Some(handed) = self.hand_over(i) else {
             self.say(|| format!("h{i} is given the VM, but holds nothing any more"));
             return Ok(());
         };
-        standby.kept.abandon();
-        let mut content = standby.store;
-        if let (true, Some((_, held))) = (noted, standby.asking) {
-            content.truncate(held.epoch.0 as usize);
-        }
-        let generation = view.generation;
-        self.counts.0.takeovers += 1;
+        let (mark, kept) = (handed.mark, handed.kept.clone());
         let late = !view.chain.is_empty() && !view.history.contains(mark);
         self.counts.0.late_grants += u64::from(late);
-        self.say(|| format!("h{i} resumes from {mark} as the owner in {generation}"));
-        // One that hears of it too late is superseded already, and will not be heard.
-        if self.view().generation == generation && !content.starts_with(&self.visible) {
-            return Err(format!(
-                "I5: h{i} resumes from {mark}; what the outside has seen is lost"
-            ));
-        }
-        let acked = standby.machine.acked().unwrap_or_default();
-        let resumed = Some((mark, standby.kept));
-        let mut owner = Owner::new(view.clone(), content, acked, resumed);
+        self.resume(i, view, handed)?;
         if late {
             // Granted from an earlier checkpoint than this: the others may hold what does not count any more.
-            owner.bridge = None;
-            owner.unfit = true;
+            self.owner_mut(i).unfit = true;
+        } else if view.in_place() {
+            self.hosts[i].bridge = Some(Bridge::new(view.clone(), mark, kept));
         }
-        self.hosts[i].owner = Some(owner);
-        self.let_out(i)
+        Ok(())
     }
 
     pub fn can_look(&self, i: usize) -> bool {
-        self.takes(i) && self.reaches_master(i) && self.view().generation > self.hosts[i].seen
+        self.takes(i)
+            && self.reaches_master(i)
+            && match &self.hosts[i].agent.0 {
+                Some(agent) => agent.revision() < self.master.0.revision(),
+                None => self.is_free() && self.view().generation > self.hosts[i].seen,
+            }
     }
 
     /// A host hears what the master has decided, and follows.
     pub fn look(&mut self, i: usize) -> Result<(), String> {
+        if !self.is_free() {
+            return self.agent_watches(i, self.past.0.len() - 1);
+        }
         let view = self.view();
         let mine = view.owner == name(i);
         let holds = view.holds(&name(i));
@@ -209,9 +135,10 @@ impl World {
         host.seen = view.generation;
         if host.owner.is_some() {
             if mine {
-                return self.owner_follows(i, &view);
+                self.hosts[i].bridge = None;
+                return self.protect(i, &view);
             }
-            host.owner = None;
+            self.end_process(i);
             self.say(|| format!("h{i} reads that it is not the owner any more"));
         } else if let Some(standby) = &mut host.standby {
             if mine {
@@ -276,7 +203,11 @@ impl World {
             if let Some(owner) = &mut self.hosts[i].owner {
                 owner.asked = true;
             }
-            self.asked.push(Asked { host: i, command });
+            self.asked.push(Asked {
+                host: i,
+                by: (0, 0),
+                command,
+            });
         }
     }
 }

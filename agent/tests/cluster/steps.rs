@@ -3,7 +3,12 @@
 use chain::replica::Event;
 use checkpoint::Generation;
 
+use agent::host::{Input, Order};
+
 use super::{LinkId, Mutant, World};
+
+/// Microseconds that a step takes.
+const STEP_US: u64 = 200;
 
 /// What an owner may wish for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -18,7 +23,7 @@ pub enum Plan {
 }
 
 /// One thing that happens; its outcome depends on nothing but the world.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// The next frame arrives.
     Down(LinkId),
@@ -29,6 +34,38 @@ pub enum Step {
     /// The owner says that it lives.
     Beat(usize),
     Connect(usize),
+    /// The time for connecting is over.
+    ConnectFails(usize),
+    /// A new owner brings its chain up to date.
+    Bridge(usize),
+    BridgeFails(usize),
+    /// Commits are overdue, and the owner's process says so.
+    Slow(usize),
+    /// The agent reads its mail.
+    Mail(usize),
+    /// The process does what it was told.
+    Obey(usize),
+    /// Something that an agent does on the side is done, or cannot be.
+    Errand(usize, usize),
+    ErrandFails(usize, usize),
+    /// So much time has passed that the agent looks up.
+    Tick(usize),
+    /// Time passes until somebody looks up.
+    Wait,
+    /// A replica hears nothing of its predecessor.
+    Suspect(usize),
+    /// The master does not answer for so long that it is asked no more.
+    Silence(usize),
+    Order(usize, Order),
+    /// A host hears what the master had decided at one moment.
+    Watch(usize, usize),
+    /// An agent ends; the VM's process goes on.
+    AgentEnds {
+        host: usize,
+        recovers: bool,
+        prepared: bool,
+    },
+    AgentReturns(usize),
     /// It listens to the tail's acknowledgements, whether or not the rest of the chain is there.
     ListenToTail(usize),
     /// A replica connects to the next one.
@@ -75,7 +112,40 @@ impl World {
     /// # Errors
     /// What does not hold.
     pub fn apply(&mut self, step: &Step) -> Result<(), String> {
+        self.clock.0 += STEP_US;
         match step {
+            Step::ConnectFails(i) => self.fail_to_connect(*i),
+            Step::Bridge(i) => self.bridge(*i),
+            Step::BridgeFails(i) => self.fail_to_bridge(*i),
+            Step::Slow(i) => {
+                self.say_slow(*i);
+                Ok(())
+            }
+            Step::Mail(i) => self.take_mail(*i),
+            Step::Obey(i) => self.obey(*i),
+            Step::Errand(i, which) => self.run_errand(*i, *which),
+            Step::ErrandFails(i, which) => self.fail_errand(*i, *which),
+            Step::Tick(i) => self.tick(*i),
+            Step::Wait => {
+                self.wait();
+                Ok(())
+            }
+            Step::Suspect(i) => self.feed(*i, Input::Suspected { silence_ms: 300 }),
+            Step::Silence(i) => self.silence(*i),
+            Step::Order(i, order) => self.order(*i, order),
+            Step::Watch(i, moment) => self.agent_watches(*i, *moment),
+            Step::AgentEnds {
+                host,
+                recovers,
+                prepared,
+            } => {
+                self.end_agent(*host, *recovers, *prepared);
+                Ok(())
+            }
+            Step::AgentReturns(i) => {
+                self.agent_returns(*i);
+                Ok(())
+            }
             Step::Down(link) => self.deliver_down(*link),
             Step::Up(link) => self.deliver_up(*link),
             Step::Run(i) => self.run_owner(*i),
@@ -85,7 +155,7 @@ impl World {
             }
             Step::Connect(i) => self.connect(*i),
             Step::Link(i) => self.link_next(*i),
-            Step::Feed(i) => self.feed(*i),
+            Step::Feed(i) => self.fill(*i),
             Step::Prepared(i) => self.finish_prepare(*i),
             Step::StillFailed(i) => self.still_failed(*i),
             Step::Look(i) => self.look(*i),
@@ -98,13 +168,16 @@ impl World {
                 Ok(())
             }
             Step::Forget(which) => {
-                self.asked.remove(*which);
-                Ok(())
+                let asked = self.asked.remove(*which);
+                self.unknown(asked.host, asked.by)
             }
             Step::Hear(which) => self.hear(*which),
             Step::Lose(which) => {
-                self.answers.remove(*which);
-                Ok(())
+                let answer = self.answers.remove(*which);
+                match answer.reply.0 {
+                    Some(reply) => self.unknown(answer.host, reply.by),
+                    None => Ok(()),
+                }
             }
             Step::GiveUp(i) => self.give_up_asking(*i),
             Step::ListenToTail(i) => self.listen_to_tail(*i),
@@ -152,6 +225,22 @@ impl World {
         self.check()
     }
 
+    /// All that this host asks of the master comes to nothing, until it asks no more.
+    fn silence(&mut self, i: usize) -> Result<(), String> {
+        for _ in 0..25 {
+            let Some(which) = self.asked.iter().position(|asked| asked.host == i) else {
+                return Ok(());
+            };
+            let asked = self.asked.remove(which);
+            self.unknown(i, asked.by)?;
+            if let Some(at) = self.wakes_at(i) {
+                self.clock.0 = self.clock.0.max(at);
+            }
+            self.feed(i, Input::Tick)?;
+        }
+        Ok(())
+    }
+
     fn still_failed(&mut self, i: usize) -> Result<(), String> {
         for _ in 0..50 {
             self.step_machine(i, Event::Tick { now_ms: 0 }, None)?;
@@ -170,9 +259,10 @@ impl World {
     }
 
     fn beat(&mut self, i: usize) {
-        if let Some(owner) = &self.hosts[i].owner
+        if let Some(owner) = &mut self.hosts[i].owner
             && let Some(head) = owner.view.chain.first()
         {
+            owner.overdue.0 += 1;
             let link = Self::update_link(i, super::index(&head.host), owner.generation());
             self.send_down(link, [super::Message::Heartbeat]);
         }
@@ -190,6 +280,16 @@ impl World {
     /// Frames and answers that can arrive now.
     pub fn deliveries(&self) -> Vec<Step> {
         let mut steps = Vec::new();
+        for (i, host) in self.hosts.iter().enumerate() {
+            if let Some(agent) = &host.agent.0 {
+                if !agent.mail.is_empty() {
+                    steps.push(Step::Mail(i));
+                }
+                if !agent.told.is_empty() {
+                    steps.push(Step::Obey(i));
+                }
+            }
+        }
         for (id, link) in &self.links {
             if !link.down.is_empty() && self.takes(id.to) {
                 steps.push(Step::Down(*id));
@@ -220,6 +320,16 @@ impl World {
             }
             if self.can_listen_to_tail(i) {
                 steps.push(Step::ListenToTail(i));
+            }
+            if self.can_bridge(i) {
+                steps.push(Step::Bridge(i));
+            }
+            if let Some(agent) = &host.agent.0 {
+                let errands = 0..agent.errands.len();
+                steps.extend(errands.map(|which| Step::Errand(i, which)));
+                if self.wakes_at(i).is_some_and(|at| at <= self.clock.0) {
+                    steps.push(Step::Tick(i));
+                }
             }
             if let Some(standby) = &host.standby {
                 if standby.preparing.is_some() {

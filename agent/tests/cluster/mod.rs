@@ -1,31 +1,41 @@
-//! A whole cluster without sockets, clocks and threads: the production machines of replicas and master, and models of
-//! what drives them (connections, stores, agents, an owner's client). What happens next is always one [`Step`], and a
-//! step's outcome depends on nothing else: whoever picks the steps explores the protocol. The simulation picks them at
-//! random from a seed, the model checker picks all of them.
+//! A whole cluster without sockets, clocks and threads: the shipped machines of hosts (`agent::host`), replicas, master,
+//! senders and epoch pipelines, and models of what drives them (connections, stores, processes). What happens next is always
+//! one [`Step`], and a step's outcome depends on nothing else: whoever picks the steps explores the protocol. The simulation
+//! picks them at random from a seed, the model checker picks all of them; in its worlds agents are free ([`Agents::Free`]).
 
 #![allow(dead_code)] // Two explorers, neither uses all of it.
 
 mod agent;
 mod check;
+mod effects;
+mod errands;
 mod faults;
 mod frames;
+mod free;
+mod greeting;
 mod kept;
 mod links;
+mod master;
+mod output;
 mod owner;
+mod protect;
+mod said;
 mod standby;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use chain::master::{Command, MasterState};
 use chain::replica::Base;
 use chain::{Mark, Member, View, VmRecord, VmShape};
 use checkpoint::{Epoch, Generation, HostId, VmId};
 
+pub use self::agent::Agent;
 pub use check::Op;
 pub use owner::Owner;
+pub use protect::Bridge;
 pub use standby::Standby;
 pub use steps::{Plan, Step};
 
@@ -93,6 +103,8 @@ pub enum Mutant {
     TroubleOnce,
     /// A full checkpoint can be resumed from at once, while output flows.
     FullHeld,
+    /// A snapshot of the master's that is older than one before is believed.
+    StaleTaken,
 }
 
 /// What happens in one step.
@@ -119,8 +131,35 @@ pub struct Rules {
     /// What happens in one step.
     pub grain: Grain,
     pub mutant: Mutant,
+    pub agents: Agents,
+    /// Without a backup the VM stands still.
+    pub freezes: bool,
     /// Write down what happens.
     pub story: bool,
+}
+
+impl Rules {
+    /// The VM's configuration.
+    fn config(self) -> &'static str {
+        match (self.agents, self.freezes) {
+            (Agents::Free, _) => "",
+            (Agents::Shipped, false) => {
+                "name = \"vm\"\nmemory_mib = 32\nkernel = \"builtin:probe\"\n[protect]\nreturn_wait_s = 5\n"
+            }
+            (Agents::Shipped, true) => {
+                "name = \"vm\"\nmemory_mib = 32\nkernel = \"builtin:probe\"\n[protect]\nreturn_wait_s = 5\nalone = \"freeze\"\n"
+            }
+        }
+    }
+}
+
+/// Who decides what a host is to the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Agents {
+    /// Agents that ask for anything at any time: their every wish is a step. What a shipped agent may do is among it.
+    Free,
+    /// The shipped machine, `agent::host::Machine`.
+    Shipped,
 }
 
 /// Something that is no part of the state: two worlds that differ in it only are the same.
@@ -165,6 +204,15 @@ pub struct Counts {
     pub lost: u64,
     pub stranded: u64,
     pub queries: u64,
+    pub orders: u64,
+    pub stopped: u64,
+    pub started: u64,
+    pub deleted: u64,
+    pub handed_over: u64,
+    pub switches: u64,
+    pub booted: u64,
+    pub adopted: u64,
+    pub agents_died: u64,
 }
 
 impl Counts {
@@ -193,6 +241,15 @@ impl Counts {
             lost,
             stranded,
             queries,
+            orders,
+            stopped,
+            started,
+            deleted,
+            handed_over,
+            switches,
+            booted,
+            adopted,
+            agents_died,
         } = *other;
         for (sum, more) in [
             (&mut self.commits, commits),
@@ -218,6 +275,15 @@ impl Counts {
             (&mut self.lost, lost),
             (&mut self.stranded, stranded),
             (&mut self.queries, queries),
+            (&mut self.orders, orders),
+            (&mut self.stopped, stopped),
+            (&mut self.started, started),
+            (&mut self.deleted, deleted),
+            (&mut self.handed_over, handed_over),
+            (&mut self.switches, switches),
+            (&mut self.booted, booted),
+            (&mut self.adopted, adopted),
+            (&mut self.agents_died, agents_died),
         ] {
             *sum += more;
         }
@@ -248,6 +314,8 @@ pub enum Message {
     JoinerReady,
     /// Somebody further down is lost.
     Broken(usize),
+    /// Down again: the owner has stopped the VM at this epoch.
+    Yield(Epoch),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -276,18 +344,42 @@ pub struct Link {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Host {
     pub up: bool,
-    /// The newest configuration heard of.
+    /// Agents that it has had.
+    pub lives: u32,
+    /// Its agent has died: there is no chain server, and nobody looks after the VM's process.
+    pub agent_gone: bool,
+    /// The newest configuration heard of by a free agent; else the one that ended what was held here.
     pub seen: Generation,
+    /// There should be a replica, and was none in this generation.
+    pub declined: Option<Generation>,
     pub standby: Option<Standby>,
     pub owner: Option<Owner>,
-    /// What outlived a crash.
+    /// What the replicas that are left may lack after a takeover.
+    pub bridge: Option<Bridge>,
+    /// What of a replica outlived a crash.
     pub disk: Option<(Mark, Content)>,
+    /// The VM's disks here include what it did up to then: since which boot, and what.
+    pub disks: Option<(u32, Content)>,
+    pub agent: Aside<Option<Box<Agent>>>,
+    /// What the VM's process has said to nobody.
+    pub unheard: Aside<Vec<::agent::host::Report>>,
+}
+
+/// Why a VM boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Begun {
+    /// It was off, and begins with its newest disks.
+    Started,
+    /// Nobody could resume it: from its owner's disks, which include everything, or from older ones by somebody's order.
+    Restarted { newest: bool },
 }
 
 /// Something on its way to the master.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked {
     pub host: usize,
+    /// Of a shipped agent: which life of it asks, and which question it is.
+    pub by: (u32, u64),
     pub command: Command,
 }
 
@@ -320,6 +412,15 @@ pub struct Answer {
     pub host: usize,
     pub expect: Generation,
     pub granted: Option<Arc<View>>,
+    /// To a shipped agent.
+    pub reply: Aside<Option<Reply>>,
+}
+
+/// What a shipped agent is answered.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    pub by: (u32, u64),
+    pub result: Result<Arc<VmRecord>, ::agent::host::Refusal>,
 }
 
 /// The production state machine of the master.
@@ -344,27 +445,45 @@ pub struct World {
     pub master: Master,
     /// The configuration in force, as the master tells it.
     pub now: Arc<View>,
+    /// Everything that the master has ever decided, for those who hear of it late: its revision then, and the VM's record, if
+    /// there was one.
+    pub past: Aside<Vec<(u64, Option<Arc<VmRecord>>)>>,
+    /// What the VM's next boot is, if one has been decided.
+    pub begun: Option<Begun>,
     pub asked: Vec<Asked>,
     pub answers: Vec<Answer>,
-    /// What the outside has seen.
+    /// How often the VM has been booted after the first time.
+    pub boot: u32,
+    /// What the outside has seen since.
     pub visible: Content,
     /// What was sent under each name.
     pub truth: Arc<BTreeMap<(Generation, Epoch), Content>>,
+    /// Microseconds.
+    pub clock: Aside<u64>,
     pub counts: Aside<Counts>,
     pub story: Aside<Vec<String>>,
     pub ops: Aside<Vec<Op>>,
 }
 
 pub fn name(i: usize) -> HostId {
-    HostId::new(&format!("h{i}")).expect("a valid name")
+    static NAMES: LazyLock<Vec<HostId>> = LazyLock::new(|| {
+        let name = |i| HostId::new(&format!("h{i}")).expect("a valid name");
+        (0..8).map(name).collect()
+    });
+    NAMES[i].clone()
 }
 
 pub fn index(host: &HostId) -> usize {
-    host.as_str()[1..].parse().expect("h and a number")
+    usize::from(host.as_str().as_bytes()[1] - b'0')
 }
 
 pub fn member(i: usize) -> Member {
     Member::new(name(i), ([127, 0, 0, 1], i as u16 + 1).into())
+}
+
+/// How much of `content` was done by the end of that epoch.
+pub fn upto(content: &[Item], epoch: Epoch) -> usize {
+    content.partition_point(|item| (item >> 8 & 0xff_ffff) <= epoch.0)
 }
 
 pub fn digest(items: &[Item]) -> u32 {
@@ -381,7 +500,7 @@ impl World {
             vcpus: 1,
             cpu: Default::default(),
             disks: vec![],
-            config_toml: String::new(),
+            config_toml: rules.config().into(),
         };
         let register = Command::Register {
             vm: checkpoint::VmId(1),
@@ -390,7 +509,8 @@ impl World {
             shape,
             life: chain::Life::On,
         };
-        let view = Arc::new(master.apply(&register).expect("the first VM").view);
+        let record = master.apply(&register).expect("the first VM");
+        let view = Arc::new(record.view.clone());
         let mut hosts = vec![
             Host {
                 up: true,
@@ -398,24 +518,37 @@ impl World {
             };
             rules.hosts
         ];
-        hosts[0].seen = view.generation;
-        hosts[0].owner = Some(Owner::new(view.clone(), Vec::new(), Epoch::ZERO, None));
-        Self {
+        hosts[0].owner = Some(Owner::booted(view.clone(), rules.in_flight, 0));
+        hosts[0].disks = Some((0, Vec::new()));
+        let mut world = Self {
             rules,
             vm: view.vm,
             hosts,
             links: BTreeMap::new(),
             blocked: BTreeSet::new(),
             master: Master(Arc::new(master)),
-            now: view.clone(),
+            now: view,
+            past: Aside(vec![(0, None), (record.revision, Some(Arc::new(record)))]),
+            begun: None,
             asked: Vec::new(),
             answers: Vec::new(),
+            boot: 0,
             visible: Vec::new(),
             truth: Arc::default(),
+            clock: Aside::default(),
             counts: Aside::default(),
             story: Aside::default(),
             ops: Aside::default(),
+        };
+        match rules.agents {
+            Agents::Free => world.hosts[0].seen = world.now.generation,
+            Agents::Shipped => world.begin_agents(),
         }
+        world
+    }
+
+    pub fn is_free(&self) -> bool {
+        self.rules.agents == Agents::Free
     }
 
     pub fn is(&self, mutant: Mutant) -> bool {
@@ -431,14 +564,6 @@ impl World {
     /// What the master tells whoever asks.
     pub fn view(&self) -> Arc<View> {
         self.now.clone()
-    }
-
-    pub fn told(&self, record: VmRecord) -> Arc<View> {
-        let mut view = record.view;
-        if self.is(Mutant::ForkNotRecorded) {
-            view.history.forks.clear();
-        }
-        Arc::new(view)
     }
 
     pub fn reaches(&self, a: usize, b: usize) -> bool {

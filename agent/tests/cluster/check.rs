@@ -105,7 +105,7 @@ impl World {
             if machine.generation() != now.generation || now.position(&name(i)).is_none() {
                 continue;
             }
-            let Ok(mark) = machine.clone().freeze() else {
+            let Some(mark) = standby.may_resume() else {
                 continue;
             };
             if now.history.contains(mark) && !standby.store.starts_with(&self.visible) {

@@ -1,0 +1,91 @@
+//! What a VM's process says: a free agent notes it at once, a shipped one is sent a report.
+
+use agent::host::{Input, Loss, Report};
+use checkpoint::{Epoch, Generation};
+
+use super::{World, name};
+
+impl World {
+    /// Its agent will hear of it. Without one the process keeps it for the next.
+    pub fn report(&mut self, i: usize, report: Report) {
+        let host = &mut self.hosts[i];
+        match &mut host.agent.0 {
+            Some(agent) => agent.mail.push_back(Input::Report(report)),
+            None => host.unheard.0.push(report),
+        }
+    }
+
+    /// A replica, or without one named the whole chain, is of no use. Nobody listens to this chain any more.
+    pub fn say_lost(&mut self, i: usize, who: Option<usize>, unfit: bool) {
+        let free = self.is_free();
+        let owner = self.owner_mut(i);
+        if free {
+            owner.unfit |= unfit;
+            owner.troubles.extend(who.filter(|_| !unfit));
+            return;
+        }
+        owner.deaf = true;
+        let generation = owner.newest;
+        self.report(
+            i,
+            Report::Lost(Loss {
+                generation,
+                host: who.map(name),
+                unfit,
+                why: String::new(),
+            }),
+        );
+    }
+
+    /// No commit has come for a while.
+    pub fn say_slow(&mut self, i: usize) {
+        let generation = self.owner_mut(i).newest;
+        let loss = Loss {
+            generation,
+            host: None,
+            unfit: false,
+            why: String::new(),
+        };
+        self.report(i, Report::Lost(loss));
+    }
+
+    /// A replica follows a newer configuration.
+    pub fn say_refused(&mut self, i: usize, newer: Generation) {
+        match self.is_free() {
+            true => self.fenced(i, newer),
+            false => self.report(i, Report::Refused { generation: newer }),
+        }
+    }
+
+    pub fn say_ready(&mut self, i: usize) {
+        let owner = self.owner_mut(i);
+        owner.ready = true;
+        let generation = owner.newest;
+        if !self.is_free() {
+            self.report(i, Report::JoinerReady { generation });
+        }
+    }
+
+    pub fn say_protected(&mut self, i: usize, generation: Generation) {
+        self.owner_mut(i).protected.0 = Some(generation);
+        if !self.is_free() {
+            let text = String::new();
+            self.report(i, Report::Protected { generation, text });
+        }
+    }
+
+    pub fn say_handed_over(&mut self, i: usize, epoch: Epoch) {
+        self.counts.0.switches += 1;
+        self.report(i, Report::HandedOver { epoch });
+    }
+
+    /// A free agent's owner stops if it is another's by now.
+    fn fenced(&mut self, i: usize, newer: Generation) {
+        if self.view().owner == name(i) {
+            return;
+        }
+        self.end_process(i);
+        self.counts.0.fenced += 1;
+        self.say(|| format!("h{i} is told of {newer} and stops"));
+    }
+}

@@ -1,0 +1,61 @@
+//! Each protective mechanism switched off in turn: the checks have to notice, and for the right reason.
+
+use crate::cluster::{Agents, Mutant};
+use crate::run;
+
+/// Finds a seed in which the check meant for it shows the mutant up; others may have done so before.
+fn killed(agents: Agents, mutant: Mutant, expected: &[&str]) {
+    let seeds = crate::number("CHAIN_MUTANT_SEEDS").unwrap_or(30_000);
+    let mut others = 0;
+    for seed in 0..seeds {
+        if let Err(why) = run(seed, agents, mutant, false) {
+            let why = why.trim();
+            if expected.iter().any(|reason| why.contains(reason)) {
+                let line = why.lines().next().unwrap_or_default();
+                println!(
+                    "{mutant:?}, {agents:?}, seed {seed}, noticed otherwise {others} times before: {line}"
+                );
+                return;
+            }
+            if others == 0 {
+                println!(
+                    "{mutant:?}, otherwise: {}",
+                    why.lines().next().unwrap_or_default()
+                );
+            }
+            others += 1;
+        }
+    }
+    panic!("{mutant:?} went unnoticed in {seeds} seeds ({others} times it was noticed otherwise)");
+}
+
+macro_rules! mutants {
+    ($($name:ident: $agents:ident, $mutant:ident, $expected:expr;)*) => {
+        $(#[test] fn $name() { killed(Agents::$agents, Mutant::$mutant, &$expected); })*
+    };
+}
+
+mutants! {
+    i1_acknowledging_before_processing: Shipped, AckBeforeProcessed, ["I5", "I1"];
+    i1_passing_on_acks_of_what_is_not_processed: Shipped, AckUnprocessed, ["I1"];
+    i2_forwarding_the_end_before_preparing: Shipped, ForwardEndEarly, ["I2"];
+    i3_telling_checkpoints_apart_by_number_only: Shipped, AnyBase, ["I3", "no part of the owner's history"];
+    i4_listening_to_old_generations: Shipped, AnyGeneration, ["failed without a reason"];
+    i4_a_master_that_does_not_compare_generations: Shipped, NoCompare, ["I4", "I5"];
+    i5_not_freezing_before_asking: Shipped, AskWithoutFreezing, ["I5"];
+    i5_resuming_from_before_output_was_unprotected: Shipped, ResumeOutdated, ["I5"];
+    i5_a_fork_that_the_master_does_not_record: Shipped, ForkNotRecorded, ["no part of the owner's history"];
+    i5_a_fork_that_the_replica_ignores: Shipped, ForkIgnored, ["no part of the owner's history"];
+    i5_resuming_a_new_member_before_it_is_complete: Shipped, ResumeIncomplete, ["I5"];
+    i5_not_looking_at_since_when_somebody_is_a_member: Shipped, SinceIgnored, ["I5"];
+    i5_resuming_from_a_full_checkpoint_at_once: Shipped, FullHeld, ["I5"];
+    i5_a_full_checkpoint_without_a_decision: Shipped, FullUndecided, ["I5", "I4"];
+    sent_is_not_resent: Shipped, SentNotResent, ["failed without a reason"];
+    sent_is_resent_whatever_the_successor_holds: Shipped, ResendAnyway, ["failed without a reason"];
+    i7_a_failed_store_that_is_not_owned_up_to: Shipped, FailureHidden, ["I3"];
+    liveness_a_joining_replica_promoted_before_it_is_ready: Shipped, PromoteEarly, ["liveness"];
+    liveness_readiness_said_once: Shipped, ReadyOnce, ["liveness"];
+    liveness_a_successor_that_came_while_frozen: Shipped, NextNotAsked, ["liveness"];
+    liveness_what_was_lost_while_frozen: Shipped, PreviousNotAsked, ["liveness"];
+    liveness_a_next_replica_that_does_not_come: Shipped, TroubleOnce, ["liveness"];
+}
