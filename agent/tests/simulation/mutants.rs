@@ -55,7 +55,7 @@ mutants! {
     i7_a_failed_store_that_is_not_owned_up_to: Shipped, FailureHidden, ["I3"];
     liveness_a_joining_replica_promoted_before_it_is_ready: Shipped, PromoteEarly, ["liveness"];
     liveness_readiness_said_once: Shipped, ReadyOnce, ["liveness"];
-    liveness_a_successor_that_came_while_frozen: Shipped, NextNotAsked, ["liveness"];
-    liveness_what_was_lost_while_frozen: Shipped, PreviousNotAsked, ["liveness"];
+    liveness_a_successor_that_came_while_frozen: Free, NextNotAsked, ["liveness"];
+    liveness_what_was_lost_while_frozen: Free, PreviousNotAsked, ["liveness"];
     liveness_a_next_replica_that_does_not_come: Shipped, TroubleOnce, ["liveness"];
 }
