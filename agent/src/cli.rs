@@ -69,19 +69,32 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
-    /// Stop a VM that runs on this host, at once, as a power cut would. Its disks stay its newest: `start NAME` boots it again.
+    /// Shut down a VM that runs on this host: its power button is pressed, and it is off once its guest has switched itself off.
+    /// Its disks stay its newest: `start NAME` boots it again.
     Stop {
         /// The VM's name.
         vm: String,
+        /// Seconds that the guest may take.
+        #[arg(long, default_value_t = 90, value_name = "SECONDS")]
+        timeout: u64,
+        /// At once, as a power cut would.
+        #[arg(long, conflicts_with = "timeout")]
+        now: bool,
         /// How the agent is reached.
         #[command(flatten)]
         control: Control,
     },
-    /// Reset a VM that runs on this host, as its reset button would: it boots again at once, in place and as protected as it
-    /// was. What its guest has not written to its disks is lost.
-    Reset {
+    /// Reboot a VM that runs on this host: its guest is asked to switch itself off, and boots again then, in place and as
+    /// protected as it was.
+    Reboot {
         /// The VM's name.
         vm: String,
+        /// Seconds that the guest may take to switch itself off.
+        #[arg(long, default_value_t = 90, value_name = "SECONDS")]
+        timeout: u64,
+        /// At once, as its reset button would: what its guest has not written to its disks is lost.
+        #[arg(long, conflicts_with = "timeout")]
+        now: bool,
         /// How the agent is reached.
         #[command(flatten)]
         control: Control,

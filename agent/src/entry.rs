@@ -58,11 +58,27 @@ fn run(command: Command) -> Outcome {
             control,
         } => protect(&control.control, &vm, backups),
         Command::Delete { vm, yes, control } => delete(&control.control, &vm, yes),
-        Command::Stop { vm, control } => {
-            Ok(ControlClient::connect(&control.control)?.order(&Request::Stop { vm })?)
+        Command::Stop {
+            vm,
+            timeout: timeout_s,
+            now,
+            control,
+        } => {
+            let request = match now {
+                true => Request::Stop { vm },
+                false => Request::ShutDown { vm, timeout_s },
+            };
+            Ok(ControlClient::connect(&control.control)?.order(&request)?)
         }
-        Command::Reset { vm, control } => {
-            Ok(ControlClient::connect(&control.control)?.order(&Request::Reset { vm })?)
+        Command::Reboot {
+            vm,
+            timeout,
+            now,
+            control,
+        } => {
+            let timeout_s = (!now).then_some(timeout);
+            let request = Request::Reboot { vm, timeout_s };
+            Ok(ControlClient::connect(&control.control)?.order(&request)?)
         }
         Command::Status {
             json,

@@ -79,10 +79,10 @@ fn io(port: u16, bytes: u8, access: AccessSize) -> GAS {
 }
 
 fn fadt(dsdt: u64, facs: u64) -> impl Aml {
+    // Without the flag PWR_BUTTON: the button is that of the PM1 registers.
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, 1)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless);

@@ -1,6 +1,6 @@
 //! Where a vCPU's port and memory accesses go.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::devices::DeviceManager;
 use crate::pm::{Pm, PmWrite};
@@ -9,13 +9,19 @@ use crate::pm::{Pm, PmWrite};
 pub(crate) struct Bus {
     devices: Arc<DeviceManager>,
     pm: Mutex<Pm>,
+    /// Sets the level of the system control interrupt's line.
+    sci: Box<dyn Fn(bool) + Send + Sync>,
 }
 
 impl Bus {
-    pub(crate) fn new(devices: Arc<DeviceManager>) -> Bus {
+    pub(crate) fn new(
+        devices: Arc<DeviceManager>,
+        sci: impl Fn(bool) + Send + Sync + 'static,
+    ) -> Bus {
         Bus {
             devices,
             pm: Mutex::new(Pm::default()),
+            sci: Box::new(sci),
         }
     }
 
@@ -23,12 +29,26 @@ impl Bus {
         &self.devices
     }
 
-    pub(crate) fn pm(&self) -> Pm {
-        *self.pm.lock().unwrap_or_else(PoisonError::into_inner)
+    fn registers(&self) -> MutexGuard<'_, Pm> {
+        self.pm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn pm(&self) -> Pm {
+        *self.registers()
+    }
+
+    /// The line's level is no part of the interrupt controllers' state: it is set anew.
     pub(crate) fn set_pm(&self, pm: Pm) {
-        *self.pm.lock().unwrap_or_else(PoisonError::into_inner) = pm;
+        let mut registers = self.registers();
+        *registers = pm;
+        (self.sci)(pm.raises());
+    }
+
+    /// Somebody presses the power button.
+    pub(crate) fn press_power_button(&self) {
+        let mut registers = self.registers();
+        registers.press();
+        (self.sci)(registers.raises());
     }
 
     /// Where nothing answers, a bus floats high.
@@ -52,11 +72,16 @@ impl Bus {
 
     /// True: the guest switched itself off.
     pub(crate) fn pio_write(&self, port: u16, data: &[u8]) -> bool {
-        let ours = self
-            .pm
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .write(port, data);
+        let ours = {
+            let mut registers = self.registers();
+            let before = registers.raises();
+            let ours = registers.write(port, data);
+            // Under the lock, so that the line is at the level of the registers.
+            if registers.raises() != before {
+                (self.sci)(!before);
+            }
+            ours
+        };
         match ours {
             PmWrite::PowerOff => return true,
             PmWrite::Done => {}

@@ -20,7 +20,7 @@ use crate::dirty::{BitmapTracker, DirtyTracker, set_slots};
 use crate::events::{Events, VmEvent};
 use crate::inspect::VcpuReport;
 use crate::kvm_caps;
-use crate::layout::MAX_VCPUS;
+use crate::layout::{MAX_VCPUS, SCI_GSI};
 use crate::memory::{self, GuestMemory, RamFiles, RamLayout};
 use crate::platform::{create_platform, create_vcpus};
 use crate::reset::{PowerOn, ResetLine, Restart};
@@ -132,7 +132,7 @@ impl Vm {
             xcrs: kvm.check_extension(Cap::Xcrs),
         };
         let devices = DeviceManager::new(memory.clone(), &*vm, devices)?;
-        let bus = Arc::new(Bus::new(Arc::new(devices)));
+        let bus = Arc::new(Bus::new(Arc::new(devices), sci(Arc::clone(&vm))));
         let mut machine = Vm {
             bus,
             vcpus: Vec::new(),
@@ -269,6 +269,13 @@ impl Vm {
     /// [`VmEvent::Reset`] has to follow with [`Vm::reset`]. False: nothing is known to boot, or the guest has ended.
     pub fn press_reset(&self) -> bool {
         self.reset.press()
+    }
+
+    /// Presses the machine's power button: its guest is asked to switch itself off, and may ignore that.
+    pub fn press_power_button(&self) {
+        // Not while it is captured: registers and interrupt controllers belong together.
+        let _life = self.life();
+        self.bus.press_power_button();
     }
 
     /// Whether the guest's run is over.
@@ -456,6 +463,15 @@ impl Vm {
             Ok(life)
         } else {
             Err(VmError::NotPaused)
+        }
+    }
+}
+
+/// The line of the system control interrupt.
+fn sci(vm: Arc<VmFd>) -> impl Fn(bool) + Send + Sync {
+    move |level| {
+        if let Err(e) = vm.set_irq_line(u32::from(SCI_GSI), level) {
+            tracing::warn!("the system control interrupt: {}", std::io::Error::from(e));
         }
     }
 }

@@ -12,7 +12,7 @@ use thiserror::Error;
 use crate::pm::Pm;
 
 /// Layout of [`VmState`] in a blob; a change of the struct raises it.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Most bytes of the blob.
 const BLOB_LIMIT: usize = 16 << 10;
 /// The controllers, in the order they are saved and restored.

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use checkpoint::CpuFeatures;
-use diskbuf::{DiskSink, Mirror, OwnerDisk};
+use diskbuf::Mirror;
 use netbuf::{Cable, Gate, Watcher};
 use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
 use vmm::devices::NetSpec;
@@ -17,6 +17,7 @@ use vmm::{
 };
 
 use super::busy::once_free;
+use super::disk::{self, Care, LateDisk};
 use super::network;
 use super::proto::TapSpec;
 use crate::config::{OnEnd, VmConfig, parse_mac};
@@ -98,61 +99,6 @@ impl NetBackend for GateBackend {
     }
 }
 
-/// A disk whose mirror is known only at activation: a standby is instantiated while its replica still applies to it.
-struct LateDisk {
-    size: u64,
-    index: u16,
-    disk: OnceLock<OwnerDisk>,
-}
-
-impl LateDisk {
-    fn get(&self) -> io::Result<&OwnerDisk> {
-        self.disk
-            .get()
-            .ok_or_else(|| io::Error::other("the standby's disk is not activated yet"))
-    }
-}
-
-impl BlockBackend for LateDisk {
-    fn size(&self) -> u64 {
-        self.size
-    }
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.get()?.read_at(offset, buf)
-    }
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.get()?.write_at(offset, data)
-    }
-    fn flush(&self) -> io::Result<()> {
-        self.get()?.flush()
-    }
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.get()?.discard(offset, len)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.get()?.write_zeroes(offset, len)
-    }
-    fn id(&self) -> [u8; 20] {
-        // The same on every host: a failover continues one machine.
-        let mut id = [0u8; 20];
-        let text = format!("understudy-{}", self.index);
-        id[..text.len()].copy_from_slice(text.as_bytes());
-        id
-    }
-}
-
-/// Streams disk writes into the queue.
-struct QueueSink(Arc<ShipQueue>);
-
-impl DiskSink for QueueSink {
-    fn disk_write(&self, record: &checkpoint::DiskRecord<'_>) {
-        if fault::is(Fault::DiskStream) {
-            return;
-        }
-        self.0.disk_write(record);
-    }
-}
-
 /// A VM and everything outside it that the epoch loop needs.
 pub struct Machine {
     /// The VM, paused.
@@ -164,6 +110,7 @@ pub struct Machine {
     /// The queue to the shipping thread.
     pub queue: Arc<ShipQueue>,
     disks: Vec<Arc<LateDisk>>,
+    care: Arc<Care>,
     mirrors: Vec<Arc<Mirror>>,
     taps: Vec<(TapSpec, [u8; 6], Option<std::net::Ipv4Addr>)>,
     /// Its end writes the guest's last words out.
@@ -220,16 +167,14 @@ impl Machine {
             });
             tap_list.push((spec.clone(), mac, card.ip));
         }
-        let disks: Vec<Arc<LateDisk>> = disk_sizes
-            .iter()
-            .enumerate()
-            .map(|(i, size)| {
-                Arc::new(LateDisk {
-                    size: *size,
-                    index: i as u16,
-                    disk: OnceLock::new(),
-                })
-            })
+        let patience = match config.disk_timeout_s {
+            0 => None,
+            seconds => Some(Duration::from_secs(seconds)),
+        };
+        let care = Care::new(config.on_disk_error, patience, owner.clone());
+        let disks: Vec<Arc<LateDisk>> = (0u16..)
+            .zip(disk_sizes)
+            .map(|(index, size)| LateDisk::new(index, *size, care.clone()))
             .collect();
         let console = console(config)?;
         let spec = VmSpec {
@@ -253,6 +198,7 @@ impl Machine {
             owner,
             queue,
             disks,
+            care,
             mirrors: Vec::new(),
             taps: tap_list,
             _console: console,
@@ -266,19 +212,14 @@ impl Machine {
     /// [`BuildError::Mismatch`] if one has another size than the VM was built with.
     pub fn attach(&mut self, mirrors: Vec<Arc<Mirror>>) -> Result<(), BuildError> {
         for (index, (late, mirror)) in self.disks.iter().zip(&mirrors).enumerate() {
-            if mirror.size() != late.size {
+            if mirror.size() != late.size() {
                 return Err(BuildError::Mismatch(format!(
                     "disk {index}: the mirror has {} bytes, the VM's disk {}",
                     mirror.size(),
-                    late.size
+                    late.size()
                 )));
             }
-            let disk = OwnerDisk::new(
-                late.index,
-                mirror.clone(),
-                Arc::new(QueueSink(self.queue.clone())),
-            );
-            if late.disk.set(disk).is_err() {
+            if !late.attach(mirror.clone(), self.queue.clone()) {
                 return Err(BuildError::Mismatch(format!(
                     "disk {index} is attached already"
                 )));
@@ -303,6 +244,15 @@ impl Machine {
         let cards = self.taps.iter().zip(&self.gates);
         let cards = cards.map(|((spec, mac, ip), gate)| (spec, *mac, *ip, gate));
         network::go_live(cards, announce)
+    }
+
+    /// Watches that the disks answer, until this process ends; `say` hears of their troubles.
+    ///
+    /// # Errors
+    /// When there is no thread.
+    pub fn watch_disks(&self, say: disk::Say) -> io::Result<()> {
+        self.care.tell(say);
+        disk::watch(self.care.clone(), self.disks.clone())
     }
 
     /// Watches that the taps stay on their bridges, until what is returned is dropped. What an administrator should know of
@@ -334,6 +284,16 @@ impl Machine {
         }
     }
 
+    /// Asks the guest to switch itself off. Then it boots again, or stays off, whatever its configuration says of a guest that
+    /// does so by itself.
+    pub fn press_power_button(&self, config: &VmConfig, reboot: bool) {
+        self.vm.restarts(restart(config).map(|restart| Restart {
+            on_power_off: reboot,
+            ..restart
+        }));
+        self.vm.press_power_button();
+    }
+
     /// Loads kernel and command line.
     ///
     /// # Errors
@@ -356,8 +316,11 @@ fn boot_spec(config: &VmConfig) -> BootSpec {
     }
 }
 
+/// What follows when a guest does something to itself, as configured.
+///
 /// The files are read when the VM is reset: a kernel that was exchanged meanwhile is booted then.
-fn restart(config: &VmConfig) -> Option<Restart> {
+#[must_use]
+pub fn restart(config: &VmConfig) -> Option<Restart> {
     Some(Restart {
         spec: boot_spec(config),
         on_reset: config.on_reboot == OnEnd::Restart,

@@ -5,6 +5,7 @@
 
 mod build;
 mod busy;
+mod disk;
 mod network;
 mod orphaned;
 mod plain;

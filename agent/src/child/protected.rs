@@ -10,10 +10,10 @@ use chain::View;
 use checkpoint::{CpuFeatures, Epoch, Generation, MachineState};
 use vmm::VmEvent;
 
-use super::build::{BuildError, Machine, open_disks, open_images};
+use super::build::{BuildError, Machine, open_disks, open_images, restart};
 use super::monotonic_us;
 use super::orphaned::Door;
-use super::protector::{self, Protector};
+use super::protector::{self, Protector, Rhythm};
 use super::proto::{Activate, FromChild, GuestEnd, Owns, Role, Start, ToChild};
 pub use super::reporter::Reporter;
 use crate::config::{ConfigError, VmConfig};
@@ -151,6 +151,7 @@ impl Child {
                 | ToChild::HandOver
                 | ToChild::RunOn
                 | ToChild::Reset
+                | ToChild::PowerButton { .. }
                 | ToChild::Freeze
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
@@ -245,6 +246,7 @@ impl Child {
             .spawn(move || runner.run(options))?;
         self.tell_figures(&owner)?;
         self.watch_guest(machine)?;
+        self.watch_disks(machine)?;
         Ok(owner)
     }
 
@@ -270,16 +272,30 @@ impl Child {
         })
     }
 
+    fn watch_disks(&self, machine: &Machine) -> Result<(), ChildError> {
+        let reporter = self.reporter.clone();
+        machine.watch_disks(Box::new(move |disk, trouble| {
+            let text = match trouble {
+                Some(why) => format!("disk {disk}: {why}"),
+                None => format!("disk {disk} is well again"),
+            };
+            let kind = EventKind::DiskTrouble;
+            reporter.send(&FromChild::Said { kind, text });
+        }))?;
+        Ok(())
+    }
+
     fn watch_guest(&self, machine: &Machine) -> Result<(), ChildError> {
         let (vm, reporter) = (machine.vm.clone(), self.reporter.clone());
+        let config = self.config.clone();
         std::thread::Builder::new()
             .name("guest-events".into())
             .spawn(move || {
                 let restarted = |event: &VmEvent| {
-                    let text = format!("{event}: it boots again, here");
-                    tracing::info!("{text}");
-                    let kind = EventKind::Rebooted;
-                    reporter.send(&FromChild::Said { kind, text });
+                    // What was asked of this boot's guest is no concern of the next one's.
+                    vm.restarts(restart(&config));
+                    let how = event.to_string();
+                    reporter.send(&FromChild::Rebooted { how });
                 };
                 let ended = match Machine::wait_end(&vm, restarted) {
                     Ok(ended) => ended,
@@ -326,7 +342,10 @@ impl Child {
     fn protector(&self, owner: &Arc<Owner>) -> Protector {
         Protector::new(
             self.start.host.clone(),
-            Duration::from_millis(self.start.heartbeat_ms),
+            Rhythm {
+                heartbeat: Duration::from_millis(self.start.heartbeat_ms),
+                silence: Duration::from_millis(self.start.silence_ms),
+            },
             self.config.protect.lz4,
             owner.clone(),
             self.reporter.clone(),
@@ -385,6 +404,9 @@ impl Child {
             ToChild::HandOver => protector.hand_over()?,
             ToChild::RunOn => owner.run_on(),
             ToChild::Reset => self.press_reset(&machine.vm),
+            ToChild::PowerButton { reboot } => {
+                machine.press_power_button(&self.config, reboot);
+            }
             ToChild::Freeze => owner.freeze(),
             ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
             ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {

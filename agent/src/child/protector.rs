@@ -27,10 +27,19 @@ const GO_ON_PATIENCE: Duration = Duration::from_secs(5);
 /// Between attempts.
 const RETRY: Duration = Duration::from_millis(5);
 
+/// How an owner is heard, and how patient it is in turn.
+#[derive(Clone, Copy, Debug)]
+pub struct Rhythm {
+    /// Between two signs of life.
+    pub heartbeat: Duration,
+    /// Silence after which a host is suspected.
+    pub silence: Duration,
+}
+
 /// Keeps an owner's connection to the chain of the newest configuration.
 pub struct Protector {
     host: HostId,
-    heartbeat: Duration,
+    rhythm: Rhythm,
     lz4: bool,
     owner: Arc<Owner>,
     reporter: Reporter,
@@ -55,14 +64,14 @@ impl Protector {
     #[must_use]
     pub fn new(
         host: HostId,
-        heartbeat: Duration,
+        rhythm: Rhythm,
         lz4: bool,
         owner: Arc<Owner>,
         reporter: Reporter,
     ) -> Self {
         Self {
             host,
-            heartbeat,
+            rhythm,
             lz4,
             owner,
             reporter,
@@ -143,7 +152,7 @@ impl Protector {
         };
         self.sending = Some(sending.clone());
         let attempt = Attempt {
-            heartbeat: self.heartbeat,
+            rhythm: self.rhythm,
             lz4: self.lz4,
             owner: self.owner.clone(),
             reporter: self.reporter.clone(),
@@ -310,7 +319,7 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), String> 
 
 /// Connecting to one configuration's chain.
 struct Attempt {
-    heartbeat: Duration,
+    rhythm: Rhythm,
     lz4: bool,
     owner: Arc<Owner>,
     reporter: Reporter,
@@ -452,8 +461,9 @@ impl Attempt {
     fn listen(&self, connection: &Arc<Connection>) -> Result<(), String> {
         spawn("heartbeat", {
             let (connection, owner) = (connection.clone(), self.owner.clone());
-            let (reporter, heartbeat) = (self.reporter.clone(), self.heartbeat);
-            let watch = Watch::new(self.head(), self.view.chain.len());
+            let Rhythm { heartbeat, silence } = self.rhythm;
+            let reporter = self.reporter.clone();
+            let watch = Watch::new(self.head(), self.view.chain.len(), silence);
             move || beat(&connection, &owner, &reporter, heartbeat, watch)
         })?;
         spawn("acks", {

@@ -22,6 +22,8 @@ pub struct Start {
     pub role: Role,
     /// Milliseconds between heartbeats to the chain.
     pub heartbeat_ms: u64,
+    /// Silence after which a host is suspected, in milliseconds.
+    pub silence_ms: u64,
     /// The host this runs on.
     pub host: HostId,
     /// The VM.
@@ -73,6 +75,11 @@ pub enum ToChild {
     RunOn,
     /// Press the guest's reset button.
     Reset,
+    /// Press the guest's power button: it is to switch itself off.
+    PowerButton {
+        /// It boots again then, in place. Otherwise it stays off.
+        reboot: bool,
+    },
     /// Another host owns the VM: stop for good, drop what is held.
     Fence,
     /// Bench only: harvest the dirty log every `ms` without copying or sending (0: stop).
@@ -185,6 +192,11 @@ pub enum FromChild {
         generation: Generation,
         /// Why, in words; names the disk and the place if it was one.
         why: String,
+    },
+    /// The guest was reset and boots again, in place.
+    Rebooted {
+        /// Why, in words.
+        how: String,
     },
     /// The replica that is joining has everything.
     JoinerReady {

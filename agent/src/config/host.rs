@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use checkpoint::HostId;
 use serde::{Deserialize, Serialize};
@@ -101,6 +102,15 @@ fn default_agent_return_s() -> u64 {
 fn default_tap_prefix() -> String {
     "us".into()
 }
+impl Detection {
+    /// After so long without a sign of life a host is suspected. What else is waited for is never less patient: a host that
+    /// is allowed to be late with one is with the other.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        Duration::from_millis(self.heartbeat_ms * u64::from(self.missed))
+    }
+}
+
 fn default_heartbeat_ms() -> u64 {
     10
 }

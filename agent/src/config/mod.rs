@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 pub use host::{Detection, HostConfig, Network};
 pub use master::{Addresses, MasterConfig, Members};
 pub use vm::{
-    Alone, BUILTIN_PROBE, DiskConfig, Durability, NetConfig, OnEnd, ProtectConfig, VmConfig,
-    parse_mac,
+    Alone, BUILTIN_PROBE, DiskConfig, Durability, NetConfig, OnDiskError, OnEnd, ProtectConfig,
+    VmConfig, parse_mac,
 };
 
 /// Why a configuration file was not accepted.

@@ -55,9 +55,28 @@ pub struct VmConfig {
     /// When the guest switches itself off.
     #[serde(default = "stop")]
     pub on_poweroff: OnEnd,
+    /// When the storage of the host that runs the VM refuses a request of its disks, or does not answer in time.
+    #[serde(default)]
+    pub on_disk_error: OnDiskError,
+    /// How long a request may take, in seconds; 0: as long as it takes.
+    #[serde(default = "default_disk_timeout_s")]
+    pub disk_timeout_s: u64,
     /// How the VM is protected.
     #[serde(default)]
     pub protect: ProtectConfig,
+}
+
+/// What becomes of a VM whose disk fails on the host that runs it.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDiskError {
+    /// A backup that has everything takes it over and does the request again; without one, as `Report`.
+    #[default]
+    Failover,
+    /// The guest gets an I/O error.
+    Report,
+    /// The request waits, and is tried again every second until the disk takes it.
+    Pause,
 }
 
 /// What becomes of a VM whose guest does something to itself. (libvirt's elements of the same names.)
@@ -184,6 +203,9 @@ fn restart() -> OnEnd {
 }
 fn stop() -> OnEnd {
     OnEnd::Stop
+}
+fn default_disk_timeout_s() -> u64 {
+    10
 }
 fn one() -> u8 {
     1

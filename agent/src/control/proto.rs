@@ -37,10 +37,19 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
-    /// A VM that runs on this host is reset and boots again, in place.
-    Reset {
+    /// The guest of a VM of this host is asked to switch itself off; answered once the VM is off.
+    ShutDown {
         /// The VM.
         vm: String,
+        /// How long it may take.
+        timeout_s: u64,
+    },
+    /// The guest of a VM of this host boots again, in place; answered once it does.
+    Reboot {
+        /// The VM.
+        vm: String,
+        /// How long it may take to switch itself off; none: it is reset at once.
+        timeout_s: Option<u64>,
     },
     /// What this host knows of its VMs.
     Status,

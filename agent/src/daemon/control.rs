@@ -53,6 +53,10 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, AgentError> {
     UnixListener::bind(path).map_err(fail)
 }
 
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Answers commands.
 pub(super) struct Service {
     env: Arc<Env>,
@@ -90,7 +94,19 @@ impl Service {
             }
             Request::StartAgain { vm } => drop(self.order(&vm, Order::Start)?),
             Request::Delete { vm } => drop(self.order(&vm, Order::Delete)?),
-            Request::Reset { vm } => self.tell(&vm, &ToChild::Reset)?,
+            Request::ShutDown { vm, timeout_s } => {
+                if !self.clones.stop(&vm) {
+                    let limit = Duration::from_secs(timeout_s);
+                    let patience = micros(limit);
+                    self.order_within(&vm, Order::ShutDown { patience }, limit)?;
+                }
+            }
+            Request::Reboot { vm, timeout_s } => {
+                let limit = timeout_s.map(Duration::from_secs);
+                let patience = limit.map(micros);
+                let order = Order::Reboot { patience };
+                self.order_within(&vm, order, limit.unwrap_or_default())?;
+            }
             Request::Status => {
                 let mut all = status::status(&self.env, &self.table);
                 all.extend(self.clones.status());
@@ -127,10 +143,16 @@ impl Service {
     }
 
     fn order(&self, name: &str, order: Order) -> Result<Answered, String> {
+        self.order_within(name, order, Duration::ZERO)
+    }
+
+    /// One that may take so much longer than others.
+    fn order_within(&self, name: &str, order: Order, more: Duration) -> Result<Answered, String> {
         if self.table.shown(name).is_none() {
             return Err(self.elsewhere(name));
         }
-        self.table.order(name, order, ORDER_PATIENCE)
+        let limit = more.saturating_add(ORDER_PATIENCE);
+        self.table.order(name, order, limit)
     }
 
     /// Where a VM is that this host has no part in.

@@ -25,7 +25,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chain::{ReplicaServer, ServerError, ServerEvent, ServerOptions};
 use checkpoint::HostId;
@@ -76,6 +76,8 @@ pub enum AgentError {
 
 /// Between attempts to listen at an address that this host does not have yet.
 const ADDRESS_RETRY: Duration = Duration::from_secs(1);
+/// How long an address may be taken by an agent that has just ended.
+const ADDRESS_TAKEN: Duration = Duration::from_secs(3);
 
 /// Runs the agent until the process ends.
 ///
@@ -157,6 +159,8 @@ fn bind_server(
     events: &std::sync::mpsc::Sender<ServerEvent>,
 ) -> Result<ReplicaServer, AgentError> {
     let mut said = false;
+    // An agent that was killed may not have let go of it yet.
+    let taken_until = Instant::now() + ADDRESS_TAKEN;
     loop {
         let options = ServerOptions {
             host: config.id(),
@@ -174,6 +178,11 @@ fn bind_server(
                     );
                 }
                 std::thread::sleep(ADDRESS_RETRY);
+            }
+            Err(ServerError::Bind { source, .. })
+                if source.kind() == io::ErrorKind::AddrInUse && Instant::now() < taken_until =>
+            {
+                std::thread::sleep(ADDRESS_TAKEN / 100);
             }
             other => return Ok(other?),
         }

@@ -49,6 +49,7 @@ pub(super) fn start_message(
         taps: taps(env, config, vm)?,
         role,
         heartbeat_ms: env.config.detection.heartbeat_ms,
+        silence_ms: env.config.detection.silence().as_millis() as u64,
         host: env.host.clone(),
         vm,
         door: Some(env.run_dir().join(format!("{:08x}.sock", vm.short()))),

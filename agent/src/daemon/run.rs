@@ -209,6 +209,8 @@ impl Runner {
                 Tell::Fence => ToChild::Fence,
                 Tell::HandOver => ToChild::HandOver,
                 Tell::RunOn => ToChild::RunOn,
+                Tell::Reset => ToChild::Reset,
+                Tell::PowerButton { reboot } => ToChild::PowerButton { reboot },
             }),
             Effect::Kill => self.kill(),
             Effect::Bury => {
@@ -432,6 +434,7 @@ impl Runner {
                 Report::AttemptFailed { generation, why }
             }
             Some(FromChild::JoinerReady { generation }) => Report::JoinerReady { generation },
+            Some(FromChild::Rebooted { how }) => Report::Rebooted { how },
             Some(FromChild::HandedOver { epoch }) => Report::HandedOver { epoch },
             Some(FromChild::GuestEnded { end, how }) => Report::Ended { end, how },
             Some(FromChild::Fatal(why) | FromChild::GiveUp { why }) => Report::GiveUp { why },

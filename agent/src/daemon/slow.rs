@@ -21,7 +21,10 @@ use crate::child::proto::{FromChild, Role};
 use crate::control::EventKind;
 use crate::host::{Health, Loss, Refusal};
 
-/// A host that does not answer for this long is lost.
+/// A replica that commits wait for may have one piece of a checkpoint in hand for this long, or for four times the silence
+/// after which a host is suspected.
+const HANGS: Duration = Duration::from_secs(1);
+/// A host that does not answer for this long is lost, or for twice that silence.
 const ANSWER_PATIENCE: Duration = Duration::from_millis(250);
 /// The same, for the head that a new owner's output waits for.
 const HEAD_PATIENCE: Duration = Duration::from_millis(200);
@@ -41,9 +44,11 @@ pub(super) fn propose(env: &Env, command: &Command) -> Result<VmRecord, Refusal>
 
 /// Whether these hosts are well; all are asked at once.
 pub(super) fn probe(env: &Env, view: &View, members: &[Member]) -> Vec<(HostId, Health)> {
+    let silence = env.config.detection.silence();
+    let patience = ANSWER_PATIENCE.max(2 * silence);
     each(members, |member| {
         let (vm, generation) = (view.vm, view.generation);
-        match chain::probe(member, vm, generation, &env.host, ANSWER_PATIENCE) {
+        match chain::probe(member, vm, generation, &env.host, patience) {
             Err(e) => Health::Silent(e.to_string()),
             Ok(alive) => match alive.replica {
                 Some(Progress {
@@ -53,7 +58,10 @@ pub(super) fn probe(env: &Env, view: &View, members: &[Member]) -> Vec<(HostId, 
                     declined: Some(why),
                     ..
                 }) => Health::Declines(format!("cannot stand by: {why}")),
-                Some(Progress { busy_ms, .. }) if busy_ms > 0 => Health::Busy(busy_ms),
+                Some(Progress { busy_ms: ms, .. }) if ms > 0 => {
+                    let hangs_ms = HANGS.max(4 * silence).as_millis() as u64;
+                    Health::Busy { ms, hangs_ms }
+                }
                 _ => Health::Answers,
             },
         }
@@ -112,8 +120,13 @@ pub(super) fn bridge(
     };
     let deadline = Instant::now() + BRIDGE_PATIENCE;
     if let Some(head) = view.chain.first()
-        && let Err(e @ ProbeError::Silent { .. }) =
-            chain::probe(head, view.vm, view.generation, &env.host, HEAD_PATIENCE)
+        && let Err(e @ ProbeError::Silent { .. }) = chain::probe(
+            head,
+            view.vm,
+            view.generation,
+            &env.host,
+            HEAD_PATIENCE.max(2 * env.config.detection.silence()),
+        )
     {
         // A host that is stopped takes connections; each would be waited for.
         return Err(loss(Some(head.host.clone()), e.to_string(), false));

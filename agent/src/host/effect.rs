@@ -96,6 +96,13 @@ pub enum Tell {
     HandOver,
     /// Nobody has: run on.
     RunOn,
+    /// Press the guest's reset button.
+    Reset,
+    /// Press the guest's power button; once it has switched itself off it boots again, or stays off.
+    PowerButton {
+        /// It boots again.
+        reboot: bool,
+    },
 }
 
 /// How an order ended well.

@@ -3,6 +3,7 @@
 use chain::{Held, Mark, VmRecord};
 use checkpoint::{Epoch, Generation, HostId};
 
+use super::Micros;
 use crate::child::proto::{GuestEnd, Owns};
 
 /// Names an order whose outcome somebody waits for; the driver's to choose.
@@ -106,6 +107,11 @@ pub enum Report {
         /// The checkpoint.
         epoch: Epoch,
     },
+    /// The guest was reset, and boots again in place.
+    Rebooted {
+        /// Why, in words.
+        how: String,
+    },
     /// The guest has ended.
     Ended {
         /// How.
@@ -140,17 +146,20 @@ pub struct Loss {
 pub enum Health {
     /// It answered.
     Answers,
-    /// It answered; its replica has had one piece of a checkpoint in hand for so many milliseconds.
-    Busy(u64),
+    /// It answered; its replica has had one piece of a checkpoint in hand for so long.
+    Busy {
+        /// Milliseconds.
+        ms: u64,
+        /// After so many it hangs, if output waits for it.
+        hangs_ms: u64,
+    },
     /// It answered that it cannot hold a replica, or that its replica has failed; in words. Asked anew it may.
     Declines(String),
     /// It does not answer; in words.
     Silent(String),
 }
 
-/// How long a replica that commits wait for may have one piece of a checkpoint in hand, in milliseconds.
-const HANGS_MS: u64 = 1000;
-/// The same while nobody waits: the chain begins, and the end of its first checkpoint is everything at once.
+/// The same while nobody waits, at least, in milliseconds: the chain begins, and the end of its first checkpoint is everything at once.
 const HANGS_FILLING_MS: u64 = 30_000;
 
 impl Health {
@@ -158,16 +167,18 @@ impl Health {
     /// for it.
     #[must_use]
     pub fn trouble(&self, waited_for: bool) -> Option<String> {
-        let limit = match waited_for {
-            true => HANGS_MS,
-            false => HANGS_FILLING_MS,
-        };
         match self {
             Self::Declines(why) | Self::Silent(why) => Some(why.clone()),
-            Self::Busy(ms) if *ms >= limit => Some(format!(
-                "it has been handling one piece of a checkpoint for {ms} ms: its storage hangs, most likely"
-            )),
-            Self::Answers | Self::Busy(_) => None,
+            Self::Busy { ms, hangs_ms } => {
+                let limit = match waited_for {
+                    true => *hangs_ms,
+                    false => HANGS_FILLING_MS.max(*hangs_ms),
+                };
+                (*ms >= limit).then(|| format!(
+                    "it has been handling one piece of a checkpoint for {ms} ms: its storage hangs, most likely"
+                ))
+            }
+            Self::Answers => None,
         }
     }
 }
@@ -202,6 +213,17 @@ pub enum Order {
     },
     /// Of an owner: the VM is to run nowhere. Its newest disks stay here.
     Stop,
+    /// The same, but its guest is asked to switch itself off, and has so many microseconds for that.
+    ShutDown {
+        /// How long.
+        patience: Micros,
+    },
+    /// Of an owner: its guest boots again, in place. It is asked to switch itself off first, and has so many microseconds for
+    /// that; or it is reset at once.
+    Reboot {
+        /// How long; none: at once.
+        patience: Option<Micros>,
+    },
     /// Of a VM that is off, whose newest disks are here: boot it.
     Start,
     /// Of a VM that is off, or runs nowhere: the cluster forgets it.

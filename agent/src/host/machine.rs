@@ -481,6 +481,8 @@ impl Machine {
             Order::Recover { resumable } => self.order_recover(now, ticket, resumable, out),
             Order::Protect { backups } => self.order_protect(now, ticket, backups, out),
             Order::Stop => self.order_stop(ticket, out),
+            Order::ShutDown { patience } => self.order_shut_down(now, ticket, patience, out),
+            Order::Reboot { patience } => self.order_reboot(now, ticket, patience, out),
             Order::Start => self.order_start(ticket, out),
             Order::Delete => self.order_delete(ticket, out),
         };

@@ -5,9 +5,12 @@ use checkpoint::HostId;
 use chain::master::Command;
 
 use super::machine::{Part, Purpose};
-use super::owner::{Leaving, Phase};
-use super::{Answered, Effect, Machine, Micros, Tell, Ticket};
+use super::owner::{Closing, Leaving, Phase};
+use super::{Answered, Effect, Machine, Micros, SECOND, Tell, Ticket};
 use crate::control::EventKind;
+
+/// How long a reset may take: what its guest had asked of a disk has to end first.
+const RESET_PATIENCE: Micros = 30 * SECOND;
 
 impl Machine {
     pub(super) fn order_failover(
@@ -177,6 +180,63 @@ impl Machine {
             }
             Part::Off(_) => self.order_stop_off(ticket, out),
             _ => self.owned(),
+        }
+    }
+
+    /// The guest is asked to switch itself off; whoever ordered it is answered once the VM is off.
+    pub(super) fn order_shut_down(
+        &mut self,
+        now: Micros,
+        ticket: Ticket,
+        patience: Micros,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), String> {
+        match &self.part {
+            Part::Owner(owner) if !matches!(owner.phase, Phase::Ended(_)) => {
+                self.close(Closing::new(now, ticket, patience, false))?;
+                out.push(Effect::Tell(Tell::PowerButton { reboot: false }));
+                Ok(())
+            }
+            // Nobody is there to be asked.
+            _ => self.order_stop(ticket, out),
+        }
+    }
+
+    /// The guest boots again; whoever ordered it is answered once it does.
+    pub(super) fn order_reboot(
+        &mut self,
+        now: Micros,
+        ticket: Ticket,
+        patience: Option<Micros>,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), String> {
+        self.owned()?;
+        let (patience, tell) = match patience {
+            Some(patience) => (patience, Tell::PowerButton { reboot: true }),
+            None => (RESET_PATIENCE, Tell::Reset),
+        };
+        self.close(Closing::new(now, ticket, patience, true))?;
+        out.push(Effect::Tell(tell));
+        Ok(())
+    }
+
+    fn close(&mut self, closing: Closing) -> Result<(), String> {
+        let name = self.name().to_string();
+        let Some(owner) = self.owner() else {
+            return Ok(());
+        };
+        match &owner.phase {
+            Phase::Running if owner.closing.is_some() => Err(format!(
+                "{name} is being shut down or rebooted already (with --now it does not wait for its guest)"
+            )),
+            Phase::Running => {
+                owner.closing = Some(closing);
+                Ok(())
+            }
+            Phase::Ended(how) => Err(format!(
+                "{name} does not run: {how} (`understudy stop {name}`, then `understudy start {name}`)"
+            )),
+            _ => Err(format!("{name} is being started; try again")),
         }
     }
 

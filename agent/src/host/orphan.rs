@@ -297,7 +297,8 @@ impl Machine {
         let record = self.record.clone();
         let view = &record.view;
         let mut of_owner = answers.iter().filter(|(host, _)| *host == view.owner);
-        let up = of_owner.any(|(_, health)| matches!(health, Health::Answers | Health::Busy(_)));
+        let up =
+            of_owner.any(|(_, health)| matches!(health, Health::Answers | Health::Busy { .. }));
         let Some(orphan) = self.orphan_mut() else {
             return;
         };

@@ -51,6 +51,28 @@ pub(super) struct Leaving {
     generation: Generation,
 }
 
+/// Who waits for the guest to switch itself off, or to boot again.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Closing {
+    ticket: Ticket,
+    until: Micros,
+    /// How long it had.
+    patience: Micros,
+    /// It boots again.
+    reboot: bool,
+}
+
+impl Closing {
+    pub(super) fn new(now: Micros, ticket: Ticket, patience: Micros, reboot: bool) -> Self {
+        Self {
+            ticket,
+            until: now.saturating_add(patience),
+            patience,
+            reboot,
+        }
+    }
+}
+
 /// The VM's owner.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Owner {
@@ -88,6 +110,8 @@ pub(super) struct Owner {
     /// It stands still: its last backup is lost.
     pub(super) frozen: bool,
     pub(super) leaving: Option<Leaving>,
+    /// Its guest has been asked to switch itself off.
+    pub(super) closing: Option<Closing>,
     /// When to look for missing backups again.
     look_at: Micros,
     /// When to ask again whether one that is to leave the chain may.
@@ -142,6 +166,7 @@ impl Owner {
             joiner_ready: false,
             frozen: false,
             leaving: None,
+            closing: None,
             look_at: 0,
             leave_at: 0,
         }
@@ -190,7 +215,9 @@ impl Owner {
     /// Everybody who waits for something.
     pub(super) fn tickets(&mut self) -> Vec<Ticket> {
         let leaving = self.leaving.take().map(|leaving| leaving.ticket);
-        self.ticket.take().into_iter().chain(leaving).collect()
+        let closing = self.closing.take().map(|closing| closing.ticket);
+        let ticket = self.ticket.take().into_iter();
+        ticket.chain(leaving).chain(closing).collect()
     }
 }
 
@@ -375,12 +402,23 @@ impl Machine {
                     out.push(Effect::Say(EventKind::HandedOver, text));
                 }
             }
+            Report::Rebooted { how } => {
+                let waits = owner.closing.take_if(|closing| closing.reboot);
+                let text = format!("{how}: it boots again, here");
+                out.push(Effect::Say(EventKind::Rebooted, text));
+                if let Some(closing) = waits {
+                    out.push(Effect::Answer(closing.ticket, Ok(Answered::Done)));
+                }
+            }
             Report::Ended { end, how } => {
                 out.push(Effect::Say(EventKind::GuestEnded, how.clone()));
-                owner.phase = Phase::Ended(how);
+                owner.phase = Phase::Ended(how.clone());
+                let closing = owner.closing.take().map(|closing| closing.ticket);
                 if end == GuestEnd::PoweredOff {
-                    // By its own wish: nobody is to resume it.
-                    self.power_off(None, out);
+                    // By its own wish, or because it was asked to: nobody is to resume it.
+                    self.power_off(closing, out);
+                } else if let Some(ticket) = closing {
+                    out.push(Effect::Answer(ticket, Err(how)));
                 }
             }
             Report::GiveUp { why } => {
@@ -509,6 +547,15 @@ impl Machine {
             };
             out.push(Effect::Answer(leaving.ticket, Err(why)));
         }
+        if let Some(owner) = self.owner()
+            && let Some(closing) = owner.closing.take_if(|closing| now >= closing.until)
+        {
+            let why = format!(
+                "{name} has not switched itself off within {} s of its power button, which its guest may not heed; it runs on (`understudy stop {name} --now` cuts its power)",
+                closing.patience / SECOND
+            );
+            out.push(Effect::Answer(closing.ticket, Err(why)));
+        }
         self.settle_chain(now, out);
     }
 
@@ -521,8 +568,9 @@ impl Machine {
             _ => None,
         };
         let leaving = owner.leaving.as_ref().map(|leaving| leaving.until);
+        let closing = owner.closing.map(|closing| closing.until);
         let chain = self.chain_wakes_at(owner);
-        [phase, leaving, chain].into_iter().flatten().min()
+        [phase, leaving, closing, chain].into_iter().flatten().min()
     }
 }
 

@@ -364,7 +364,7 @@ fn a_replica_that_is_busy_for_long_is_lost_only_if_output_waits_for_it() {
             why: "nothing is taken".into(),
         };
         a.step(Input::Report(Report::Lost(loss)));
-        let health = vec![(host("b"), Health::Busy(ms))];
+        let health = vec![(host("b"), Health::Busy { ms, hangs_ms: 1000 })];
         a.step(Input::Probed(health));
         proposals(&a.take()) > 0
     };
@@ -540,6 +540,66 @@ fn a_planned_switch_that_nobody_takes_runs_on_here() {
             .any(|e| matches!(e, Effect::Answer(9, Err(_))))
     );
     assert_eq!(a.machine.summary().role, Role::Owner);
+}
+
+fn answer(effects: &[Effect], ticket: super::Ticket) -> Option<&Result<Answered, String>> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::Answer(of, answer) if *of == ticket => Some(answer),
+        _ => None,
+    })
+}
+
+/// FIELD L5.
+#[test]
+fn who_presses_the_power_button_is_answered_once_the_vm_is_off_or_the_guest_has_not_reacted() {
+    let mut a = Bench::protected(&["b"]);
+    let patience = 90 * SECOND;
+    a.order(Order::ShutDown { patience });
+    let pressed = Effect::Tell(Tell::PowerButton { reboot: false });
+    assert_eq!(a.take(), std::slice::from_ref(&pressed));
+    a.step(Input::Ordered(10, Order::ShutDown { patience }));
+    let twice = a.take();
+    assert!(matches!(answer(&twice, 10), Some(Err(why)) if why.contains("--now")));
+    a.pass(91 * SECOND);
+    let late = a.take();
+    assert!(matches!(answer(&late, 9), Some(Err(why)) if why.contains("90 s")));
+    assert_eq!(a.machine.summary().role, Role::Owner, "it runs on");
+
+    a.order(Order::ShutDown { patience });
+    assert!(a.take().contains(&pressed));
+    let (end, how) = (GuestEnd::PoweredOff, "the guest has shut down".to_string());
+    a.step(Input::Report(Report::Ended { end, how }));
+    assert!(a.decide());
+    let deciding = a.take();
+    assert!(answer(&deciding, 9).is_none(), "its process is there still");
+    a.step(Input::Buried);
+    assert_eq!(answer(&a.take(), 9), Some(&Ok(Answered::Done)));
+    assert_eq!(a.machine.summary().role, Role::Off);
+    assert_eq!(a.record().life, chain::Life::Off);
+}
+
+#[test]
+fn a_reboot_is_answered_once_the_guest_boots_again() {
+    let mut a = Bench::protected(&["b"]);
+    let generation = a.machine.generation();
+    for (patience, tell) in [
+        (None, Tell::Reset),
+        (Some(SECOND), Tell::PowerButton { reboot: true }),
+    ] {
+        a.order(Order::Reboot { patience });
+        let effects = a.take();
+        assert_eq!(effects, [Effect::Tell(tell)]);
+        let how = "the guest asked to be reset".to_string();
+        a.step(Input::Report(Report::Rebooted { how }));
+        assert_eq!(answer(&a.take(), 9), Some(&Ok(Answered::Done)));
+    }
+    // One that comes by itself answers nobody.
+    a.order(Order::ShutDown { patience: SECOND });
+    let how = "the guest asked to be reset".to_string();
+    a.step(Input::Report(Report::Rebooted { how }));
+    assert!(answer(&a.take(), 9).is_none());
+    assert_eq!(a.machine.generation(), generation);
+    assert!(a.machine.summary().protected);
 }
 
 #[test]

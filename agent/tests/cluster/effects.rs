@@ -360,6 +360,8 @@ impl World {
                 self.say(|| format!("h{i}'s process is fenced"));
             }
             Tell::Freeze | Tell::HandOver | Tell::RunOn => {}
+            // What happens inside of the guest is nothing that its chain sees.
+            Tell::Reset | Tell::PowerButton { .. } => {}
         }
         Ok(())
     }

@@ -4,8 +4,10 @@
 
 mod adopted;
 mod bad_input;
+mod button;
 mod demo;
 mod disk;
+mod disk_faults;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod first;

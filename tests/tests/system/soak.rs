@@ -35,7 +35,9 @@ fn without_holding_output_the_soak_notices() {
     let (passed, report, _) = soak(&["--minutes", "3", "--break", "hold", only[0], only[1]]);
     assert!(!passed, "{report:#}");
     let found = report["found"].as_str().unwrap_or_default();
-    assert!(found.contains("not linearizable"), "{report:#}");
+    // An answer that was lost, or a guest that is behind what its client has heard of it.
+    let noticed = ["not linearizable", "a connection to", "answers of"];
+    assert!(noticed.iter().any(|n| found.contains(n)), "{report:#}");
     let events = report["events"].as_array().map_or(0, Vec::len);
     assert!(events > 0, "the order of events is named: {report:#}");
 }

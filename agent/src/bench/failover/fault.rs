@@ -198,7 +198,9 @@ impl Scene<'_> {
     fn reboot(&self) -> Outcome<Run> {
         let control = self.lab.path(&format!("{OWNER}.sock"));
         let mut command = self.lab.command_on(OWNER)?;
-        command.args(["reboot", VM, "--control"]).arg(control);
+        command
+            .args(["reboot", VM, "--now", "--control"])
+            .arg(control);
         let said = command.output()?;
         let text = String::from_utf8_lossy(&said.stderr).into_owned();
         if text.contains("unrecognized subcommand") {

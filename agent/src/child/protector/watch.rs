@@ -6,7 +6,8 @@ use checkpoint::HostId;
 
 use super::Trouble;
 
-/// A commit that takes longer makes the agent look whether all replicas still answer.
+/// A commit that takes longer makes the agent look whether all replicas still answer; or than the silence after which a host is
+/// suspected, if that is more.
 const COMMIT_PATIENCE: Duration = Duration::from_millis(150);
 /// The same while a chain begins, of anything that it takes or says.
 const BEGIN_PATIENCE: Duration = Duration::from_secs(3);
@@ -31,19 +32,22 @@ pub(super) struct Seen {
 pub(super) struct Watch {
     head: Option<HostId>,
     backups: usize,
+    patience: Duration,
     /// The next report is not due before, and the distance to the one after it.
     next: Duration,
     distance: Duration,
 }
 
 impl Watch {
-    /// Of a chain of so many replicas.
-    pub(super) fn new(head: Option<HostId>, backups: usize) -> Self {
+    /// Of a chain of so many replicas; hosts are suspected after `silence`.
+    pub(super) fn new(head: Option<HostId>, backups: usize, silence: Duration) -> Self {
+        let patience = COMMIT_PATIENCE.max(silence);
         Self {
             head,
             backups,
+            patience,
             next: Duration::ZERO,
-            distance: COMMIT_PATIENCE,
+            distance: patience,
         }
     }
 
@@ -51,7 +55,7 @@ impl Watch {
     pub(super) fn look(&mut self, now: Duration, seen: &Seen) -> Option<Trouble> {
         let trouble = self.trouble(seen);
         if trouble.is_none() {
-            self.distance = COMMIT_PATIENCE;
+            self.distance = self.patience;
             return None;
         }
         if now < self.next {
@@ -90,7 +94,7 @@ impl Watch {
             );
         }
         // A backup that lost power closes no connection: only the missing commits show it.
-        let waiting = seen.waiting.filter(|waiting| *waiting > COMMIT_PATIENCE)?;
+        let waiting = seen.waiting.filter(|waiting| *waiting > self.patience)?;
         Some(format!("no commit for {} ms", waiting.as_millis()).into())
     }
 }
@@ -100,7 +104,7 @@ mod tests {
     use super::*;
 
     fn watch(backups: usize) -> Watch {
-        Watch::new(Some(HostId::new("b").unwrap()), backups)
+        Watch::new(Some(HostId::new("b").unwrap()), backups, Duration::ZERO)
     }
 
     fn s(s: u64) -> Duration {

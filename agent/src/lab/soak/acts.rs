@@ -102,11 +102,11 @@ pub fn command_to(lab: &Lab, kind: Kind, host: &str, vm: &str) -> Result<String,
             let Some(on) = owner() else {
                 return Ok(format!("nobody runs {vm}"));
             };
-            let stopped = run(lab, &on, &["stop", vm])?;
+            let stopped = run(lab, &on, &["stop", vm, "--now"])?;
             format!("{stopped}; {}", run(lab, &on, &["start", vm])?)
         }
         Kind::Reboot => match owner() {
-            Some(on) => run(lab, &on, &["reboot", vm])?,
+            Some(on) => run(lab, &on, &["reboot", vm, "--now"])?,
             None => format!("nobody runs {vm}"),
         },
         fault => format!("{} is no command", fault.name()),
