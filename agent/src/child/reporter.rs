@@ -59,6 +59,9 @@ impl Reporter {
             // The reading thread finds out by itself; until then nothing more is tried.
             inner.agent = None;
             inner.keep(message);
+        } else if stands(message) {
+            // An agent that dies may not have read what it was sent.
+            inner.keep(message);
         }
     }
 
@@ -67,17 +70,24 @@ impl Reporter {
         self.lock().agent = None;
     }
 
-    /// Another agent is there: it is told `first`, and then what was kept.
+    /// Another agent is there: it is told `first`, and then what was kept and is true still.
     ///
     /// # Errors
     /// When it is gone again.
     pub fn connect(&self, agent: UnixStream, first: &FromChild) -> Result<(), ipc::IpcError> {
         let mut inner = self.lock();
         ipc::send(&agent, first, &[])?;
-        while let Some(kept) = inner.kept.front() {
+        let newest = match first {
+            FromChild::Owns(owns) => owns.generation,
+            _ => Generation::ZERO,
+        };
+        inner
+            .kept
+            .retain(|kept| generation_of(kept).is_none_or(|of| of >= newest));
+        for kept in &inner.kept {
             ipc::send(&agent, kept, &[])?;
-            inner.kept.pop_front();
         }
+        inner.kept.retain(stands);
         inner.agent = Some(agent);
         Ok(())
     }
@@ -103,6 +113,7 @@ impl Inner {
                 | FromChild::Refused { .. }
                 | FromChild::ChainLost { .. }
                 | FromChild::JoinerReady { .. }
+                | FromChild::AttemptFailed { .. }
                 | FromChild::GuestEnded { .. }
                 | FromChild::GiveUp { .. }
                 | FromChild::Said { .. }
@@ -117,9 +128,34 @@ impl Inner {
     }
 }
 
+/// Whether it stays true for as long as the configuration does: the next agent has to know it, whoever was told before.
+fn stands(message: &FromChild) -> bool {
+    matches!(
+        message,
+        FromChild::Refused { .. }
+            | FromChild::ChainLost { .. }
+            | FromChild::AttemptFailed { .. }
+            | FromChild::JoinerReady { .. }
+            | FromChild::GuestEnded { .. }
+            | FromChild::GiveUp { .. }
+    )
+}
+
+/// The configuration that it is about; a refusal is about the one before the newer one.
+fn generation_of(message: &FromChild) -> Option<Generation> {
+    match message {
+        FromChild::Refused { generation }
+        | FromChild::ChainLost { generation, .. }
+        | FromChild::AttemptFailed { generation, .. }
+        | FromChild::JoinerReady { generation } => Some(*generation),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::child::proto::Owns;
 
     fn lost(n: u64) -> FromChild {
         FromChild::Refused {
@@ -147,5 +183,37 @@ mod tests {
         assert_eq!(heard.len(), 1 + KEEP);
         let last = heard.last().unwrap();
         assert!(matches!(last, FromChild::Refused { generation } if generation.0 == 99));
+    }
+
+    /// The simulation's seed 335: of a chain that was lost only the agent had been told that died before it read it. Nobody
+    /// ever protected the VM again.
+    #[test]
+    fn what_an_agent_was_told_that_died_the_next_one_is_told_too() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let reporter = Reporter::new(ours);
+        let failed = |n| FromChild::AttemptFailed {
+            generation: Generation(n),
+            why: "a disk".into(),
+        };
+        for n in [5, 6] {
+            reporter.send(&failed(n));
+        }
+        drop(theirs);
+        let owns = Owns {
+            vm: checkpoint::VmId(1),
+            host: checkpoint::HostId::new("a").unwrap(),
+            generation: Generation(6),
+            protected: None,
+            ended: None,
+        };
+        for _ in 0..2 {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let first = FromChild::Owns(Box::new(owns.clone()));
+            reporter.connect(ours, &first).unwrap();
+            let heard = [(); 2].map(|()| ipc::recv::<FromChild>(&theirs).unwrap().0);
+            assert!(matches!(&heard[0], FromChild::Owns(_)));
+            let of = generation_of(&heard[1]);
+            assert_eq!(of, Some(Generation(6)), "of the newest configuration");
+        }
     }
 }

@@ -97,6 +97,8 @@ pub struct Machine {
     pub(super) policy: Policy,
     pub(super) part: Part,
     pub(super) ask: Option<Ask>,
+    /// A question that an order's has taken the place of: put again if nothing comes of that.
+    shelved: Option<(Purpose, Command)>,
     asked: u64,
 }
 
@@ -111,6 +113,7 @@ impl Machine {
             policy: Policy::of(record),
             part: Part::Nothing { declined: None },
             ask: None,
+            shelved: None,
             asked: 0,
             me,
             peers,
@@ -335,6 +338,15 @@ impl Machine {
 
     /// Puts a question to the master; an older one is given up: its answer will not be heeded.
     pub(super) fn propose(&mut self, purpose: Purpose, command: Command, out: &mut Vec<Effect>) {
+        if let Some(old) = self.ask.take() {
+            match old.purpose {
+                Purpose::Chain | Purpose::Restart => {
+                    self.shelved = Some((old.purpose, old.command))
+                }
+                Purpose::Start => self.not_started("another order came after it".into(), out),
+                _ => answer_ask(&old, "another order came after it", out),
+            }
+        }
         self.asked += 1;
         out.push(Effect::Propose {
             ask: self.asked,
@@ -347,6 +359,27 @@ impl Machine {
             retry_at: None,
             attempts: 0,
         });
+    }
+
+    /// Nothing is asked any more; whoever waits for the answer is told why.
+    pub(super) fn ask_no_more(&mut self, why: &str, out: &mut Vec<Effect>) {
+        if let Some(ask) = self.ask.take() {
+            answer_ask(&ask, why, out);
+        }
+    }
+
+    /// Nothing has come of an order's question: the one before it is put again.
+    fn ask_as_before(&mut self, out: &mut Vec<Effect>) {
+        let Some((purpose, command)) = self.shelved.take() else {
+            return;
+        };
+        let based_on = match &command {
+            Command::Reconfigure { expect, .. } | Command::Restart { expect, .. } => *expect,
+            _ => return,
+        };
+        if based_on == self.generation() {
+            self.propose(purpose, command, out);
+        }
     }
 
     fn proposed(
@@ -405,6 +438,7 @@ impl Machine {
                     out.push(Effect::Answer(ticket, Err(why.text())));
                 }
                 out.push(Effect::Read);
+                self.ask_as_before(out);
             }
             (Purpose::Start, Ok(record)) => self.started(record, out),
             (Purpose::Start, Err(why)) => self.start_refused(&why, out),
@@ -419,6 +453,7 @@ impl Machine {
                     out.push(Effect::Answer(ticket, Err(why.text())));
                 }
                 out.push(Effect::Read);
+                self.ask_as_before(out);
             }
         }
     }
@@ -468,6 +503,12 @@ impl Machine {
     pub(super) fn member(&self, host: &HostId) -> Option<Member> {
         let addr = self.peers.get(host)?;
         Some(Member::new(host.clone(), *addr))
+    }
+}
+
+fn answer_ask(ask: &Ask, why: &str, out: &mut Vec<Effect>) {
+    if let Purpose::PowerOff(Some(ticket)) | Purpose::Remove(Some(ticket)) = ask.purpose {
+        out.push(Effect::Answer(ticket, Err(why.into())));
     }
 }
 

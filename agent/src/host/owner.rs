@@ -503,12 +503,15 @@ impl Machine {
         }
         if let Phase::Ended(_) = owner.phase {
             // The guest had ended before: there is nothing to resume.
+            if let Some(leaving) = leaving {
+                out.push(Effect::Answer(leaving.ticket, Err(why)));
+            }
             return;
         }
         if fresh {
             return self.remove(None, out);
         }
-        self.ask = None;
+        self.ask_no_more(&why, out);
         if protected {
             out.push(Effect::Yield(view));
         }

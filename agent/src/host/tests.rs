@@ -849,3 +849,69 @@ fn a_vm_that_was_granted_to_a_host_that_lost_its_replica_is_looked_for() {
     }
     panic!("{:?}", b.machine);
 }
+
+/// The simulation's seed 132: whoever ordered the same stop first was never answered.
+#[test]
+fn of_two_orders_to_stop_both_are_answered() {
+    let mut b = Bench::owner();
+    b.step(Input::Ordered(7, Order::Stop));
+    b.step(Input::Ordered(8, Order::Stop));
+    while b.decide() {}
+    b.step(Input::Buried);
+    let effects = b.take();
+    for ticket in [7, 8] {
+        let of = |e: &Effect| matches!(e, Effect::Answer(of, _) if *of == ticket);
+        assert!(effects.iter().any(of), "{ticket}: {effects:?}");
+    }
+}
+
+/// An order that comes to nothing does not leave the VM with a chain that nobody repairs.
+#[test]
+fn a_stop_that_comes_to_nothing_forgets_no_loss() {
+    let mut b = Bench::protected(&["b", "c"]);
+    let loss = Loss {
+        generation: b.machine.generation(),
+        host: Some(host("b")),
+        unfit: false,
+        why: "its connection ended".into(),
+    };
+    b.step(Input::Report(Report::Lost(loss)));
+    b.take();
+    let answers = ["b", "c"].map(|n| (host(n), Health::Answers));
+    b.step(Input::Probed(answers.into()));
+    assert_eq!(proposals(&b.take()), 1);
+    b.order(Order::Stop);
+    let Some(Effect::Propose { ask, .. }) = b.take().pop() else {
+        panic!("it is asked for");
+    };
+    let result = Err(Refusal::Unknown("no answer".into()));
+    b.step(Input::Proposed { ask, result });
+    b.decide();
+    assert_eq!(b.chain(), ["c"]);
+}
+
+/// The simulation's seed 826: a start that a deletion came after, which came to nothing, kept the VM from being started ever.
+#[test]
+fn a_start_that_another_order_takes_the_place_of_can_be_ordered_again() {
+    let mut b = Bench::owner();
+    b.order(Order::Stop);
+    while b.decide() {}
+    b.step(Input::Buried);
+    let start = |b: &mut Bench| {
+        b.take();
+        b.order(Order::Start);
+        assert!(b.take().iter().any(|e| matches!(e, Effect::FindDisks(_))));
+        b.step(Input::DisksFound(Ok(())));
+    };
+    start(&mut b);
+    b.step(Input::Ordered(10, Order::Delete));
+    let told = |e: &Effect| matches!(e, Effect::Answer(9, Err(_)));
+    assert!(b.out.iter().any(told));
+    let asked = b.take();
+    let Some(Effect::Propose { ask, .. }) = asked.last() else {
+        panic!("{asked:?}");
+    };
+    let result = Err(Refusal::Unknown("no answer".into()));
+    b.step(Input::Proposed { ask: *ask, result });
+    start(&mut b);
+}

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use agent::child::proto::Owns;
-use agent::host::{Effect, Input, Tell};
+use agent::host::{Effect, Input, Report, Tell};
 use chain::replica::FreezeError;
 use chain::{Mark, View};
 use checkpoint::Generation;
@@ -56,6 +56,7 @@ impl World {
                 self.tell(i, tell);
                 Ok(())
             }
+            Effect::Kill if self.is(Mutant::StopOnlyDecided) && !self.is_on() => Ok(()),
             Effect::Kill => {
                 self.kill(i);
                 Ok(())
@@ -236,7 +237,7 @@ impl World {
         let (restored_us, running_us) = (self.clock.0, self.clock.0);
         self.report(
             i,
-            agent::host::Report::Activated {
+            Report::Activated {
                 restored_us,
                 running_us,
             },
@@ -260,6 +261,9 @@ impl World {
     /// The process of this VM that an agent before has left running.
     fn adopt_process(&mut self, i: usize) -> Option<Owns> {
         let vm = self.vm;
+        if self.is(Mutant::AdoptNothing) {
+            return None;
+        }
         let host = &mut self.hosts[i];
         let owner = host.owner.as_ref()?;
         let owns = Owns {
@@ -269,7 +273,15 @@ impl World {
             protected: owner.protected.0,
             ended: (owner.still == Some(Still::Ended)).then(|| "it has ended".into()),
         };
-        let unheard = std::mem::take(&mut host.unheard.0);
+        let newest = owner.newest;
+        host.unheard.0.retain(|report| match report {
+            Report::Refused { generation } | Report::JoinerReady { generation } => {
+                *generation >= newest
+            }
+            Report::Lost(loss) => loss.generation >= newest,
+            _ => true,
+        });
+        let unheard = host.unheard.0.clone();
         let agent = host.agent.0.as_deref_mut()?;
         agent.number += 1;
         agent.process = Process::Owner;

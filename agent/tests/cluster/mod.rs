@@ -103,6 +103,14 @@ pub enum Mutant {
     TroubleOnce,
     /// A full checkpoint can be resumed from at once, while output flows.
     FullHeld,
+    /// A VM that is off is started by a host that does not have its newest disks.
+    StartAnywhere,
+    /// A VM's process is not ended when the master has decided that the VM is off.
+    StopOnlyDecided,
+    /// What a process has told one agent it does not tell the next.
+    ReportedOnce,
+    /// A host that finds the VM's process running boots the VM all the same.
+    AdoptNothing,
     /// A snapshot of the master's that is older than one before is believed.
     StaleTaken,
 }
@@ -210,6 +218,7 @@ pub struct Counts {
     pub deleted: u64,
     pub handed_over: u64,
     pub switches: u64,
+    pub powered_off: u64,
     pub booted: u64,
     pub adopted: u64,
     pub agents_died: u64,
@@ -247,6 +256,7 @@ impl Counts {
             deleted,
             handed_over,
             switches,
+            powered_off,
             booted,
             adopted,
             agents_died,
@@ -281,6 +291,7 @@ impl Counts {
             (&mut self.deleted, deleted),
             (&mut self.handed_over, handed_over),
             (&mut self.switches, switches),
+            (&mut self.powered_off, powered_off),
             (&mut self.booted, booted),
             (&mut self.adopted, adopted),
             (&mut self.agents_died, agents_died),

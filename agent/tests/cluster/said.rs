@@ -1,17 +1,29 @@
 //! What a VM's process says: a free agent notes it at once, a shipped one is sent a report.
 
+use agent::child::proto::GuestEnd;
 use agent::host::{Input, Loss, Report};
 use checkpoint::{Epoch, Generation};
 
-use super::{World, name};
+use super::owner::Still;
+use super::{Mutant, World, name};
 
 impl World {
-    /// Its agent will hear of it. Without one the process keeps it for the next.
+    /// Its agent will hear of it. What stays true is kept for the next one, as in `src/child/reporter.rs`.
     pub fn report(&mut self, i: usize, report: Report) {
+        let once = self.is(Mutant::ReportedOnce);
         let host = &mut self.hosts[i];
-        match &mut host.agent.0 {
-            Some(agent) => agent.mail.push_back(Input::Report(report)),
-            None => host.unheard.0.push(report),
+        let stands = matches!(
+            report,
+            Report::Refused { .. }
+                | Report::Lost(_)
+                | Report::JoinerReady { .. }
+                | Report::Ended { .. }
+        );
+        if host.agent.0.is_none() || (stands && !once) {
+            host.unheard.0.push(report.clone());
+        }
+        if let Some(agent) = &mut host.agent.0 {
+            agent.mail.push_back(Input::Report(report));
         }
     }
 
@@ -72,6 +84,18 @@ impl World {
             let text = String::new();
             self.report(i, Report::Protected { generation, text });
         }
+    }
+
+    /// The guest has powered itself off.
+    pub fn power_off(&mut self, i: usize) {
+        let Some(owner) = &mut self.hosts[i].owner else {
+            return;
+        };
+        owner.still = Some(Still::Ended);
+        self.counts.0.powered_off += 1;
+        let how = "it has powered itself off".into();
+        let end = GuestEnd::PoweredOff;
+        self.report(i, Report::Ended { end, how });
     }
 
     pub fn say_handed_over(&mut self, i: usize, epoch: Epoch) {

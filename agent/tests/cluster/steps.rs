@@ -66,6 +66,8 @@ pub enum Step {
         prepared: bool,
     },
     AgentReturns(usize),
+    /// The guest powers itself off.
+    PowersOff(usize),
     /// It listens to the tail's acknowledgements, whether or not the rest of the chain is there.
     ListenToTail(usize),
     /// A replica connects to the next one.
@@ -132,6 +134,10 @@ impl World {
             }
             Step::Suspect(i) => self.feed(*i, Input::Suspected { silence_ms: 300 }),
             Step::Silence(i) => self.silence(*i),
+            Step::PowersOff(i) => {
+                self.power_off(*i);
+                Ok(())
+            }
             Step::Order(i, order) => self.order(*i, order),
             Step::Watch(i, moment) => self.agent_watches(*i, *moment),
             Step::AgentEnds {

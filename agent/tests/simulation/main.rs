@@ -96,8 +96,10 @@ fn no_interleaving_loses_what_was_acknowledged_and_all_comes_right_again() {
             ("replicas fed", total.feeds, 80),
             ("replicas joined", total.joins, 40),
             ("orders", total.orders, 300),
-            ("planned switchovers begun", total.switches, 10),
+            ("planned switchovers begun", total.switches, 3),
             ("boots from disks", total.booted, 10),
+            ("VMs stopped", total.stopped, 5),
+            ("VMs started", total.started, 5),
         ],
     );
 }

@@ -188,8 +188,12 @@ impl Stepper {
         let owners = self
             .world
             .hosts_where(|h| h.agent.0.as_ref().is_some_and(|agent| agent.owns()));
-        let i = self.pick(&owners)?;
-        match self.below(8) {
+        let Some(i) = self.pick(&owners) else {
+            return self.of_the_off();
+        };
+        match self.below(10) {
+            8 => Some(Step::Order(i, Order::Stop)),
+            9 => self.of_the_off(),
             0..5 => Some(self.protect(i)),
             5 => Some(Step::Order(i, Order::HandOver)),
             6 => Some(Step::Order(i, Order::Drill)),
@@ -199,6 +203,27 @@ impl Stepper {
                 Some(Step::Order(i, Order::Failover))
             }
         }
+    }
+
+    /// A VM that is off is started, by whomever, or deleted.
+    fn of_the_off(&mut self) -> Option<Step> {
+        if self.world.is_on() {
+            return None;
+        }
+        let agents = self.world.hosts_where(|h| h.agent.0.is_some());
+        let i = self.pick(&agents)?;
+        match self.below(40) {
+            0 => Some(Step::Order(i, Order::Delete)),
+            _ => Some(Step::Order(i, Order::Start)),
+        }
+    }
+
+    /// A host hears of what had been decided long ago.
+    fn old_news(&mut self) -> Option<Step> {
+        let hosts = self.world.hosts_where(|_| true);
+        let host = self.pick(&hosts)?;
+        let moments = self.world.past.0.len();
+        Some(Step::Watch(host, self.below(moments)))
     }
 
     pub fn owner_runs(&mut self) -> Option<Step> {
@@ -271,6 +296,9 @@ impl Stepper {
 
     fn fault(&mut self) -> Option<Step> {
         let hosts = self.world.hosts.len();
+        if !self.world.is_free() && self.below(8) == 0 {
+            return self.old_news();
+        }
         match self.below(20) {
             0..3 => {
                 let up = self.world.hosts_where(|_| true);
