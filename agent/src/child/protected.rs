@@ -407,7 +407,7 @@ impl Child {
             ToChild::PowerButton { reboot } => {
                 machine.press_power_button(&self.config, reboot);
             }
-            ToChild::Freeze => owner.freeze(),
+            ToChild::Freeze => protector.freeze(),
             ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
             ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
                 longest: Duration::from_millis(ms),
@@ -496,6 +496,7 @@ impl Child {
             generation: protector.generation(),
             protected: self.reporter.protected(),
             ended: self.reporter.ended(),
+            frozen: protector.is_frozen(),
         };
         let first = FromChild::Owns(Box::new(owns));
         self.reporter.connect(agent.try_clone()?, &first)

@@ -47,6 +47,8 @@ pub struct Protector {
     newest: Arc<AtomicU64>,
     /// What is being sent, while there is a chain.
     sending: Option<Sending>,
+    /// The guest stands still without a backup.
+    frozen: bool,
 }
 
 /// Checkpoints on their way to a chain, from its beginning on, through the configurations in which it goes on in place.
@@ -75,6 +77,7 @@ impl Protector {
             lz4,
             owner,
             reporter,
+            frozen: false,
             newest: Arc::default(),
             sending: None,
         }
@@ -123,6 +126,7 @@ impl Protector {
             return;
         }
         self.newest.store(view.generation.0, Ordering::Release);
+        self.frozen = false;
         if view.chain.is_empty() {
             // First, so that the shipper's end is no failure.
             self.owner.queue().new_session();
@@ -166,6 +170,18 @@ impl Protector {
         if let Err(why) = spawn("protect", move || attempt.run()) {
             cannot(&owner, &reporter, generation, why, anew);
         }
+    }
+
+    /// The last backup is lost: the guest stands still until there is a newer configuration.
+    pub fn freeze(&mut self) {
+        self.frozen = true;
+        self.owner.freeze();
+    }
+
+    /// Whether it does.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
     }
 
     /// The newest configuration that this process was told.

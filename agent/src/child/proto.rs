@@ -139,6 +139,8 @@ pub struct Owns {
     pub protected: Option<Generation>,
     /// How the guest ended, if it has.
     pub ended: Option<String>,
+    /// It stands still: its last backup is lost.
+    pub frozen: bool,
 }
 
 /// VM process to agent.

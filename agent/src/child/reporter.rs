@@ -205,6 +205,7 @@ mod tests {
             generation: Generation(6),
             protected: None,
             ended: None,
+            frozen: false,
         };
         for _ in 0..2 {
             let (ours, theirs) = UnixStream::pair().unwrap();

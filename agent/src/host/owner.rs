@@ -109,6 +109,8 @@ pub(super) struct Owner {
     pub(super) joiner_ready: bool,
     /// It stands still: its last backup is lost.
     pub(super) frozen: bool,
+    /// Its guest has switched itself off: the VM is to be off, whatever happens to the question about that.
+    pub(super) off: bool,
     pub(super) leaving: Option<Leaving>,
     /// Its guest has been asked to switch itself off.
     pub(super) closing: Option<Closing>,
@@ -165,6 +167,7 @@ impl Owner {
             failed_attempt: None,
             joiner_ready: false,
             frozen: false,
+            off: false,
             leaving: None,
             closing: None,
             look_at: 0,
@@ -253,6 +256,7 @@ impl Machine {
             // These were based on the configuration before.
             Some(Purpose::Remove(ticket)) => self.remove(ticket, out),
             Some(Purpose::PowerOff(ticket)) => self.power_off(ticket, out),
+            _ if matches!(&self.part, Part::Owner(owner) if owner.off) => self.power_off(None, out),
             _ => {}
         }
         let Some(owner) = self.owner() else { return };
@@ -328,6 +332,7 @@ impl Machine {
         let phase = found.ended.map_or(Phase::Running, Phase::Ended);
         let mut owner = Owner::new(phase, None);
         owner.protected = found.protected;
+        owner.frozen = found.frozen;
         owner.wanted = self.policy.wanted(&self.record, &self.me);
         self.part = Part::Owner(Box::new(owner));
         out.push(Effect::Say(
@@ -415,6 +420,7 @@ impl Machine {
                 owner.phase = Phase::Ended(how.clone());
                 let closing = owner.closing.take().map(|closing| closing.ticket);
                 if end == GuestEnd::PoweredOff {
+                    owner.off = true;
                     // By its own wish, or because it was asked to: nobody is to resume it.
                     self.power_off(closing, out);
                 } else if let Some(ticket) = closing {

@@ -579,6 +579,34 @@ fn who_presses_the_power_button_is_answered_once_the_vm_is_off_or_the_guest_has_
 }
 
 #[test]
+fn a_guest_that_switches_itself_off_while_its_chain_changes_is_off() {
+    let mut a = Bench::protected(&["b", "c"]);
+    let loss = Loss {
+        generation: a.machine.generation(),
+        host: Some(host("c")),
+        unfit: false,
+        why: "gone".into(),
+    };
+    a.step(Input::Report(Report::Lost(loss)));
+    let health = |name| (host(name), Health::Answers);
+    a.step(Input::Probed(vec![health("b"), health("c")]));
+    // The master decides, and its answer is on its way.
+    let command = a.take().into_iter().find_map(|effect| match effect {
+        Effect::Propose { command, .. } => Some(command),
+        _ => None,
+    });
+    a.master.apply(&command.expect("another chain")).unwrap();
+    let (end, how) = (GuestEnd::PoweredOff, "the guest has shut down".to_string());
+    a.step(Input::Report(Report::Ended { end, how }));
+    assert!(a.decide());
+    a.take();
+    assert_eq!(a.record().life, chain::Life::On, "it was refused");
+    a.step(Input::Decided(a.record()));
+    assert!(a.decide());
+    assert_eq!(a.record().life, chain::Life::Off);
+}
+
+#[test]
 fn a_reboot_is_answered_once_the_guest_boots_again() {
     let mut a = Bench::protected(&["b"]);
     let generation = a.machine.generation();

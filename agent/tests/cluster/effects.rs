@@ -272,6 +272,7 @@ impl World {
             generation: owner.newest,
             protected: owner.protected.0,
             ended: (owner.still == Some(Still::Ended)).then(|| "it has ended".into()),
+            frozen: owner.still == Some(Still::Frozen),
         };
         let newest = owner.newest;
         host.unheard.0.retain(|report| match report {
