@@ -198,6 +198,13 @@ impl Machine {
             return;
         };
         let ticket = orphan.ordered.take();
+        if let Some(leaving) = orphan.leaving.take() {
+            let why = format!(
+                "nobody has taken {} over: it boots again from this host's disks",
+                record.view.name
+            );
+            out.push(Effect::Answer(leaving.ticket(), Err(why)));
+        }
         self.record = record.clone();
         let text = format!(
             "booted from this host's disks in generation {}: no checkpoint of it was left",

@@ -524,6 +524,18 @@ fn i5_an_orphan_boots_only_if_nobody_holds_a_checkpoint() {
 }
 
 #[test]
+fn whoever_ordered_a_drill_that_nobody_takes_is_told_so() {
+    let mut a = Bench::protected(&["b"]);
+    a.order(Order::Drill);
+    assert!(answer(&a.take(), 9).is_none());
+    a.step(Input::Surveyed(vec![(host("b"), Held::Nothing)]));
+    a.step(Input::DisksFound(Ok(())));
+    assert!(a.decide());
+    let effects = a.take();
+    assert!(matches!(answer(&effects, 9), Some(Err(why)) if why.contains("nobody has taken")));
+}
+
+#[test]
 fn a_planned_switch_that_nobody_takes_runs_on_here() {
     let mut a = Bench::protected(&["b", "c"]);
     a.order(Order::HandOver);
