@@ -378,6 +378,14 @@ impl World {
         if owner.deaf {
             return;
         }
+        if !self.is_free() && self.hosts[i].bridge.is_some() {
+            // Whoever bridges takes any other answer for the end of the connection, and tries again.
+            self.links.remove(&link);
+            return;
+        }
+        let Some(owner) = &self.hosts[i].owner else {
+            return;
+        };
         match message {
             Message::Refused(newer) if *newer > owner.generation() => self.say_refused(i, *newer),
             Message::JoinerReady if current => self.say_ready(i),
