@@ -410,6 +410,11 @@ impl Machine {
         }
         let Some(ask) = self.ask.take() else { return };
         match (ask.purpose.clone(), result) {
+            (Purpose::TakeOver | Purpose::Refill, Ok(record))
+                if record.view.generation <= self.generation() =>
+            {
+                self.granted_too_late(out);
+            }
             (Purpose::TakeOver, Ok(record)) => self.granted(now, record, out),
             (Purpose::Refill, Ok(record)) => self.take_apart(now, record, out),
             (Purpose::TakeOver | Purpose::Refill, Err(why)) => self.not_granted(&why, out),

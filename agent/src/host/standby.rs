@@ -305,6 +305,15 @@ impl Machine {
         out.push(Effect::Read);
     }
 
+    /// The master had given this host the VM, and what it decided since is known here already.
+    pub(super) fn granted_too_late(&mut self, out: &mut Vec<Effect>) {
+        let pending = self.taking().is_some_and(|taking| taking.granted.is_none());
+        if pending {
+            let why = "the master has decided something else since";
+            self.not_granted(&Refusal::Rejected(why.into()), out);
+        }
+    }
+
     /// The master has given this host the VM.
     pub(super) fn granted(&mut self, now: Micros, record: VmRecord, out: &mut Vec<Effect>) {
         if record.view.owner != self.me || record.view.generation <= self.generation() {

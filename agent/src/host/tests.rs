@@ -291,6 +291,31 @@ fn a_grant_whose_answer_is_lost_is_followed_when_the_record_comes() {
 }
 
 #[test]
+fn a_grant_that_has_been_overtaken_is_over() {
+    let mut b = Bench::standby("b");
+    b.step(Input::Suspected { silence_ms: 85 });
+    b.step(Input::Frozen(Ok(mark(2, 10))));
+    let asked = b.take().into_iter().find_map(|effect| match effect {
+        Effect::Propose { ask, command } => Some((ask, command)),
+        _ => None,
+    });
+    let (ask, command) = asked.expect("the master is asked");
+    let granted = b.master.apply(&command).unwrap();
+    // Its answer comes after what has been decided since.
+    let mut since = granted.clone();
+    since.view.generation = Generation(granted.view.generation.0 + 3);
+    since.view.owner = host("c");
+    since.view.chain = b.machine.member(&host("b")).into_iter().collect();
+    b.step(Input::Decided(since));
+    b.take();
+    let result = Ok(granted);
+    b.step(Input::Proposed { ask, result });
+    assert!(b.take().contains(&Effect::Unfreeze));
+    b.step(Input::Suspected { silence_ms: 85 });
+    assert!(b.take().contains(&Effect::Freeze), "it can take over again");
+}
+
+#[test]
 fn a_master_that_is_away_is_asked_again_a_bounded_number_of_times_and_never_twice_at_once() {
     let mut b = Bench::standby("b");
     b.step(Input::Suspected { silence_ms: 85 });
