@@ -1,5 +1,8 @@
 //! One thread per VM: takes what comes into the VM's mailbox, lets the machine decide, and carries out what it decides.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -154,14 +157,15 @@ impl Runner {
         self.carry_out_all(effects);
     }
 
-    /// In order; what is answered at once is answered before the rest is done.
+    /// In order; what is answered at once is answered before the rest is done. What has been decided is shown first: whoever
+    /// is told of an outcome, or sees an effect, must not find the state before it.
     fn carry_out_all(&mut self, effects: Vec<Effect>) {
         let generation = self.machine.generation().0;
         self.shown.generation.store(generation, Ordering::Release);
+        *lock(&self.shown.summary) = self.machine.summary();
         for effect in effects {
             self.carry_out(effect);
         }
-        *lock(&self.shown.summary) = self.machine.summary();
     }
 
     fn carry_out(&mut self, effect: Effect) {
