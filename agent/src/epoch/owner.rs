@@ -314,8 +314,9 @@ impl Owner {
     pub fn give_up(&self, why: String) {
         if !self.gave_up.swap(true, Ordering::AcqRel) {
             tracing::error!("giving the virtual machine up: {why}");
-            (self.on_event)(OwnerEvent::GaveUp { why });
+            // Before anybody hears of it: what is decided about it comes after it in the loop.
             self.order(Order::GiveUp);
+            (self.on_event)(OwnerEvent::GaveUp { why });
         }
     }
 
