@@ -1,6 +1,7 @@
 //! The program understudy: daemon, command line, the owner's epoch loop, the standby's activation, benches, demo.
 
 pub mod bench;
+mod busy;
 pub mod child;
 pub mod cli;
 pub mod config;

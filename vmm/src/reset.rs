@@ -1,9 +1,7 @@
-//! Resetting a machine: who asks for it, and what it was at power-on.
+//! Resetting a machine: who asks for it, and what it boots then.
 
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
-
-use checkpoint::machine::MachineState;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::boot::BootSpec;
 use crate::control::Control;
@@ -49,24 +47,22 @@ impl ResetLine {
         }
     }
 
+    fn restart(&self) -> MutexGuard<'_, Option<Restart>> {
+        self.restart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn set(&self, restart: Option<Restart>) {
-        *self.restart.lock().unwrap_or_else(PoisonError::into_inner) = restart;
+        *self.restart() = restart;
     }
 
     /// What a reset boots.
     pub(crate) fn boots(&self) -> Option<BootSpec> {
-        let restart = self.restart.lock().unwrap_or_else(PoisonError::into_inner);
-        restart.as_ref().map(|restart| restart.spec.clone())
+        self.restart().as_ref().map(|restart| restart.spec.clone())
     }
 
     /// The guest has done something to itself: it is to be reset, or its run ends. Does not wait for it.
     pub(crate) fn happened(&self, event: VmEvent) {
-        let follows = {
-            let restart = self.restart.lock().unwrap_or_else(PoisonError::into_inner);
-            restart
-                .as_ref()
-                .is_some_and(|restart| restart.follows(&event))
-        };
+        let follows = self.restart().as_ref().is_some_and(|r| r.follows(&event));
         let first = match follows {
             true => self.control.ask_reset(),
             false => self.control.end(),
@@ -78,7 +74,7 @@ impl ResetLine {
 
     /// Whoever may press the machine's button wants a reset. False: nothing is known to boot, or the guest has ended.
     pub(crate) fn press(&self) -> bool {
-        let asked = self.boots().is_some() && self.control.ask_reset();
+        let asked = self.restart().is_some() && self.control.ask_reset();
         if asked {
             self.say(VmEvent::Reset);
         }
@@ -97,7 +93,3 @@ impl ResetLine {
         let _ = self.events.send(event);
     }
 }
-
-/// The state of the machine before anything ran. Processor features are not a part of it: those of a machine that was
-/// restored are another's.
-pub(crate) struct PowerOn(pub(crate) MachineState);

@@ -23,7 +23,7 @@ use crate::kvm_caps;
 use crate::layout::{MAX_VCPUS, SCI_GSI};
 use crate::memory::{self, GuestMemory, RamFiles, RamLayout};
 use crate::platform::{create_platform, create_vcpus};
-use crate::reset::{PowerOn, ResetLine, Restart};
+use crate::reset::{ResetLine, Restart};
 use crate::vcpu::VcpuThread;
 use crate::vcpu_state::{TscClock, VcpuState, VcpuTraits};
 pub use crate::vm_error::VmError;
@@ -81,7 +81,9 @@ pub struct Vm {
     vcpus: Vec<Vcpu>,
     control: Arc<Control>,
     reset: Arc<ResetLine>,
-    power_on: Option<PowerOn>,
+    /// Its state before anything ran; set once it is made. Of the processors' features a reset takes nothing from it: those of
+    /// a machine that was restored are another's.
+    power_on: Option<MachineState>,
     traits: VcpuTraits,
     dirty: BitmapTracker,
     vm: Arc<VmFd>,
@@ -149,7 +151,7 @@ impl Vm {
             memory,
         };
         machine.start_threads(fds)?;
-        machine.power_on = Some(PowerOn(machine.capture()?));
+        machine.power_on = Some(machine.capture()?);
         Ok(machine)
     }
 
@@ -330,7 +332,7 @@ impl Vm {
             }
             std::thread::sleep(DRAIN_POLL);
         }
-        if let Some(PowerOn(state)) = &self.power_on {
+        if let Some(state) = &self.power_on {
             self.put(state, false).map_err(Box::new)?;
         }
         self.load(&spec)

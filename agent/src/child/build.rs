@@ -16,10 +16,10 @@ use vmm::{
     BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Restart, Vm, VmError, VmEvent, VmSpec,
 };
 
-use super::busy::once_free;
 use super::disk::{self, Care, LateDisk};
 use super::network;
 use super::proto::TapSpec;
+use crate::busy::once_free;
 use crate::config::{OnEnd, VmConfig, parse_mac};
 use crate::epoch::owner::Owner;
 use crate::epoch::queue::ShipQueue;
@@ -191,7 +191,7 @@ impl Machine {
             serial_in,
         };
         let vm = Arc::new(Vm::new(spec, ram)?);
-        vm.restarts(restart(config));
+        vm.restarts(Some(restart(config)));
         Ok(Self {
             vm,
             gates,
@@ -287,9 +287,9 @@ impl Machine {
     /// Asks the guest to switch itself off. Then it boots again, or stays off, whatever its configuration says of a guest that
     /// does so by itself.
     pub fn press_power_button(&self, config: &VmConfig, reboot: bool) {
-        self.vm.restarts(restart(config).map(|restart| Restart {
+        self.vm.restarts(Some(Restart {
             on_power_off: reboot,
-            ..restart
+            ..restart(config)
         }));
         self.vm.press_power_button();
     }
@@ -320,13 +320,13 @@ fn boot_spec(config: &VmConfig) -> BootSpec {
 ///
 /// The files are read when the VM is reset: a kernel that was exchanged meanwhile is booted then.
 #[must_use]
-pub fn restart(config: &VmConfig) -> Option<Restart> {
-    Some(Restart {
+pub fn restart(config: &VmConfig) -> Restart {
+    Restart {
         spec: boot_spec(config),
         on_reset: config.on_reboot == OnEnd::Restart,
         on_crash: config.on_crash == OnEnd::Restart,
         on_power_off: config.on_poweroff == OnEnd::Restart,
-    })
+    }
 }
 
 /// Opens the images that the configuration names.

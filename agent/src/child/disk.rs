@@ -25,8 +25,8 @@ const WAIT: Duration = Duration::from_millis(100);
 /// A chain whose oldest checkpoint waits for longer might not be able to.
 const COMMITS: Duration = Duration::from_secs(1);
 
-/// Hears of a disk that is in trouble, in words; none: its troubles are over.
-pub type Say = Box<dyn Fn(u16, Option<String>) + Send + Sync>;
+/// Hears of a disk that is in trouble, or is not any more; in words.
+pub type Say = Box<dyn Fn(String) + Send + Sync>;
 
 /// What a VM's disks have in common.
 pub struct Care {
@@ -58,18 +58,25 @@ impl Care {
         let _ = self.say.set(say);
     }
 
-    fn say(&self, disk: u16, trouble: Option<String>) {
-        match &trouble {
-            Some(why) => tracing::error!("disk {disk}: {why}"),
-            None => tracing::info!("disk {disk} is well again"),
-        }
+    fn say(&self, text: String) {
         if let Some(say) = self.say.get() {
-            say(disk, trouble);
+            say(text);
         }
     }
 
+    fn trouble(&self, text: String) {
+        tracing::error!("{text}");
+        self.say(text);
+    }
+
+    fn well_again(&self, disk: u16) {
+        let text = format!("disk {disk} is well again");
+        tracing::info!("{text}");
+        self.say(text);
+    }
+
     /// Gives the VM up, if a backup has everything and takes it then.
-    fn give_up(&self, disk: u16, why: &str) -> Option<&Arc<Owner>> {
+    fn give_up(&self, why: String) -> Option<&Arc<Owner>> {
         let owner = self.owner.get()?;
         let commits = owner
             .waiting_for_commit()
@@ -77,7 +84,7 @@ impl Care {
         if self.policy != OnDiskError::Failover || !owner.is_protected() || !commits {
             return None;
         }
-        owner.give_up(format!("disk {disk}: {why}"));
+        owner.give_up(why);
         Some(owner)
     }
 }
@@ -154,7 +161,7 @@ impl LateDisk {
             match done {
                 Ok(()) => {
                     if self.busy.mark(false) {
-                        self.care.say(self.index, None);
+                        self.care.well_again(self.index);
                     }
                     return Ok(());
                 }
@@ -167,15 +174,18 @@ impl LateDisk {
 
     /// `Ok`: it is to be tried again.
     fn failed(&self, error: io::Error) -> io::Result<()> {
-        let why = format!("this host's image of it fails: {error}");
+        let why = format!(
+            "disk {}: this host's image of it fails: {error}",
+            self.index
+        );
         if self.busy.mark(true) {
-            self.care.say(self.index, Some(why.clone()));
+            self.care.trouble(why.clone());
         }
         if self.care.policy == OnDiskError::Pause {
             std::thread::sleep(AGAIN);
             return Ok(());
         }
-        if let Some(owner) = self.care.give_up(self.index, &why) {
+        if let Some(owner) = self.care.give_up(why) {
             // Whoever takes over does it again. The guest hears of it only if nobody can.
             while owner.gave_up() {
                 std::thread::sleep(WAIT);
@@ -245,11 +255,12 @@ pub fn watch(care: Arc<Care>, disks: Vec<Arc<LateDisk>>) -> io::Result<()> {
                 let waits = disk.busy.at().since.map(|since| since.elapsed());
                 if waits.is_some_and(|waits| waits >= patience) && disk.busy.mark(true) {
                     let why = format!(
-                        "this host's image of it has not answered for {} s",
+                        "disk {}: this host's image of it has not answered for {} s",
+                        disk.index,
                         patience.as_secs()
                     );
-                    care.say(disk.index, Some(why.clone()));
-                    let _ = care.give_up(disk.index, &why);
+                    care.trouble(why.clone());
+                    let _ = care.give_up(why);
                 }
             }
         }

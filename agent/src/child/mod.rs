@@ -4,7 +4,6 @@
 //! epoch loop) or a standby that becomes one.
 
 mod build;
-mod busy;
 mod disk;
 mod network;
 mod orphaned;

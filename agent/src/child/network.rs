@@ -9,8 +9,8 @@ use std::sync::Arc;
 use netbuf::{Cable, Gate, Tap, Watcher, announce, bridge, netconf};
 
 use super::build::BuildError;
-use super::busy::once_free;
 use super::proto::TapSpec;
+use crate::busy::once_free;
 
 /// A card's tap, behind a gate that lets nothing through yet, and the bridge that it belongs on, if any.
 ///

@@ -274,11 +274,7 @@ impl Child {
 
     fn watch_disks(&self, machine: &Machine) -> Result<(), ChildError> {
         let reporter = self.reporter.clone();
-        machine.watch_disks(Box::new(move |disk, trouble| {
-            let text = match trouble {
-                Some(why) => format!("disk {disk}: {why}"),
-                None => format!("disk {disk} is well again"),
-            };
+        machine.watch_disks(Box::new(move |text| {
             let kind = EventKind::DiskTrouble;
             reporter.send(&FromChild::Said { kind, text });
         }))?;
@@ -293,7 +289,7 @@ impl Child {
             .spawn(move || {
                 let restarted = |event: &VmEvent| {
                     // What was asked of this boot's guest is no concern of the next one's.
-                    vm.restarts(restart(&config));
+                    vm.restarts(Some(restart(&config)));
                     let how = event.to_string();
                     reporter.send(&FromChild::Rebooted { how });
                 };

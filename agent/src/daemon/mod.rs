@@ -25,11 +25,12 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use chain::{ReplicaServer, ServerError, ServerEvent, ServerOptions};
 use checkpoint::HostId;
 
+use crate::busy::once_free;
 use crate::config::{ConfigError, HostConfig};
 use crate::control::EventKind;
 use crate::engine::{self, EngineError};
@@ -76,8 +77,6 @@ pub enum AgentError {
 
 /// Between attempts to listen at an address that this host does not have yet.
 const ADDRESS_RETRY: Duration = Duration::from_secs(1);
-/// How long an address may be taken by an agent that has just ended.
-const ADDRESS_TAKEN: Duration = Duration::from_secs(3);
 
 /// Runs the agent until the process ends.
 ///
@@ -153,14 +152,16 @@ fn make_private(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+fn is_taken(error: &ServerError) -> bool {
+    matches!(error, ServerError::Bind { source, .. } if source.kind() == io::ErrorKind::AddrInUse)
+}
+
 /// The chain server. At boot the agent may be faster than its network: it waits for its address, and says so.
 fn bind_server(
     config: &HostConfig,
     events: &std::sync::mpsc::Sender<ServerEvent>,
 ) -> Result<ReplicaServer, AgentError> {
     let mut said = false;
-    // An agent that was killed may not have let go of it yet.
-    let taken_until = Instant::now() + ADDRESS_TAKEN;
     loop {
         let options = ServerOptions {
             host: config.id(),
@@ -168,7 +169,9 @@ fn bind_server(
             heartbeat: Duration::from_millis(config.detection.heartbeat_ms),
             missed: config.detection.missed,
         };
-        match ReplicaServer::bind(config.listen, options, events.clone()) {
+        let bind = || ReplicaServer::bind(config.listen, options.clone(), events.clone());
+        // An agent that was killed may not have let go of it yet.
+        match once_free(is_taken, bind) {
             Err(ServerError::Bind { addr, source })
                 if source.kind() == io::ErrorKind::AddrNotAvailable =>
             {
@@ -178,11 +181,6 @@ fn bind_server(
                     );
                 }
                 std::thread::sleep(ADDRESS_RETRY);
-            }
-            Err(ServerError::Bind { source, .. })
-                if source.kind() == io::ErrorKind::AddrInUse && Instant::now() < taken_until =>
-            {
-                std::thread::sleep(ADDRESS_TAKEN / 100);
             }
             other => return Ok(other?),
         }

@@ -42,10 +42,15 @@ pub(super) fn propose(env: &Env, command: &Command) -> Result<VmRecord, Refusal>
     })
 }
 
+/// How long a host may take to answer: so long, or twice the silence after which it would be suspected.
+fn patience(env: &Env, at_least: Duration) -> Duration {
+    at_least.max(2 * env.config.detection.silence())
+}
+
 /// Whether these hosts are well; all are asked at once.
 pub(super) fn probe(env: &Env, view: &View, members: &[Member]) -> Vec<(HostId, Health)> {
-    let silence = env.config.detection.silence();
-    let patience = ANSWER_PATIENCE.max(2 * silence);
+    let patience = patience(env, ANSWER_PATIENCE);
+    let hangs_ms = HANGS.max(4 * env.config.detection.silence()).as_millis() as u64;
     each(members, |member| {
         let (vm, generation) = (view.vm, view.generation);
         match chain::probe(member, vm, generation, &env.host, patience) {
@@ -58,10 +63,7 @@ pub(super) fn probe(env: &Env, view: &View, members: &[Member]) -> Vec<(HostId, 
                     declined: Some(why),
                     ..
                 }) => Health::Declines(format!("cannot stand by: {why}")),
-                Some(Progress { busy_ms: ms, .. }) if ms > 0 => {
-                    let hangs_ms = HANGS.max(4 * silence).as_millis() as u64;
-                    Health::Busy { ms, hangs_ms }
-                }
+                Some(Progress { busy_ms: ms, .. }) if ms > 0 => Health::Busy { ms, hangs_ms },
                 _ => Health::Answers,
             },
         }
@@ -125,7 +127,7 @@ pub(super) fn bridge(
             view.vm,
             view.generation,
             &env.host,
-            HEAD_PATIENCE.max(2 * env.config.detection.silence()),
+            patience(env, HEAD_PATIENCE),
         )
     {
         // A host that is stopped takes connections; each would be waited for.

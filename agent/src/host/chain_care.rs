@@ -8,6 +8,7 @@ use chain::master::Command;
 use chain::{Held, Member};
 use checkpoint::{Generation, HostId};
 
+use super::input::health_of;
 use super::machine::{Part, Purpose};
 use super::owner::{Owner, Phase};
 use super::{Effect, Health, Loss, MS, Machine, Micros, Tell};
@@ -326,8 +327,7 @@ impl Machine {
         let up: Vec<Member> = missing
             .into_iter()
             .filter(|member| {
-                let health = answers.iter().find(|(host, _)| *host == member.host);
-                health.is_some_and(|(_, health)| match health {
+                health_of(answers, &member.host).is_some_and(|health| match health {
                     // One that declines in this generation may come in the next.
                     Health::Declines(_) => true,
                     other => other.trouble(true).is_none(),
@@ -398,8 +398,7 @@ impl Machine {
         for host in &lost {
             owner.retries.failed(host, now);
             // What the host itself answered, or did not, says more than what its chain missed.
-            let health = answers.iter().find(|(asked, _)| asked == host);
-            let why = health.and_then(|(_, health)| health.trouble(in_place));
+            let why = health_of(answers, host).and_then(|health| health.trouble(in_place));
             owner
                 .absent
                 .insert(host.clone(), why.unwrap_or_else(|| loss.why.clone()));
@@ -427,8 +426,8 @@ impl Machine {
         let waited_for = self.chain_is_filled();
         let stays = |member: &&Member| {
             let named = Some(&member.host) == loss.host.as_ref();
-            let health = answers.iter().find(|(host, _)| *host == member.host);
-            !named && health.is_some_and(|(_, health)| health.trouble(waited_for).is_none())
+            let health = health_of(answers, &member.host);
+            !named && health.is_some_and(|health| health.trouble(waited_for).is_none())
         };
         let chain: Vec<Member> = view.chain.iter().filter(stays).cloned().collect();
         let joining = view.joining.as_ref().filter(stays).cloned();

@@ -159,7 +159,8 @@ pub enum Health {
     Silent(String),
 }
 
-/// The same while nobody waits, at least, in milliseconds: the chain begins, and the end of its first checkpoint is everything at once.
+/// How long a replica may have one piece in hand while nobody waits for it, at least, in milliseconds: the chain begins, and the
+/// end of its first checkpoint is everything at once.
 const HANGS_FILLING_MS: u64 = 30_000;
 
 impl Health {
@@ -181,6 +182,12 @@ impl Health {
             Self::Answers => None,
         }
     }
+}
+
+/// What is known of that host, if it was asked.
+pub(super) fn health_of<'a>(answers: &'a [(HostId, Health)], host: &HostId) -> Option<&'a Health> {
+    let of = answers.iter().find(|(asked, _)| asked == host);
+    of.map(|(_, health)| health)
 }
 
 /// Why the master did not decide as asked.

@@ -6,6 +6,7 @@ use chain::master::Command;
 use chain::{Held, VmRecord};
 use checkpoint::HostId;
 
+use super::input::health_of;
 use super::machine::{Part, Purpose};
 use super::owner::{Leaving, Owner, answer_switched};
 use super::{Disks, Effect, Health, MS, Machine, Micros, SECOND, Ticket};
@@ -303,9 +304,10 @@ impl Machine {
     pub(super) fn recover_probed(&mut self, answers: &[(HostId, Health)], out: &mut Vec<Effect>) {
         let record = self.record.clone();
         let view = &record.view;
-        let mut of_owner = answers.iter().filter(|(host, _)| *host == view.owner);
-        let up =
-            of_owner.any(|(_, health)| matches!(health, Health::Answers | Health::Busy { .. }));
+        let up = matches!(
+            health_of(answers, &view.owner),
+            Some(Health::Answers | Health::Busy { .. })
+        );
         let Some(orphan) = self.orphan_mut() else {
             return;
         };

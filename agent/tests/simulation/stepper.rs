@@ -137,6 +137,12 @@ impl Stepper {
         }
     }
 
+    /// Replicas that could ask for the VM.
+    fn able(&self) -> Vec<usize> {
+        let all = 0..self.world.hosts.len();
+        all.filter(|i| self.world.can_ask(*i)).collect()
+    }
+
     /// A replica hears nothing of its predecessor, rightly or not; or one that asks is not answered.
     fn false_suspicion(&mut self) -> Option<Step> {
         if self.below(4) == 0 {
@@ -146,9 +152,7 @@ impl Stepper {
         if self.below(3) != 0 {
             return None;
         }
-        let able: Vec<usize> = (0..self.world.hosts.len())
-            .filter(|i| self.world.can_ask(*i))
-            .collect();
+        let able = self.able();
         self.pick(&able).map(Step::Suspect)
     }
 
@@ -251,9 +255,7 @@ impl Stepper {
         if self.below(3) != 0 {
             return None;
         }
-        let able: Vec<usize> = (0..self.world.hosts.len())
-            .filter(|i| self.world.can_ask(*i))
-            .collect();
+        let able = self.able();
         self.pick(&able).map(Step::Ask)
     }
 

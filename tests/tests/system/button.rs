@@ -10,62 +10,8 @@ use understudy_tests::{Cluster, Options, VmFile, wait};
 use crate::PROGRAM;
 use crate::kill::{check_survived, more_answers};
 
-// Enables the button's event, says `r`, waits for the button, takes note of it, says `o`, and switches itself off.
-std::arch::global_asm!(
-    ".pushsection .rodata",
-    ".global heeds_start",
-    "heeds_start:",
-    "movl $0x602, %edx",
-    "movl $0x100, %eax",
-    "outw %ax, %dx",
-    "movl $0x3f8, %edx",
-    "movl $0x72, %eax",
-    "outb %al, %dx",
-    "2: movl $0x600, %edx",
-    "xorl %eax, %eax",
-    "inw %dx, %ax",
-    "testl $0x100, %eax",
-    "jz 2b",
-    "outw %ax, %dx",
-    "movl $0x3f8, %edx",
-    "movl $0x6f, %eax",
-    "outb %al, %dx",
-    "movl $0x604, %edx",
-    "movl $0x3400, %eax",
-    "outw %ax, %dx",
-    "3: jmp 3b",
-    ".global heeds_end",
-    "heeds_end:",
-    ".popsection",
-    options(att_syntax)
-);
-
-/// That guest as a kernel: an ELF file of one segment, entered where it is loaded.
-fn kernel() -> Vec<u8> {
-    unsafe extern "C" {
-        static heeds_start: u8;
-        static heeds_end: u8;
-    }
-    // SAFETY: both are labels of the block above: one piece of initialised, read-only, static data.
-    let code = unsafe {
-        let start = &raw const heeds_start;
-        std::slice::from_raw_parts(start, (&raw const heeds_end).offset_from_unsigned(start))
-    };
-    const AT: u64 = 1 << 20;
-    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    file.extend([2u16, 62].iter().flat_map(|half| half.to_le_bytes()));
-    file.extend(1u32.to_le_bytes());
-    file.extend([AT, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
-    file.extend(0u32.to_le_bytes());
-    let halves = [64u16, 56, 1, 0, 0, 0];
-    file.extend(halves.iter().flat_map(|half| half.to_le_bytes()));
-    file.extend([1u32, 7].iter().flat_map(|word| word.to_le_bytes()));
-    let size = code.len() as u64;
-    let words = [120, AT, AT, size, size, 4096];
-    file.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    file.extend(code);
-    file
-}
+#[path = "../../../vmm/tests/core_support/guests.rs"]
+mod guests;
 
 /// What has been said on the console.
 fn said(console: &Path) -> String {
@@ -91,7 +37,8 @@ fn status(cluster: &Cluster, host: &str) -> VmStatus {
 fn l5_a_guest_is_shut_down_and_rebooted_by_its_power_button() {
     let cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
     let (image, console) = (cluster.path("kernel"), cluster.path("said"));
-    std::fs::write(&image, kernel()).expect("the kernel is written");
+    std::fs::write(&image, guests::elf(guests::heeds_its_power_button()))
+        .expect("the kernel is written");
     let toml = format!(
         "name = \"{VM}\"\nmemory_mib = 64\nkernel = {image:?}\nconsole = {console:?}\nrng = false\n"
     );

@@ -1,24 +1,9 @@
 //! The owner's storage fails, or does not answer: a backup takes the VM over and does again what was refused (FIELD H4, H5).
 
-use std::process::{Command, Stdio};
-
-use understudy_tests::{require_everything, serial::turn};
-
-use crate::PROGRAM;
+use crate::report;
 
 fn survives(fault: &str) {
-    let _turn = turn();
-    require_everything();
-    let output = Command::new(PROGRAM)
-        .args(["bench", "failover", "--runs", "2", "--json", "--fault"])
-        .arg(fault)
-        .stdin(Stdio::null())
-        .output()
-        .expect("running the bench");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    let text = String::from_utf8_lossy(&output.stdout);
-    let report: serde_json::Value =
-        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}\n{errors}"));
+    let (_, report, errors) = report::of(&["bench", "failover", "--runs", "2", "--fault", fault]);
     let figure = |name: &str| report[name].as_u64();
     assert_eq!(figure("takeovers"), Some(2), "{report:#}\n{errors}");
     assert_eq!(figure("lost"), Some(0), "{report:#}\n{errors}");

@@ -22,6 +22,7 @@ mod points;
 mod processor;
 mod reboot;
 mod rejoin;
+mod report;
 mod rewind;
 mod several;
 mod soak;

@@ -3,76 +3,21 @@
 //! They run in ring 0 and use plain instructions only, so that they run on every KVM, one that emulates ring 0 included.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod guests;
+
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use guests::{CODE, between, elf};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm::layout::HIGH_RAM_START;
 use vmm::{BootSpec, GuestMemory, KernelSource, RamFiles, RamLayout, Vm, VmSpec};
 
-/// Where the code of a guest is loaded and entered.
-pub const CODE: u64 = 0x10_0000;
 /// A liveness bound: far beyond what anything here takes.
 pub const LONG: Duration = Duration::from_secs(60);
-
-/// An ELF file whose one segment is `code`.
-pub fn elf(code: &[u8]) -> Vec<u8> {
-    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let mut put = |bytes: &[u8]| file.extend_from_slice(bytes);
-    for half in [2u16, 62] {
-        put(&half.to_le_bytes());
-    }
-    put(&1u32.to_le_bytes());
-    for word in [CODE, 64, 0] {
-        put(&word.to_le_bytes());
-    }
-    put(&0u32.to_le_bytes());
-    for half in [64u16, 56, 1, 0, 0, 0] {
-        put(&half.to_le_bytes());
-    }
-    for word in [1u32, 7] {
-        put(&word.to_le_bytes());
-    }
-    let len = code.len() as u64;
-    // What follows the code in its page is empty.
-    for word in [120, CODE, CODE, len, len.max(4096), 4096] {
-        put(&word.to_le_bytes());
-    }
-    put(code);
-    file
-}
-
-/// The bytes between two labels of a `global_asm!` block.
-#[macro_export]
-macro_rules! guest_code {
-    ($start:ident, $end:ident, $($line:expr),+ $(,)?) => {
-        std::arch::global_asm!(
-            ".pushsection .rodata",
-            concat!(".global ", stringify!($start)),
-            concat!(stringify!($start), ":"),
-            $($line,)+
-            concat!(".global ", stringify!($end)),
-            concat!(stringify!($end), ":"),
-            ".popsection",
-            options(att_syntax)
-        );
-        unsafe extern "C" {
-            static $start: u8;
-            static $end: u8;
-        }
-    };
-}
-
-/// The bytes from `start` to `end`.
-///
-/// # Safety
-/// Both must be labels of one block of `guest_code!`.
-pub unsafe fn between(start: *const u8, end: *const u8) -> &'static [u8] {
-    // SAFETY: the caller says that this is one block of initialised, read-only, static data.
-    unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
-}
 
 /// A serial line the tests read.
 #[derive(Clone, Default)]

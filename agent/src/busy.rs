@@ -1,4 +1,4 @@
-//! What the VM's process before this one has not let go of yet: the kernel takes its time to end a VM.
+//! What the process before this one has not let go of yet: the kernel takes its time to end a VM, or an agent.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ const RETRY: Duration = Duration::from_millis(10);
 ///
 /// # Errors
 /// The last attempt's.
-pub(super) fn once_free<T, E>(
+pub(crate) fn once_free<T, E>(
     busy: impl Fn(&E) -> bool,
     mut open: impl FnMut() -> Result<T, E>,
 ) -> Result<T, E> {
