@@ -4,12 +4,12 @@ pub mod bench;
 mod busy;
 pub mod child;
 pub mod cli;
+mod commands;
 pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod demo;
 pub mod engine;
-mod entry;
 pub mod epoch;
 #[doc(hidden)]
 pub mod fault;
@@ -20,4 +20,4 @@ pub mod lab;
 pub mod probe;
 pub mod rank;
 
-pub use entry::main;
+pub use commands::main;

@@ -364,6 +364,14 @@ fn layout_of(config: &VmConfig) -> Result<RamLayout, BuildError> {
     )?)
 }
 
+/// The guest's RAM.
+///
+/// # Errors
+/// [`BuildError::Memory`] if the memory layout is impossible.
+pub fn ram_of(config: &VmConfig) -> Result<Vec<checkpoint::RamRange>, BuildError> {
+    Ok(layout_of(config)?.ranges().to_vec())
+}
+
 /// What a replica needs to hold this VM.
 ///
 /// # Errors
@@ -374,7 +382,7 @@ pub fn shape_of(
     disks: &[Arc<Mirror>],
 ) -> Result<chain::VmShape, BuildError> {
     Ok(chain::VmShape {
-        ram: layout_of(config)?.ranges().to_vec(),
+        ram: ram_of(config)?,
         vcpus: config.vcpus,
         cpu: vmm::host_cpu()?,
         disks: disks.iter().map(|d| d.size()).collect(),

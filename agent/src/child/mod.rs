@@ -13,7 +13,7 @@ mod protector;
 pub mod proto;
 mod reporter;
 
-pub use build::{BuildError, open_disks, shape_of};
+pub use build::{BuildError, open_disks, ram_of, shape_of};
 pub use plain::run_plain;
 pub use protected::run_child;
 

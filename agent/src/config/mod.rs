@@ -3,12 +3,14 @@
 //! Unknown keys are errors: a typo in a safety setting must never be silently ignored. TOML's own messages name the
 //! line and the column.
 
+mod changes;
 mod host;
 mod master;
 mod vm;
 
 use std::path::{Path, PathBuf};
 
+pub use changes::{Change, Takes, changes, keeping_layout};
 pub use host::{Detection, HostConfig, Network};
 pub use master::{Addresses, MasterConfig, Members};
 pub use vm::{

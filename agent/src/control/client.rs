@@ -4,7 +4,9 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use super::proto::{Event, Reply, Request, VmStatus};
+use checkpoint::RequestId;
+
+use super::proto::{Asked, Event, Reply, Request, VmStatus};
 use crate::epoch::EpochStats;
 use crate::ipc::{self, IpcError};
 
@@ -27,6 +29,16 @@ pub enum ControlError {
     /// The agent refused.
     #[error("{0}")]
     Refused(String),
+    /// It may have been done, or be done yet.
+    #[error(
+        "it is not known whether this was done: {why} (`understudy outcome {id}` asks again; given again with `--request {id}` it is not done twice)"
+    )]
+    Unknown {
+        /// To ask with.
+        id: RequestId,
+        /// In words.
+        why: String,
+    },
     /// The agent answered something else.
     #[error("the agent answered unexpectedly (is it of the same version?)")]
     Unexpected,
@@ -34,7 +46,11 @@ pub enum ControlError {
 
 /// A connection to an agent.
 #[derive(Debug)]
-pub struct ControlClient(UnixStream);
+pub struct ControlClient {
+    stream: UnixStream,
+    /// The next request's.
+    id: Option<RequestId>,
+}
 
 impl ControlClient {
     /// Connects to the agent at `path`.
@@ -43,11 +59,18 @@ impl ControlClient {
     /// [`ControlError::Connect`].
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
         UnixStream::connect(path)
-            .map(Self)
+            .map(|stream| Self { stream, id: None })
             .map_err(|source| ControlError::Connect {
                 path: path.into(),
                 source,
             })
+    }
+
+    /// The next request is one that was given before, under this id, if there is one.
+    #[must_use]
+    pub fn again(mut self, id: Option<RequestId>) -> Self {
+        self.id = id;
+        self
     }
 
     /// Asks, and waits for the answer.
@@ -55,9 +78,22 @@ impl ControlClient {
     /// # Errors
     /// [`ControlError`]; a refusal is one.
     pub fn call(&mut self, request: &Request) -> Result<Reply, ControlError> {
-        ipc::send(&self.0, request, &[])?;
-        match ipc::recv::<Reply>(&self.0)?.0 {
+        let id = self.id.take().unwrap_or_else(RequestId::random);
+        let asked = Asked {
+            id,
+            request: request.clone(),
+        };
+        let lost = |e: IpcError| match request.is_order() {
+            true => ControlError::Unknown {
+                id,
+                why: format!("talking to the agent: {e}"),
+            },
+            false => e.into(),
+        };
+        ipc::send(&self.stream, &asked, &[]).map_err(lost)?;
+        match ipc::recv::<Reply>(&self.stream).map_err(lost)?.0 {
             Reply::Error(why) => Err(ControlError::Refused(why)),
+            Reply::Unknown { id, why } => Err(ControlError::Unknown { id, why }),
             reply => Ok(reply),
         }
     }

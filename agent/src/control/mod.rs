@@ -5,5 +5,6 @@ mod proto;
 
 pub use client::{ControlClient, ControlError};
 pub use proto::{
-    Event, EventKind, FailoverReport, MemberStatus, Point, Reply, Request, Switched, VmStatus,
+    Applied, Asked, Event, EventKind, FailoverReport, MemberStatus, Point, Reply, Request,
+    Switched, VmStatus,
 };

@@ -1,12 +1,24 @@
 //! Requests and replies on the control socket (over [`crate::ipc`]).
 
+use checkpoint::RequestId;
 use serde::{Deserialize, Serialize};
 
+use crate::config::{Change, Takes};
 use crate::epoch::EpochStats;
 use crate::epoch::figures::SyncFigures;
 
-/// What can be asked of an agent.
+/// A request with its id: an order that is given again under the same id is answered as the first time, and not carried out
+/// twice.
 #[derive(Debug, Serialize, Deserialize)]
+pub struct Asked {
+    /// Drawn by the asker.
+    pub id: RequestId,
+    /// What is asked.
+    pub request: Request,
+}
+
+/// What can be asked of an agent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Request {
     /// Boot a VM on this host, unprotected for now.
     Start {
@@ -21,6 +33,25 @@ pub enum Request {
         vm: String,
         /// Host names, head first.
         backups: Vec<String>,
+    },
+    /// A VM of this host is to have no backups any more.
+    Unprotect {
+        /// The VM.
+        vm: String,
+    },
+    /// Define a VM, or give one of this host another configuration; answers with [`Reply::Applied`].
+    Apply {
+        /// Text of its `vm.toml`.
+        toml: String,
+        /// The file's name, for messages.
+        name: String,
+        /// Only say what would be changed.
+        dry_run: bool,
+    },
+    /// What became of an order that was given under this id; answers as that order does.
+    Outcome {
+        /// The order's.
+        id: RequestId,
     },
     /// Boot a VM that is off, from its newest disks, which are on this host.
     StartAgain {
@@ -124,13 +155,41 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// Whether it is to change something: then its outcome is kept under its id.
+    #[must_use]
+    pub fn is_order(&self) -> bool {
+        !matches!(
+            self,
+            Self::Status
+                | Self::Stats { .. }
+                | Self::Inspect { .. }
+                | Self::Points { .. }
+                | Self::Leads
+                | Self::Events { .. }
+                | Self::Outcome { .. }
+                | Self::HarvestOnly { .. }
+                | Self::EpochMs { .. }
+        )
+    }
+}
+
 /// An agent's answer.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Reply {
     /// Done.
     Ok,
     /// Not done, and why.
     Error(String),
+    /// Nobody knows yet whether it will have been done.
+    Unknown {
+        /// To ask with.
+        id: RequestId,
+        /// In words.
+        why: String,
+    },
+    /// Answer to [`Request::Apply`].
+    Applied(Applied),
     /// Another host owns the VM now.
     Switched(Switched),
     /// Answer to [`Request::Leads`].
@@ -145,6 +204,27 @@ pub enum Reply {
     Vcpus(Vec<vmm::VcpuReport>),
     /// Answer to [`Request::Events`].
     Events(Vec<Event>),
+}
+
+/// What a configuration has changed, or would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Applied {
+    /// The VM.
+    pub vm: String,
+    /// There was none of that name: it is defined now.
+    pub defined: bool,
+    /// The VM runs, so that not everything could be changed.
+    pub runs: bool,
+    /// What differs; of a new VM nothing.
+    pub changes: Vec<Change>,
+}
+
+impl Applied {
+    /// What stays as it was.
+    pub fn left(&self) -> impl Iterator<Item = &Change> {
+        let left = |change: &&Change| self.runs && change.takes == Takes::WhileOff;
+        self.changes.iter().filter(left)
+    }
 }
 
 /// A checkpoint that the chain's tail has.
@@ -285,6 +365,10 @@ pub enum EventKind {
     GuestEnded,
     /// The VM is off, by somebody's wish.
     PoweredOff,
+    /// The VM has no backups any more, by somebody's wish.
+    Unprotected,
+    /// The VM's configuration was changed.
+    Changed,
     /// The guest was reset and boots again in place.
     Rebooted,
     /// The owner's own disk refuses, or does not answer, requests.

@@ -11,16 +11,17 @@ use chain::master::Command;
 use chain::{Life, Member, Query, VmRecord, VmShape};
 use checkpoint::{Epoch, HostId, VmId};
 
+use super::calls::Calls;
 use super::clones::Clones;
 use super::env::{Env, lock};
-use super::process::taps;
+use super::process::{config_of, taps};
 use super::run::Shown;
 use super::table::Table;
 use super::{AgentError, slow, status};
 use crate::child::proto::ToChild;
 use crate::child::{open_disks, shape_of};
-use crate::config::VmConfig;
-use crate::control::{Point, Reply, Request, Switched};
+use crate::config::{VmConfig, changes};
+use crate::control::{Asked, Point, Reply, Request, Switched};
 use crate::epoch::EpochStats;
 use crate::host::{Answered, Health, Order, Role};
 use crate::ipc;
@@ -31,10 +32,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(10);
 /// How long its vCPUs may take to stop for an inspection: they are given 10 s before they are called stuck.
 const INSPECT_PATIENCE: Duration = Duration::from_secs(30);
-/// How long an order may take. Each part of it has a shorter bound of its own.
+/// How long whoever gives an order waits for its outcome. Each part of it has a shorter bound of its own.
 const ORDER_PATIENCE: Duration = Duration::from_secs(60);
-/// How long a VM may take to boot.
+/// The same, of an order that boots a VM.
 const START_PATIENCE: Duration = Duration::from_secs(90);
+/// The same, of one that copies disks.
+const COPY_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long the outcome of an order is waited for by its own thread, whoever waits for that.
+const LATE: Duration = Duration::from_secs(2 * 3600);
 
 /// Binds the control socket, replacing one that nobody listens at any more.
 pub(super) fn bind(path: &Path) -> Result<UnixListener, AgentError> {
@@ -57,26 +62,50 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// How long whoever asks for this waits.
+fn limit(request: &Request) -> Duration {
+    let more = |s: u64| ORDER_PATIENCE.saturating_add(Duration::from_secs(s));
+    match request {
+        Request::Start { .. } | Request::StartAgain { .. } | Request::Recover { .. } => {
+            START_PATIENCE
+        }
+        Request::ShutDown { timeout_s, .. } => more(*timeout_s),
+        Request::Reboot { timeout_s, .. } => more(timeout_s.unwrap_or(0)),
+        Request::Rewind { .. } => COPY_PATIENCE,
+        _ => ORDER_PATIENCE,
+    }
+}
+
 /// Answers commands.
 pub(super) struct Service {
-    env: Arc<Env>,
-    table: Arc<Table>,
+    pub(super) env: Arc<Env>,
+    pub(super) table: Arc<Table>,
     clones: Arc<Clones>,
+    calls: Calls,
 }
 
 impl Service {
     pub fn new(env: Arc<Env>, table: Arc<Table>) -> Self {
         Self {
             clones: Clones::new(env.clone()),
+            calls: Calls::default(),
             env,
             table,
         }
     }
 
     /// Serves one connection.
-    pub fn serve(&self, stream: &UnixStream) {
-        while let Ok((request, _)) = ipc::recv::<Request>(stream) {
-            let reply = self.answer(request).unwrap_or_else(Reply::Error);
+    pub fn serve(self: &Arc<Self>, stream: &UnixStream) {
+        while let Ok((Asked { id, request }, _)) = ipc::recv::<Asked>(stream) {
+            let reply = match request {
+                Request::Outcome { id } => self.calls.outcome(id, ORDER_PATIENCE),
+                request if request.is_order() => {
+                    let (limit, service) = (limit(&request), self.clone());
+                    let act = move || service.answer(request).unwrap_or_else(Reply::Error);
+                    self.calls.carry_out(id, limit, act)
+                }
+                request => self.answer(request).unwrap_or_else(Reply::Error),
+            };
             if ipc::send(stream, &reply, &[]).is_err() {
                 return;
             }
@@ -87,6 +116,13 @@ impl Service {
         match request {
             Request::Start { toml, name } => self.start(&toml, &name)?,
             Request::Protect { vm, backups } => self.protect(&vm, &backups)?,
+            Request::Unprotect { vm } => drop(self.order(&vm, Order::Unprotect)?),
+            Request::Apply {
+                toml,
+                name,
+                dry_run,
+            } => return self.apply(&toml, &name, dry_run).map(Reply::Applied),
+            Request::Outcome { id } => return Ok(self.calls.outcome(id, ORDER_PATIENCE)),
             Request::Stop { vm } => {
                 if !self.clones.stop(&vm) {
                     self.order(&vm, Order::Stop)?;
@@ -96,16 +132,13 @@ impl Service {
             Request::Delete { vm } => drop(self.order(&vm, Order::Delete)?),
             Request::ShutDown { vm, timeout_s } => {
                 if !self.clones.stop(&vm) {
-                    let limit = Duration::from_secs(timeout_s);
-                    let patience = micros(limit);
-                    self.order_within(&vm, Order::ShutDown { patience }, limit)?;
+                    let patience = micros(Duration::from_secs(timeout_s));
+                    self.order(&vm, Order::ShutDown { patience })?;
                 }
             }
             Request::Reboot { vm, timeout_s } => {
-                let limit = timeout_s.map(Duration::from_secs);
-                let patience = limit.map(micros);
-                let order = Order::Reboot { patience };
-                self.order_within(&vm, order, limit.unwrap_or_default())?;
+                let patience = timeout_s.map(|s| micros(Duration::from_secs(s)));
+                self.order(&vm, Order::Reboot { patience })?;
             }
             Request::Status => {
                 let mut all = status::status(&self.env, &self.table);
@@ -142,21 +175,15 @@ impl Service {
         Ok(Reply::Ok)
     }
 
-    fn order(&self, name: &str, order: Order) -> Result<Answered, String> {
-        self.order_within(name, order, Duration::ZERO)
-    }
-
-    /// One that may take so much longer than others.
-    fn order_within(&self, name: &str, order: Order, more: Duration) -> Result<Answered, String> {
+    pub(super) fn order(&self, name: &str, order: Order) -> Result<Answered, String> {
         if self.table.shown(name).is_none() {
             return Err(self.elsewhere(name));
         }
-        let limit = more.saturating_add(ORDER_PATIENCE);
-        self.table.order(name, order, limit)
+        self.table.order(name, order, LATE)
     }
 
     /// Where a VM is that this host has no part in.
-    fn elsewhere(&self, name: &str) -> String {
+    pub(super) fn elsewhere(&self, name: &str) -> String {
         let found = match self.env.master.read() {
             Ok(snapshot) => snapshot.records.into_iter().find(|r| r.view.name == name),
             Err(e) => return format!("this host has no part in a VM named {name:?}; {e}"),
@@ -207,11 +234,11 @@ impl Service {
             let registered = self.env.master.propose(&register);
             registered.map_err(|e| e.to_string())
         };
-        self.table.start(register, START_PATIENCE)
+        self.table.start(register, LATE)
     }
 
     /// The record of a VM of that name, if there is one.
-    fn known(&self, name: &str) -> Result<Option<VmRecord>, String> {
+    pub(super) fn known(&self, name: &str) -> Result<Option<VmRecord>, String> {
         let snapshot = self.env.master.read().map_err(|e| e.to_string())?;
         let mut records = snapshot.records.into_iter();
         Ok(records.find(|record| record.view.name == name))
@@ -229,16 +256,17 @@ impl Service {
         if record.disks.host != self.env.host {
             return Err(self.elsewhere(name));
         }
-        if record.shape.config_toml != toml {
+        let config = VmConfig::from_text(Path::new(name), toml).map_err(|e| e.to_string())?;
+        if !changes(&config_of(record)?, &config).is_empty() {
             return Err(format!(
-                "{name} exists, is off, and is configured otherwise than in this file: `understudy start {name}` boots it as it is; `understudy delete {name}` forgets it, and its disks stay"
+                "{name} exists, is off, and is configured otherwise than in this file: `understudy apply` with this file shows how and changes it; `understudy start {name}` boots it as it is"
             ));
         }
         self.order(name, Order::Start).map(drop)
     }
 
     /// Waits, briefly, until the master knows this host.
-    fn known_to_master(&self) -> Result<(), String> {
+    pub(super) fn known_to_master(&self) -> Result<(), String> {
         let until = Instant::now() + PATIENCE;
         loop {
             let why = lock(&self.env.stranger).clone();

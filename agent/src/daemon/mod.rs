@@ -6,6 +6,8 @@
 //!   clones -----+
 //! ```
 
+mod apply;
+mod calls;
 mod child;
 mod clones;
 mod control;

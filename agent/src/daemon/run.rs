@@ -213,6 +213,10 @@ impl Runner {
                 Tell::Fence => ToChild::Fence,
                 Tell::HandOver => ToChild::HandOver,
                 Tell::RunOn => ToChild::RunOn,
+                Tell::Epochs(epochs) => ToChild::EpochMs {
+                    ms: epochs.longest_ms,
+                    min_ms: epochs.shortest_ms,
+                },
                 Tell::Reset => ToChild::Reset,
                 Tell::PowerButton { reboot } => ToChild::PowerButton { reboot },
             }),

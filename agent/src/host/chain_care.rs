@@ -74,6 +74,12 @@ impl Machine {
         if owner.leaving.is_some() {
             return;
         }
+        if !owner.parting.is_empty() {
+            return self.settle_parting(out);
+        }
+        if let Some(update) = owner.update.take() {
+            return self.ask_update(update, out);
+        }
         let missing = self.missing(now);
         if !missing.is_empty() {
             if let Some(owner) = self.owner() {

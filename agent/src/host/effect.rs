@@ -4,7 +4,7 @@ use chain::master::Command;
 use chain::{Mark, Member, View, VmRecord};
 use checkpoint::Generation;
 
-use super::Ticket;
+use super::{Epochs, Ticket};
 use crate::control::{EventKind, Switched};
 
 /// One thing to do, in the order given. Those marked *slow* are done on the side; their outcome comes as an input.
@@ -96,6 +96,8 @@ pub enum Tell {
     HandOver,
     /// Nobody has: run on.
     RunOn,
+    /// Epochs of these lengths from now on.
+    Epochs(Epochs),
     /// Press the guest's reset button.
     Reset,
     /// Press the guest's power button; once it has switched itself off it boots again, or stays off.

@@ -1,6 +1,6 @@
 //! What a machine is told.
 
-use chain::{Held, Mark, VmRecord};
+use chain::{Held, Mark, VmRecord, VmShape};
 use checkpoint::{Epoch, Generation, HostId};
 
 use super::Micros;
@@ -217,6 +217,14 @@ pub enum Order {
     Protect {
         /// In this order.
         backups: Vec<HostId>,
+    },
+    /// Of an owner: the VM is to have no backups any more.
+    Unprotect,
+    /// Of an owner, or of a VM that is off: this is its configuration from now on. What a replica lays out does not differ
+    /// while it runs.
+    Apply {
+        /// With the configuration's text.
+        shape: Box<VmShape>,
     },
     /// Of an owner: the VM is to run nowhere. Its newest disks stay here.
     Stop,

@@ -66,6 +66,19 @@ pub(super) enum Purpose {
     Start,
     /// The cluster forgets it.
     Remove(Option<Ticket>),
+    /// Another configuration.
+    Update(Ticket),
+}
+
+impl Purpose {
+    /// Who waits for what the master decides.
+    fn ticket(&self) -> Option<Ticket> {
+        match self {
+            Self::PowerOff(ticket) | Self::Remove(ticket) => *ticket,
+            Self::Update(ticket) => Some(*ticket),
+            _ => None,
+        }
+    }
 }
 
 /// The question under way; there is one at a time.
@@ -73,7 +86,7 @@ pub(super) enum Purpose {
 pub(super) struct Ask {
     id: u64,
     pub(super) purpose: Purpose,
-    command: Command,
+    pub(super) command: Command,
     /// Not answered: asked again then.
     retry_at: Option<Micros>,
     pub(super) attempts: u32,
@@ -422,6 +435,7 @@ impl Machine {
             (Purpose::Chain, Err(why)) => {
                 // Somebody else was faster, perhaps a backup that took over: what has been decided is read.
                 let text = format!("chain not changed: {}", why.text());
+                self.not_parted(&text, out);
                 out.push(Effect::Say(EventKind::Refused, text));
                 out.push(Effect::Read);
             }
@@ -442,6 +456,15 @@ impl Machine {
                 if let Some(ticket) = ticket {
                     out.push(Effect::Answer(ticket, Err(why.text())));
                 }
+                out.push(Effect::Read);
+                self.ask_as_before(out);
+            }
+            (Purpose::Update(ticket), Ok(record)) => {
+                self.decided(now, record, out);
+                self.updated(ticket, out);
+            }
+            (Purpose::Update(ticket), Err(why)) => {
+                out.push(Effect::Answer(ticket, Err(why.text())));
                 out.push(Effect::Read);
                 self.ask_as_before(out);
             }
@@ -470,9 +493,10 @@ impl Machine {
         const ORDER_ATTEMPTS: u32 = 1;
         self.ask.as_ref().is_some_and(|ask| match ask.purpose {
             Purpose::TakeOver | Purpose::Refill | Purpose::Restart => ask.attempts > ATTEMPTS,
-            Purpose::Remove(_) | Purpose::Start | Purpose::PowerOff(Some(_)) => {
-                ask.attempts >= ORDER_ATTEMPTS
-            }
+            Purpose::Remove(_)
+            | Purpose::Start
+            | Purpose::Update(_)
+            | Purpose::PowerOff(Some(_)) => ask.attempts >= ORDER_ATTEMPTS,
             // The VM's output is held until the master decides; nothing else may decide in its place.
             Purpose::Chain | Purpose::Choose | Purpose::PowerOff(None) => false,
         })
@@ -484,7 +508,9 @@ impl Machine {
             Order::HandOver => self.order_hand_over(now, ticket, out),
             Order::Drill => self.order_drill(now, ticket, out),
             Order::Recover { resumable } => self.order_recover(now, ticket, resumable, out),
-            Order::Protect { backups } => self.order_protect(now, ticket, backups, out),
+            Order::Protect { backups } => self.order_protect(ticket, backups, out),
+            Order::Unprotect => self.order_unprotect(ticket),
+            Order::Apply { shape } => self.order_apply(ticket, *shape, out),
             Order::Stop => self.order_stop(ticket, out),
             Order::ShutDown { patience } => self.order_shut_down(now, ticket, patience, out),
             Order::Reboot { patience } => self.order_reboot(now, ticket, patience, out),
@@ -512,7 +538,7 @@ impl Machine {
 }
 
 fn answer_ask(ask: &Ask, why: &str, out: &mut Vec<Effect>) {
-    if let Purpose::PowerOff(Some(ticket)) | Purpose::Remove(Some(ticket)) = ask.purpose {
+    if let Some(ticket) = ask.purpose.ticket() {
         out.push(Effect::Answer(ticket, Err(why.into())));
     }
 }

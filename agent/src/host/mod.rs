@@ -17,6 +17,7 @@
 //! ```
 
 mod chain_care;
+mod changes;
 mod effect;
 mod input;
 mod machine;
@@ -33,7 +34,7 @@ mod tests;
 pub use effect::{Answered, Disks, Effect, Tell};
 pub use input::{Health, Input, Loss, Order, Refusal, Report, Ticket};
 pub use machine::Machine;
-pub use policy::Policy;
+pub use policy::{Epochs, Policy};
 pub use summary::{Role, Summary};
 
 /// Microseconds of a clock that only grows; the driver says with each input what it shows.

@@ -13,9 +13,9 @@ use crate::control::EventKind;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Off {
     /// Who waits for it to boot.
-    starting: Option<Ticket>,
+    pub(super) starting: Option<Ticket>,
     /// Its process is being ended; who waits for that.
-    ending: Option<Vec<Ticket>>,
+    pub(super) ending: Option<Vec<Ticket>>,
 }
 
 impl Off {
@@ -41,12 +41,15 @@ impl Machine {
 
     /// The master has decided that the VM is off.
     pub(super) fn powered_off(&mut self, record: VmRecord, out: &mut Vec<Effect>) {
-        let asked = self.ask.take().map(|ask| ask.purpose);
         let mut ending = Vec::new();
-        if let Some(Purpose::PowerOff(Some(ticket))) = asked {
-            ending.push(ticket);
-        }
         let why = format!("{} was stopped meanwhile", record.view.name);
+        match self.ask.as_ref().map(|ask| ask.purpose.clone()) {
+            Some(Purpose::PowerOff(ticket)) => {
+                ending.extend(ticket);
+                self.ask = None;
+            }
+            _ => self.ask_no_more(&why, out),
+        }
         self.answer_all(&why, out);
         self.record = record;
         out.push(Effect::Kill);

@@ -44,7 +44,7 @@ impl Machine {
     }
 
     /// Only of an owner.
-    fn owned(&self) -> Result<(), String> {
+    pub(super) fn owned(&self) -> Result<(), String> {
         let view = &self.record.view;
         match self.part {
             Part::Owner(_) => Ok(()),
@@ -117,7 +117,6 @@ impl Machine {
     /// The VM comes to have these backups, in this order. Given again, nothing changes.
     pub(super) fn order_protect(
         &mut self,
-        _now: Micros,
         ticket: Ticket,
         backups: Vec<HostId>,
         out: &mut Vec<Effect>,
@@ -125,7 +124,7 @@ impl Machine {
         self.owned()?;
         let name = self.name().to_string();
         let backups = match backups.is_empty() {
-            true => self.policy.backups.clone(),
+            true => self.policy.backups_but(&self.me),
             false => backups,
         };
         if backups.is_empty() {
@@ -133,37 +132,14 @@ impl Machine {
                 "{name}: no backups are named, neither here nor in its configuration's [protect] backups"
             ));
         }
-        for (i, host) in backups.iter().enumerate() {
-            if *host == self.me {
-                return Err(format!(
-                    "backup {:?} runs {name} itself; a backup has to be another host",
-                    host.as_str()
-                ));
-            }
-            if backups[..i].contains(host) {
-                return Err(format!("backup {:?} is named twice", host.as_str()));
-            }
-        }
-        if let Some(unknown) = backups.iter().find(|host| self.member(host).is_none()) {
-            let known: Vec<&str> = self.peers.keys().map(HostId::as_str).collect();
-            return Err(format!(
-                "backup {:?} is not among this host's peers ({}): add it to [peers] in host.toml",
-                unknown.as_str(),
-                known.join(", ")
-            ));
-        }
+        self.check_backups(&backups)?;
         let Some(owner) = self.owner() else {
             return Ok(());
         };
         if let Phase::Ended(how) = &owner.phase {
             return Err(format!("{name} does not run: {how}"));
         }
-        owner.choose = true;
-        owner.arrange = true;
-        owner.wanted = backups;
-        owner.retries.forget();
-        owner.absent.clear();
-        owner.looked(0, 0);
+        self.want(backups, out);
         out.push(Effect::Answer(ticket, Ok(Answered::Done)));
         Ok(())
     }

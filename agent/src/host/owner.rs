@@ -6,6 +6,7 @@ use chain::{Life, Mark, VmRecord};
 use checkpoint::{Generation, HostId};
 
 use super::chain_care::Probing;
+use super::changes::Update;
 use super::machine::{Ask, Part, Purpose};
 use super::off::Off;
 use super::{Answered, Effect, Loss, MS, Machine, Micros, Report, SECOND, Tell, Ticket};
@@ -114,6 +115,10 @@ pub(super) struct Owner {
     pub(super) leaving: Option<Leaving>,
     /// Its guest has been asked to switch itself off.
     pub(super) closing: Option<Closing>,
+    /// Who waits for it to have no backups any more.
+    pub(super) parting: Vec<Ticket>,
+    /// A configuration that the master is to be asked for.
+    pub(super) update: Option<Update>,
     /// When to look for missing backups again.
     look_at: Micros,
     /// When to ask again whether one that is to leave the chain may.
@@ -170,6 +175,8 @@ impl Owner {
             off: false,
             leaving: None,
             closing: None,
+            parting: Vec::new(),
+            update: None,
             look_at: 0,
             leave_at: 0,
         }
@@ -219,8 +226,10 @@ impl Owner {
     pub(super) fn tickets(&mut self) -> Vec<Ticket> {
         let leaving = self.leaving.take().map(|leaving| leaving.ticket);
         let closing = self.closing.take().map(|closing| closing.ticket);
-        let ticket = self.ticket.take().into_iter();
-        ticket.chain(leaving).chain(closing).collect()
+        let update = self.update.take().map(|update| update.ticket);
+        let parting = std::mem::take(&mut self.parting);
+        let one = [self.ticket.take(), leaving, closing, update];
+        one.into_iter().flatten().chain(parting).collect()
     }
 }
 
@@ -252,10 +261,11 @@ impl Machine {
         self.record = record;
         let asked = self.ask.take();
         let view = self.record.view.clone();
-        match asked.map(|ask| ask.purpose) {
+        match asked.map(|ask| (ask.purpose, ask.command)) {
             // These were based on the configuration before.
-            Some(Purpose::Remove(ticket)) => self.remove(ticket, out),
-            Some(Purpose::PowerOff(ticket)) => self.power_off(ticket, out),
+            Some((Purpose::Remove(ticket), _)) => self.remove(ticket, out),
+            Some((Purpose::PowerOff(ticket), _)) => self.power_off(ticket, out),
+            Some((Purpose::Update(ticket), asked)) => self.ask_update_again(ticket, asked, out),
             _ if matches!(&self.part, Part::Owner(owner) if owner.off) => self.power_off(None, out),
             _ => {}
         }
@@ -301,11 +311,7 @@ impl Machine {
             }
         }
         self.record = record;
-        if let Some(Purpose::Remove(Some(ticket)) | Purpose::PowerOff(Some(ticket))) =
-            self.ask.take().map(|ask| ask.purpose)
-        {
-            out.push(Effect::Answer(ticket, Err(text)));
-        }
+        self.ask_no_more(&text, out);
         match self.record.view.holds(&self.me) {
             true => self.become_standby(out),
             false => self.part = Part::Nothing { declined: None },
@@ -491,7 +497,9 @@ impl Machine {
         ));
         owner.failover = Some(report);
         owner.phase = Phase::Running;
-        if let Some(ticket) = owner.ticket.take() {
+        let ticket = owner.ticket.take();
+        self.tell_epochs(out);
+        if let Some(ticket) = ticket {
             out.push(Effect::Answer(ticket, Ok(Answered::Done)));
         }
     }

@@ -8,9 +8,20 @@ use checkpoint::HostId;
 use super::{Micros, SECOND};
 use crate::config::{Alone, VmConfig};
 
+/// How long a protected VM's epochs are, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Epochs {
+    /// At most.
+    pub longest_ms: u64,
+    /// With output waiting and nothing in flight.
+    pub shortest_ms: u64,
+}
+
 /// As the VM's administrator wants it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
+    /// How long epochs are, if its configuration can be read.
+    pub epochs: Option<Epochs>,
     /// Hosts that are to back it up, head first.
     pub backups: Vec<HostId>,
     /// Without a backup it stands still rather than run.
@@ -20,15 +31,25 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// That of a record. A text that this version cannot read says nothing: it was checked when the VM was defined.
+    /// That of a record.
     #[must_use]
     pub fn of(record: &VmRecord) -> Self {
-        let name = Path::new(&record.view.name);
-        let Ok(config) = VmConfig::from_text(name, &record.shape.config_toml) else {
+        Self::of_text(&record.view.name, &record.shape.config_toml)
+    }
+
+    /// That of a configuration's text. One that this version cannot read says nothing: it was checked when the VM was
+    /// defined.
+    #[must_use]
+    pub fn of_text(name: &str, text: &str) -> Self {
+        let Ok(config) = VmConfig::from_text(Path::new(name), text) else {
             return Self::default();
         };
         let protect = &config.protect;
         Self {
+            epochs: Some(Epochs {
+                longest_ms: protect.epoch_ms,
+                shortest_ms: protect.min_epoch_ms,
+            }),
             backups: protect
                 .backups
                 .iter()
@@ -39,16 +60,26 @@ impl Policy {
         }
     }
 
-    /// The hosts that should back the VM up while `owner` runs it: those configured, then all that have had a part.
+    /// The hosts that should back the VM up while `owner` runs it: all that have had a part since an administrator chose,
+    /// those configured first. Nobody backs up a VM whose protection was not asked for, or was ended.
     #[must_use]
     pub fn wanted(&self, record: &VmRecord, owner: &HostId) -> Vec<HostId> {
-        let mut wanted = Vec::new();
         let others = record.wanted_by(owner);
-        for host in self.backups.iter().chain(&others) {
-            if host != owner && !wanted.contains(host) {
-                wanted.push(host.clone());
-            }
-        }
+        let configured = self.backups.iter().filter(|host| others.contains(host));
+        let mut wanted: Vec<HostId> = configured.cloned().collect();
+        wanted.extend(
+            others
+                .iter()
+                .filter(|host| !self.backups.contains(host))
+                .cloned(),
+        );
         wanted
+    }
+
+    /// The configured backups while `owner` runs it, who may be one of them.
+    #[must_use]
+    pub fn backups_but(&self, owner: &HostId) -> Vec<HostId> {
+        let others = self.backups.iter().filter(|host| *host != owner);
+        others.cloned().collect()
     }
 }

@@ -1,5 +1,7 @@
 //! The machine, fed by hand: what it asks for, and what it does not.
 
+mod changes;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

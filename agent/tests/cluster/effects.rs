@@ -362,7 +362,7 @@ impl World {
             }
             Tell::Freeze | Tell::HandOver | Tell::RunOn => {}
             // What happens inside of the guest is nothing that its chain sees.
-            Tell::Reset | Tell::PowerButton { .. } => {}
+            Tell::Reset | Tell::PowerButton { .. } | Tell::Epochs(_) => {}
         }
         Ok(())
     }

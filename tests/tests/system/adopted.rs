@@ -12,7 +12,7 @@ fn takeovers(cluster: &Cluster, hosts: &[&str]) -> usize {
     events.filter(|e| e.kind == EventKind::Activated).count()
 }
 
-fn kill_agent(cluster: &Cluster, host: &str) {
+pub(crate) fn kill_agent(cluster: &Cluster, host: &str) {
     let killed = cluster.lab().kill_agent(host);
     killed.unwrap_or_else(|e| panic!("{e}"));
 }

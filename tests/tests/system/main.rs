@@ -3,6 +3,7 @@
 //! Each test of an invariant says how its mechanism is switched off, and a second test sees its check fail then.
 
 mod adopted;
+mod apply;
 mod bad_input;
 mod button;
 mod demo;
