@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use agent::control::{ControlClient, Event, EventKind, Request, VmStatus};
+use agent::control::{ControlClient, Event, EventKind, Request, Role, VmStatus};
 use agent::lab::{Lab, LabError, Masters, Wire};
 use agent::probe::{ProbeClient, ProbeConn, ProbeReport};
 use guest::proto::{Op, PORT, Response};
@@ -239,7 +239,7 @@ impl Cluster {
     pub fn wait_owner(&self, name: &str) -> VmStatus {
         wait(&format!("{name} to take the VM over"), || {
             self.status(name)
-                .filter(|s| s.role == "owner" && s.failover.is_some())
+                .filter(|s| s.role == Role::Owner && s.failover.is_some())
         })
     }
 

@@ -255,6 +255,11 @@ impl Machine {
         disk::watch(self.care.clone(), self.disks.clone())
     }
 
+    /// What watches them.
+    pub fn disk_care(&self) -> Arc<Care> {
+        self.care.clone()
+    }
+
     /// Watches that the taps stay on their bridges, until what is returned is dropped. What an administrator should know of
     /// them goes to `say`, what is known already at once.
     pub fn watch_network(&self, say: impl Fn(String) + Send + 'static) -> Option<Watcher> {

@@ -3,6 +3,7 @@
 //! A write that the owner's own disk refuses is what backups are for: whoever takes over does it again, on a disk that
 //! works, and the guest never hears of it (FIELD H4). A disk that does not answer is the same, later (H5).
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -35,6 +36,8 @@ pub struct Care {
     patience: Option<Duration>,
     owner: Arc<OnceLock<Arc<Owner>>>,
     say: OnceLock<Say>,
+    /// What is wrong with disks now, by their numbers.
+    troubles: Mutex<BTreeMap<u16, String>>,
 }
 
 impl Care {
@@ -50,6 +53,7 @@ impl Care {
             patience,
             owner,
             say: OnceLock::new(),
+            troubles: Mutex::default(),
         })
     }
 
@@ -64,12 +68,24 @@ impl Care {
         }
     }
 
-    fn trouble(&self, text: String) {
+    fn troubles(&self) -> MutexGuard<'_, BTreeMap<u16, String>> {
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is wrong with disks now, in words.
+    #[must_use]
+    pub fn now(&self) -> Vec<String> {
+        self.troubles().values().cloned().collect()
+    }
+
+    fn trouble(&self, disk: u16, text: String) {
         tracing::error!("{text}");
+        self.troubles().insert(disk, text.clone());
         self.say(text);
     }
 
     fn well_again(&self, disk: u16) {
+        self.troubles().remove(&disk);
         let text = format!("disk {disk} is well again");
         tracing::info!("{text}");
         self.say(text);
@@ -179,7 +195,7 @@ impl LateDisk {
             self.index
         );
         if self.busy.mark(true) {
-            self.care.trouble(why.clone());
+            self.care.trouble(self.index, why.clone());
         }
         if self.care.policy == OnDiskError::Pause {
             std::thread::sleep(AGAIN);
@@ -259,7 +275,7 @@ pub fn watch(care: Arc<Care>, disks: Vec<Arc<LateDisk>>) -> io::Result<()> {
                         disk.index,
                         patience.as_secs()
                     );
-                    care.trouble(why.clone());
+                    care.trouble(disk.index, why.clone());
                     let _ = care.give_up(why);
                 }
             }
@@ -267,4 +283,36 @@ pub fn watch(care: Arc<Care>, disks: Vec<Arc<LateDisk>>) -> io::Result<()> {
     };
     let thread = std::thread::Builder::new().name("disk-watch".into());
     thread.spawn(look).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h4_a_disk_in_trouble_is_named_until_it_is_well_again() {
+        const SIZE: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        std::fs::write(&path, vec![7; SIZE as usize]).unwrap();
+        let mirror = Arc::new(Mirror::open(&path).unwrap());
+        let care = Care::new(OnDiskError::Report, None, Arc::default());
+        let disk = LateDisk::new(3, SIZE, care.clone());
+        assert!(disk.attach(mirror, Arc::new(ShipQueue::new(1 << 20))));
+        let mut block = [0; 512];
+        disk.read_at(0, &mut block).unwrap();
+        assert_eq!(care.now(), Vec::<String>::new());
+        // What lies behind the end of the file cannot be read.
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(0).unwrap();
+        disk.read_at(0, &mut block).unwrap_err();
+        let said = care.now();
+        assert!(
+            said.len() == 1 && said[0].starts_with("disk 3: "),
+            "{said:?}"
+        );
+        file.set_len(SIZE).unwrap();
+        disk.read_at(0, &mut block).unwrap();
+        assert_eq!(care.now(), Vec::<String>::new());
+    }
 }

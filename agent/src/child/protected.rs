@@ -11,6 +11,7 @@ use checkpoint::{CpuFeatures, Epoch, Generation, MachineState};
 use vmm::VmEvent;
 
 use super::build::{BuildError, Machine, open_disks, open_images, restart};
+use super::disk::Care;
 use super::monotonic_us;
 use super::orphaned::Door;
 use super::protector::{self, Protector, Rhythm};
@@ -244,19 +245,22 @@ impl Child {
         std::thread::Builder::new()
             .name("epochs".into())
             .spawn(move || runner.run(options))?;
-        self.tell_figures(&owner)?;
+        self.tell_figures(&owner, machine.disk_care())?;
         self.watch_guest(machine)?;
         self.watch_disks(machine)?;
         Ok(owner)
     }
 
     /// Until the process ends.
-    fn tell_figures(&self, owner: &Arc<Owner>) -> Result<(), ChildError> {
+    fn tell_figures(&self, owner: &Arc<Owner>, disks: Arc<Care>) -> Result<(), ChildError> {
         let (owner, reporter) = (owner.clone(), self.reporter.clone());
         let tell = move || {
             loop {
                 std::thread::sleep(FIGURES);
-                reporter.send(&FromChild::Figures(owner.figures()));
+                reporter.send(&FromChild::Figures {
+                    figures: owner.figures(),
+                    disks: disks.now(),
+                });
             }
         };
         let thread = std::thread::Builder::new().name("figures".into());

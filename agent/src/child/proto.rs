@@ -211,7 +211,12 @@ pub enum FromChild {
         epoch: Epoch,
     },
     /// How the owner is doing; from time to time, unasked.
-    Figures(Figures),
+    Figures {
+        /// Of its epochs.
+        figures: Figures,
+        /// What is wrong with its disks, in words.
+        disks: Vec<String>,
+    },
     /// Answer to [`ToChild::TakeStats`].
     Stats(Box<EpochStats>),
     /// Answer to [`ToChild::Inspect`]: what each vCPU is at, or why that cannot be told.

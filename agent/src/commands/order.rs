@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Failure, Outcome};
 use crate::cli::{Control, Given};
 use crate::config::{Change, Takes, VmConfig};
-use crate::control::{Applied, ControlClient, ControlError, Reply, Request, VmStatus};
+use crate::control::{Applied, ControlClient, ControlError, Reply, Request, Role, VmStatus};
 
 /// Between two lines of progress.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -152,11 +152,11 @@ pub(super) fn protect(control: &Given, vm: &str, backups: Vec<String>) -> Outcom
             println!("{}", protected_by(&status));
             return match status.lacking.is_empty() {
                 true => Ok(()),
-                false => Err(status.state.into()),
+                false => Err(status.state().into()),
             };
         }
         if !status.protected && !status.pending && status.sync.is_none() {
-            return Err(format!("{name} runs on, but: {}", status.state).into());
+            return Err(format!("{name} runs on, but: {}", status.state()).into());
         }
         if let Some(sync) = status.sync
             && said.elapsed() >= PERIOD
@@ -211,7 +211,11 @@ fn protected_by(status: &VmStatus) -> String {
 pub(super) fn evacuate(control: &Control) -> Outcome {
     let mut client = ControlClient::connect(&control.control)?;
     let mut stay = Vec::new();
-    for vm in client.status()?.into_iter().filter(|s| s.role == "owner") {
+    for vm in client
+        .status()?
+        .into_iter()
+        .filter(|s| s.role == Role::Owner)
+    {
         let request = Request::HandOver {
             vm: vm.name.clone(),
         };

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::Outcome;
-use crate::control::{ControlClient, ControlError, FailoverReport, Reply, Request, VmStatus};
+use crate::control::{ControlClient, ControlError, FailoverReport, Reply, Request, Role, VmStatus};
 
 /// Between two looks of `status --watch` and `events --follow`.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -42,7 +42,8 @@ pub(super) fn status(control: &Path, json: bool, watch: bool) -> Outcome {
 
 fn print_status(list: Vec<VmStatus>, json: bool) -> Outcome {
     if json {
-        println!("{}", serde_json::to_string_pretty(&list)?);
+        let list: Result<Vec<_>, _> = list.iter().map(with_words).collect();
+        println!("{}", serde_json::to_string_pretty(&list?)?);
         return Ok(());
     }
     println!(
@@ -51,7 +52,7 @@ fn print_status(list: Vec<VmStatus>, json: bool) -> Outcome {
     );
     for vm in list {
         let chain: Vec<&str> = vm.chain.iter().map(|m| m.host.as_str()).collect();
-        let owner = vm.role == "owner" && vm.pid != 0;
+        let owner = vm.role == Role::Owner && vm.pid != 0;
         println!(
             "{:<14} {:<8} {:<8} {:<20} {:>4} {:>9} {:>7} {:>8}  {}",
             vm.name,
@@ -74,13 +75,23 @@ fn print_status(list: Vec<VmStatus>, json: bool) -> Outcome {
             } else {
                 "-".into()
             },
-            vm.state
+            vm.state()
         );
+        for warning in &vm.warnings {
+            println!("{:<14} note: {}", "", warning.text());
+        }
         if let Some(f) = &vm.failover {
             println!("{:<14} {}", "", failover_line(f));
         }
     }
     Ok(())
+}
+
+/// As data, and `state`, what it is called.
+fn with_words(status: &VmStatus) -> serde_json::Result<serde_json::Value> {
+    let mut value = serde_json::to_value(status)?;
+    value["state"] = status.state().into();
+    Ok(value)
 }
 
 fn failover_line(f: &FailoverReport) -> String {

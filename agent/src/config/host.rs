@@ -243,6 +243,25 @@ impl HostConfig {
         Ok(())
     }
 
+    /// The host of the cluster's only master, if there is only one and it is on a host that is known.
+    #[must_use]
+    pub fn single_master(&self) -> Option<HostId> {
+        let master = &self.master;
+        if !master.members.is_empty() || !master.etcd.is_empty() {
+            return None;
+        }
+        if let Some(host) = &master.host {
+            return HostId::new(host).ok();
+        }
+        if master.serve.is_some() {
+            return Some(self.id());
+        }
+        let at = master.addresses().first()?.ip();
+        let mut peers = self.peers.iter();
+        let (host, _) = peers.find(|(_, peer)| !at.is_loopback() && peer.ip() == at)?;
+        HostId::new(host).ok()
+    }
+
     /// This host's id. The name was checked when the file was read.
     ///
     /// # Panics
@@ -289,6 +308,21 @@ mod tests {
         let serve = |name| load(&text, Some(name)).unwrap().master.serve;
         assert_eq!(serve("a"), None);
         assert_eq!(serve("c"), Some("10.0.0.3:7690".parse().unwrap()));
+    }
+
+    #[test]
+    fn h14_the_host_of_a_single_master_is_known() {
+        let single = |text: &str, name| load(text, Some(name)).unwrap().single_master();
+        let c = Some(HostId::new("c").unwrap());
+        let named = format!("{ALL}host = \"c\"\nconnect = \"10.0.0.3:7690\"\n");
+        let by_address = format!("{ALL}connect = \"10.0.0.3:7690\"\n");
+        for name in ["a", "c"] {
+            assert_eq!(single(&named, name), c);
+        }
+        assert_eq!(single(&by_address, "a"), c);
+        assert_eq!(single(&format!("{ALL}{THREE}"), "a"), None);
+        let elsewhere = format!("{ALL}connect = \"10.0.0.99:7690\"\n");
+        assert_eq!(single(&elsewhere, "a"), None);
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::RequestId;
 
-use super::proto::{Asked, Event, Reply, Request, VmStatus};
+use super::proto::{Asked, Event, Reply, Request};
+use super::status::VmStatus;
 use crate::epoch::EpochStats;
 use crate::ipc::{self, IpcError};
 

@@ -2,9 +2,11 @@
 
 mod client;
 mod proto;
+mod status;
+mod words;
 
 pub use client::{ControlClient, ControlError};
 pub use proto::{
-    Applied, Asked, Event, EventKind, FailoverReport, MemberStatus, Point, Reply, Request,
-    Switched, VmStatus,
+    Applied, Asked, Event, EventKind, FailoverReport, Point, Reply, Request, Switched,
 };
+pub use status::{Health, MemberStatus, ReplicaHealth, Role, VmStatus, Warning};

@@ -3,9 +3,9 @@
 use checkpoint::RequestId;
 use serde::{Deserialize, Serialize};
 
+use super::status::VmStatus;
 use crate::config::{Change, Takes};
 use crate::epoch::EpochStats;
-use crate::epoch::figures::SyncFigures;
 
 /// A request with its id: an order that is given again under the same id is answered as the first time, and not carried out
 /// twice.
@@ -247,60 +247,6 @@ pub struct Switched {
     pub generation: u64,
     /// Milliseconds from the order, or from the kill, until the master had decided.
     pub decided_ms: f64,
-}
-
-/// One replica as its host or the owner sees it.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct MemberStatus {
-    /// Host name.
-    pub host: String,
-    /// Chain server.
-    pub addr: String,
-    /// What is known of its replica, in words; empty: nothing on this host.
-    pub state: String,
-}
-
-/// One VM as one host sees it.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct VmStatus {
-    /// Name.
-    pub name: String,
-    /// The host that answers.
-    pub host: String,
-    /// `owner`, `replica` or `none` on that host.
-    pub role: String,
-    /// Whether a host may die without the VM being lost.
-    pub protected: bool,
-    /// In words: Protected, or why not.
-    pub state: String,
-    /// Something is under way that makes the VM safer, or finds out why it cannot be.
-    #[serde(default)]
-    pub pending: bool,
-    /// Owner: hosts that should back the VM up and do not, with the reason as far as it is known.
-    #[serde(default)]
-    pub lacking: Vec<(String, Option<String>)>,
-    /// Owner.
-    pub owner: String,
-    /// Chain, head first.
-    pub chain: Vec<MemberStatus>,
-    /// The host that is being filled to become the chain's tail.
-    pub joining: Option<String>,
-    /// Generation.
-    pub generation: u64,
-    /// Newest epoch that is safe, as this host knows it.
-    pub epoch: u64,
-    /// Process id of the VM or standby on that host, 0 if none.
-    pub pid: u32,
-    /// Owner: milliseconds that the oldest checkpoint under way has been waiting for its commit; 0: none is.
-    pub lag_ms: u64,
-    /// Owner: milliseconds since the last commit.
-    pub since_commit_ms: Option<u64>,
-    /// Owner: how long output was held, in microseconds: 99th percentile, the highest of the last some hundred epochs.
-    pub held_p99_us: u64,
-    /// Owner: how far the first synchronisation of its chain is, during it.
-    pub sync: Option<SyncFigures>,
-    /// The last failover to this host.
-    pub failover: Option<FailoverReport>,
 }
 
 /// One failover, in CLOCK_MONOTONIC microseconds of the host that took over.

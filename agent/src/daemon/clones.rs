@@ -18,7 +18,7 @@ use super::env::{Env, lock};
 use super::process::{config_of, start_message};
 use crate::child::proto::{Activate, FromChild, Role, TapSpec, ToChild};
 use crate::config::VmConfig;
-use crate::control::{EventKind, VmStatus};
+use crate::control::{self, EventKind, Health, VmStatus};
 
 /// How long a clone may take to run.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -36,18 +36,15 @@ struct CloneVm {
 impl CloneVm {
     /// As `status` shows it.
     fn status(&self, name: &str, host: &HostId) -> VmStatus {
-        let from = format!(
-            "clone of {} at checkpoint {}, not protected",
-            self.of, self.epoch
-        );
         VmStatus {
             name: name.into(),
             host: host.to_string(),
-            role: "clone".into(),
+            role: control::Role::Clone,
             owner: host.to_string(),
-            state: match &self.ended {
-                Some(how) => format!("Ended: {how}; {from}"),
-                None => from,
+            health: Health::Clone {
+                of: self.of.clone(),
+                epoch: self.epoch.0,
+                ended: self.ended.clone(),
             },
             epoch: self.epoch.0,
             pid: self.child.pid(),

@@ -40,11 +40,21 @@ pub(super) enum Mail {
 pub(super) struct Shown {
     pub summary: Mutex<Summary>,
     pub child: Mutex<Option<Arc<ChildHandle>>>,
-    /// How an owner is doing, and when its process said so.
-    pub figures: Mutex<Option<(Figures, Instant)>>,
+    /// How an owner is doing.
+    pub told: Mutex<Option<Told>>,
     pub waiting: Mutex<Waiting>,
     /// The generation followed; what was begun in an older one ends.
     generation: AtomicU64,
+}
+
+/// What an owner's process says of itself from time to time.
+#[derive(Clone)]
+pub(super) struct Told {
+    pub figures: Figures,
+    /// What is wrong with its disks, in words.
+    pub disks: Vec<String>,
+    /// When it said so.
+    pub at: Instant,
 }
 
 /// Questions to the process that somebody waits for.
@@ -59,7 +69,7 @@ impl Shown {
         Arc::new(Self {
             summary: Mutex::new(machine.summary()),
             child: Mutex::default(),
-            figures: Mutex::default(),
+            told: Mutex::default(),
             waiting: Mutex::default(),
             generation: AtomicU64::new(machine.generation().0),
         })
@@ -393,7 +403,7 @@ impl Runner {
         // Whatever it says from here on, or is about to be, is of no account.
         self.process += 1;
         self.next = None;
-        *lock(&self.shown.figures) = None;
+        *lock(&self.shown.told) = None;
         let child = lock(&self.shown.child).take();
         if let Some(child) = child {
             child.kill();
@@ -451,8 +461,9 @@ impl Runner {
             }
             // Said first of all, before anybody listens here.
             Some(FromChild::Owns(_)) => return,
-            Some(FromChild::Figures(figures)) => {
-                *lock(&self.shown.figures) = Some((figures, Instant::now()));
+            Some(FromChild::Figures { figures, disks }) => {
+                let at = Instant::now();
+                *lock(&self.shown.told) = Some(Told { figures, disks, at });
                 return;
             }
             Some(FromChild::Stats(stats)) => {

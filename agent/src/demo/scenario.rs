@@ -275,7 +275,7 @@ pub fn kill_backup_and_wait(
         killed: backup.into(),
         settled_ms: ms(settled),
         first_reply_ms: ms(reply),
-        state: status.state,
+        state: status.state(),
         generation: status.generation,
     })
 }

@@ -17,7 +17,7 @@ use super::files::{HostFiles, Masters, VmFile, etcd_url};
 use super::net::{Network, Wire, repl_addr};
 use super::process::{self, Holding, Place};
 use super::wait::{PATIENCE, wait, wait_for};
-use crate::control::{ControlClient, Event, EventKind, Reply, Request, VmStatus};
+use crate::control::{ControlClient, Event, EventKind, Reply, Request, Role, VmStatus};
 use crate::probe::{ProbeClient, ProbeConfig, ProbeError};
 
 /// How long a running agent may take to say how its VMs are.
@@ -508,7 +508,7 @@ impl Lab {
     pub fn owner(&self, vm: &str) -> Option<(String, VmStatus)> {
         let owners = self.hosts().iter().filter_map(|name| {
             let status = self.status(vm, name)?;
-            (status.role == "owner").then(|| (name.clone(), status))
+            (status.role == Role::Owner).then(|| (name.clone(), status))
         });
         owners.max_by_key(|(_, status)| status.generation)
     }
@@ -566,7 +566,7 @@ impl Lab {
         Ok(wait(&what, || {
             let status = self.status(vm, owner)?;
             let chain = status.chain.iter().map(|m| &m.host);
-            (status.role == "owner" && status.protected && chain.eq(backups)).then_some(())
+            (status.role == Role::Owner && status.protected && chain.eq(backups)).then_some(())
         })?)
     }
 
@@ -586,7 +586,7 @@ impl Lab {
         self.hosts().iter().find_map(|name| {
             let status = self.status(vm, name)?;
             let new = |f: &crate::control::FailoverReport| f.generation > generation;
-            let done = status.role == "owner" && status.failover.as_ref().is_some_and(new);
+            let done = status.role == Role::Owner && status.failover.as_ref().is_some_and(new);
             done.then(|| (name.clone(), status))
         })
     }

@@ -1,6 +1,6 @@
 //! A VM's process outlives its agent: the next one goes on with it, and clients do not notice.
 
-use agent::control::EventKind;
+use agent::control::{EventKind, Role};
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
@@ -21,7 +21,7 @@ pub(crate) fn kill_agent(cluster: &Cluster, host: &str) {
 fn adopted(cluster: &Cluster) -> u32 {
     wait("a's agent to go on with its VM", || {
         let status = cluster.status("a")?;
-        (status.role == "owner" && status.pid != 0).then_some(status.pid)
+        (status.role == Role::Owner && status.pid != 0).then_some(status.pid)
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::process::Output;
 
-use agent::control::EventKind;
+use agent::control::{EventKind, Role};
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
@@ -57,7 +57,7 @@ fn l10_a_vm_is_defined_changed_moved_and_let_go_by_its_file() {
     assert!(cluster.status("a").is_none());
     let out = well(&cluster, "a", &["define", &path]);
     assert!(out.contains("vm is defined"), "{out}");
-    assert_eq!(cluster.status("a").expect("a VM").role, "off");
+    assert_eq!(cluster.status("a").expect("a VM").role, Role::Off);
     let out = well(&cluster, "a", &["apply", &path]);
     assert_eq!(out, "vm is configured like this already\n");
     well(&cluster, "a", &["start", VM]);

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use agent::control::{Request, VmStatus};
+use agent::control::{Request, Role, VmStatus};
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
@@ -56,7 +56,7 @@ fn l5_a_guest_is_shut_down_and_rebooted_by_its_power_button() {
         until_said(&console, &("ro".repeat(n) + "r"));
     }
     let after = status(&cluster, "a");
-    assert!(after.protected, "{}", after.state);
+    assert!(after.protected, "{}", after.state());
     assert_eq!(before.pid, after.pid);
     let shut_down = Request::ShutDown {
         vm: VM.into(),
@@ -64,11 +64,11 @@ fn l5_a_guest_is_shut_down_and_rebooted_by_its_power_button() {
     };
     order(&cluster, "a", &shut_down).expect("it is shut down");
     assert_eq!(said(&console), "rororo");
-    assert_eq!(status(&cluster, "a").role, "off");
+    assert_eq!(status(&cluster, "a").role, Role::Off);
     // And no backup has taken its end for a loss.
     order(&cluster, "a", &Request::StartAgain { vm: VM.into() }).expect("it starts again");
     until_said(&console, "rororor");
-    assert_eq!(status(&cluster, "a").role, "owner");
+    assert_eq!(status(&cluster, "a").role, Role::Owner);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A VM is stopped and started, deleted and made again: what it had acknowledged is there each time, and nothing of an earlier
 //! life is in the way.
 
-use agent::control::{EventKind, Reply, Request};
+use agent::control::{EventKind, Reply, Request, Role};
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
@@ -16,7 +16,7 @@ fn order(cluster: &Cluster, host: &str, request: &Request) {
 fn stop(cluster: &Cluster, host: &str) {
     order(cluster, host, &Request::Stop { vm: VM.into() });
     let status = cluster.status(host).expect("a VM that is off is known");
-    assert_eq!((status.role.as_str(), status.pid), ("off", 0));
+    assert_eq!((status.role, status.pid), (Role::Off, 0));
 }
 
 /// FIELD L1 and L2.
@@ -96,7 +96,7 @@ fn a_vm_that_is_off_stays_so() {
     cluster.kill("a");
     cluster.start_agent("a", None);
     wait("a to know that it is off", || {
-        (cluster.status("a")?.role == "off").then_some(())
+        (cluster.status("a")?.role == Role::Off).then_some(())
     });
     let resumed = [EventKind::Activated, EventKind::Orphaned];
     for host in ["a", "b"] {

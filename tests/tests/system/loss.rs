@@ -5,7 +5,7 @@
 
 use std::process::Command;
 
-use agent::control::EventKind;
+use agent::control::{EventKind, Role};
 use understudy_tests::{Cluster, Options, VmFile};
 
 use crate::PROGRAM;
@@ -65,7 +65,7 @@ fn h19_lost_packets_are_not_taken_for_a_lost_host() {
     more_answers(&client, ANSWERS);
     assert_eq!(suspected(&cluster), 0);
     let status = cluster.status("a").expect("the VM");
-    assert_eq!(status.role, "owner");
+    assert_eq!(status.role, Role::Owner);
     check_survived(&cluster.stop_client(client));
 }
 

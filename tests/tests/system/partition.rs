@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use agent::control::EventKind;
+use agent::control::{EventKind, Role};
 use understudy_tests::{Capture, Cluster, GUEST, GUEST_MAC, Injector, Options, VmFile, wait};
 
 use crate::PROGRAM;
@@ -44,7 +44,7 @@ fn partition(broken: &[(&str, &str)]) -> Partition {
     cluster.network().plug("a", false);
     let failover = cluster.wait_owner("b").failover.expect("a report");
     let status = cluster.status("a").expect("the old owner's VM");
-    assert_eq!(status.role, "owner", "a cannot know yet: {status:?}");
+    assert_eq!(status.role, Role::Owner, "a cannot know yet: {status:?}");
     for _ in 0..QUESTIONS {
         injector.who_has(GUEST);
         std::thread::sleep(Duration::from_millis(50));

@@ -3,7 +3,7 @@
 //!
 //! `UNDERSTUDY_BREAK=processor` takes the features of CPUID leaf 7 from a host.
 
-use agent::control::Request;
+use agent::control::{Request, Role};
 use understudy_tests::{Cluster, Options, VM, VmFile, wait};
 
 use crate::PROGRAM;
@@ -36,7 +36,7 @@ fn a_host_with_a_lesser_processor_is_no_backup_and_says_why() {
             events.iter().any(|e| said(&e.text)).then_some(())
         });
     }
-    assert!(cluster.status("b").is_none_or(|s| s.role != "replica"));
+    assert!(cluster.status("b").is_none_or(|s| s.role != Role::Replica));
     more_answers(&client, 50);
     cluster.kill("a");
     cluster.wait_owner("c");

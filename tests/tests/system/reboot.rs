@@ -1,7 +1,7 @@
 //! A guest's reset is a reset: it boots again in place, as protected as it was, and whoever takes it over finds a guest that
 //! boots or has booted (FIELD L3).
 
-use agent::control::{EventKind, Request};
+use agent::control::{EventKind, Request, Role};
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
@@ -57,7 +57,7 @@ fn l3_a_reset_guest_boots_again_in_place_and_stays_protected() {
         acknowledged = answers(&cluster, acknowledged);
     }
     let after = cluster.status("a").expect("it runs");
-    assert!(after.protected, "{}", after.state);
+    assert!(after.protected, "{}", after.state());
     assert_eq!(before.pid, after.pid);
     for host in ["b", "c"] {
         assert_eq!(count(&cluster, host, EventKind::Activated), 0, "{host}");
@@ -96,14 +96,14 @@ fn l3_an_owner_may_die_at_any_moment_of_a_reset() {
                 .find(|host| {
                     cluster
                         .status(host)
-                        .is_some_and(|s| s.role == "owner" && s.pid != 0)
+                        .is_some_and(|s| s.role == Role::Owner && s.pid != 0)
                 })
                 .map(drop)
         });
         let now = ["a", "b", "c"].into_iter().filter(|host| *host != owner);
         let now = now
             .into_iter()
-            .find(|host| cluster.status(host).is_some_and(|s| s.role == "owner"))
+            .find(|host| cluster.status(host).is_some_and(|s| s.role == Role::Owner))
             .unwrap_or(next);
         acknowledged = answers(&cluster, acknowledged);
         cluster.start_agent(owner, None);

@@ -135,7 +135,7 @@ fn alone(policy: &'static str) {
     } else {
         wait("the VM to stand still", || {
             let status = cluster.status("a")?;
-            status.state.contains("frozen").then_some(())
+            status.state().contains("frozen").then_some(())
         });
         let before = client.progress().acked;
         std::thread::sleep(std::time::Duration::from_millis(500));

@@ -86,7 +86,7 @@ fn clones_of(durability: &'static str) {
         assert_eq!(more, memory + 1);
         let status = cluster.control("b").status().unwrap();
         let there = status.iter().find(|s| s.name == clone).expect("its status");
-        assert!(there.state.contains("clone of vm"), "{there:?}");
+        assert!(there.state().contains("clone of vm"), "{there:?}");
         more_answers(&client, 20);
     }
     let taken = rewind(&cluster, "b", moments[0].0, "clone0").unwrap_err();

@@ -1,6 +1,7 @@
 //! Several VMs share their hosts: each host owns one and backs the others up. What happens to a host happens to all of them
 //! at once, to each in another part.
 
+use agent::control::Role;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
 use crate::PROGRAM;
@@ -72,7 +73,7 @@ fn one_is_stopped_and_the_other_goes_on() {
     let order = agent::control::Request::Stop { vm: vm(0).name() };
     cluster.control("a").order(&order).unwrap();
     wait("the first VM to be off, and gone from its backup", || {
-        let off = cluster.status_of(&vm(0).name(), "a")?.role == "off";
+        let off = cluster.status_of(&vm(0).name(), "a")?.role == Role::Off;
         let gone = cluster.status_of(&vm(0).name(), "b").is_none();
         (off && gone).then_some(())
     });
@@ -81,7 +82,7 @@ fn one_is_stopped_and_the_other_goes_on() {
     cluster.kill("a");
     wait("the second VM to be with b", || {
         let status = cluster.status_of(&vm(1).name(), "b")?;
-        (status.role == "owner").then_some(())
+        (status.role == Role::Owner).then_some(())
     });
     assert!(cluster.status_of(&vm(0).name(), "b").is_none());
     more_answers(&stay, 50);

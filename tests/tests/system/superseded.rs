@@ -2,7 +2,7 @@
 //!
 //! What it would be heard saying otherwise is in `partition`, mechanism switched off.
 
-use agent::control::{EventKind, Request};
+use agent::control::{EventKind, Request, Role};
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
 
@@ -15,7 +15,7 @@ fn stopped(cluster: &Cluster, pid: u32) {
         (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(())
     });
     let role = cluster.status("a").map(|s| s.role);
-    assert_ne!(role.as_deref(), Some("owner"), "a does not own it any more");
+    assert_ne!(role, Some(Role::Owner), "a does not own it any more");
 }
 
 #[test]

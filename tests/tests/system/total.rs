@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use agent::control::{ControlClient, EventKind, Request};
+use agent::control::{ControlClient, EventKind, Request, Role};
 use agent::probe::{ProbeClient, ProbeConfig};
 use guest::proto::{Op, PORT, Status};
 use understudy_tests::{Cluster, MASTER, Options, PATIENCE, VM, VmFile, wait};
@@ -64,7 +64,7 @@ fn running(cluster: &Cluster, hosts: &[&'static str]) -> Vec<&'static str> {
     let runs = |host: &&&str| {
         cluster
             .status(host)
-            .is_some_and(|s| s.role == "owner" && s.pid != 0)
+            .is_some_and(|s| s.role == Role::Owner && s.pid != 0)
     };
     hosts.iter().filter(runs).copied().collect()
 }
@@ -180,7 +180,7 @@ fn a_backup_boots(broken: &[(&str, &str)]) -> (u64, u64) {
         cluster.start_agent(host, None);
     }
     wait("c to know that it holds nothing to resume from", || {
-        cluster.status("c").filter(|s| s.role == "replica")
+        cluster.status("c").filter(|s| s.role == Role::Replica)
     });
     let up = &HOSTS[1..];
     assert_eq!(
@@ -193,7 +193,7 @@ fn a_backup_boots(broken: &[(&str, &str)]) -> (u64, u64) {
         control.order(&Request::Recover { vm: VM.into() })
     };
     wait("b to have a part in it", || {
-        cluster.status("b").filter(|s| s.role == "replica")
+        cluster.status("b").filter(|s| s.role == Role::Replica)
     });
     order("b").unwrap();
     assert_eq!(one_runs(&cluster, up), "b");
@@ -201,7 +201,7 @@ fn a_backup_boots(broken: &[(&str, &str)]) -> (u64, u64) {
     // The owner of before comes back, with a disk that it may have written to since: it is not to run it.
     cluster.start_agent("a", None);
     wait("a to be a backup", || {
-        cluster.status("a").filter(|s| s.role == "replica")
+        cluster.status("a").filter(|s| s.role == Role::Replica)
     });
     assert_eq!(running(&cluster, &HOSTS), ["b"]);
     (cluster.ask(Op::Read).counter, acknowledged)

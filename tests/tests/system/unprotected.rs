@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use agent::control::Request;
+use agent::control::{Request, Role};
 use guest::proto::Op;
 use understudy_tests::cluster::VM;
 use understudy_tests::{Cluster, Options, VmFile, wait};
@@ -21,7 +21,7 @@ fn resumes_only_what_was_told(cluster: &Cluster, host: &str, told: u64) {
         .order(&Request::Failover { vm: VM.into() })
     {
         println!("{host} refuses: {why}");
-        if cluster.status(host).is_none_or(|s| s.role != "owner") {
+        if cluster.status(host).is_none_or(|s| s.role != Role::Owner) {
             return;
         }
     }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent::control::EventKind;
+use agent::control::{EventKind, Role};
 use agent::demo::redis::RedisClient;
 use understudy_tests::stock::{StockFile, given};
 use understudy_tests::{Cluster, GUEST, Options, patience, wait};
@@ -105,7 +105,7 @@ fn redis_survives_its_host(vcpus: u8, protected: Protected) {
         ["b", "c"].into_iter().find(|host| {
             cluster
                 .status(host)
-                .is_some_and(|s| s.role == "owner" && s.failover.is_some())
+                .is_some_and(|s| s.role == Role::Owner && s.failover.is_some())
         })
     });
     more(&cluster, owner, &client, SOME);
