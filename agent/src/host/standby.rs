@@ -2,6 +2,7 @@
 
 use chain::master::Command;
 use chain::{Mark, VmRecord};
+use checkpoint::Generation;
 
 use super::machine::{Declined, Part, Purpose};
 use super::owner::Owner;
@@ -237,9 +238,13 @@ impl Machine {
         result: Result<Mark, String>,
         out: &mut Vec<Effect>,
     ) {
+        let here = self.generation();
         let Some(taking) = self.taking() else {
             return out.push(Effect::Unfreeze);
         };
+        // The question that was granted is put again, even if this host does not know what it was based on any more.
+        let told = taking.told.as_ref().map(|told| told.view.generation);
+        let expect = told.map_or(here, |granted| Generation(granted.0.saturating_sub(1)));
         let held = match result {
             Ok(held) => held,
             Err(why) => return self.not_frozen(now, why, out),
@@ -247,7 +252,7 @@ impl Machine {
         taking.held = Some(held);
         let command = Command::TakeOver {
             vm: self.vm(),
-            expect: self.generation(),
+            expect,
             by: self.me.clone(),
             at: held,
         };

@@ -292,6 +292,35 @@ fn a_grant_whose_answer_is_lost_is_followed_when_the_record_comes() {
     assert!(b.take().contains(&Effect::HandOver(record.view)));
 }
 
+/// Found by the simulation (seed 10102364): a host asks, and dies; it is back with what it knew long before, and hears that the
+/// VM is its own. It ran nowhere, since the question was put again as of that older generation, and refused for ever.
+#[test]
+fn a_grant_to_a_host_that_knows_only_an_older_configuration_is_followed() {
+    let mut b = Bench::standby("b");
+    let view = b.record().view;
+    let reconfigure = Command::Reconfigure {
+        vm: view.vm,
+        expect: view.generation,
+        by: host("a"),
+        chain: view.chain[..1].to_vec(),
+        joining: None,
+        anew: false,
+    };
+    let between = b.master.apply(&reconfigure).unwrap();
+    let take_over = Command::TakeOver {
+        vm: view.vm,
+        expect: between.view.generation,
+        by: host("b"),
+        at: mark(view.generation.0, 10),
+    };
+    let granted = b.master.apply(&take_over).unwrap();
+    b.step(Input::Decided(granted.clone()));
+    assert!(b.take().contains(&Effect::Freeze));
+    b.step(Input::Frozen(Ok(mark(view.generation.0, 10))));
+    assert!(b.decide(), "the master is asked");
+    assert!(b.take().contains(&Effect::HandOver(granted.view)));
+}
+
 #[test]
 fn a_grant_that_has_been_overtaken_is_over() {
     let mut b = Bench::standby("b");
