@@ -29,6 +29,8 @@ pub enum Role {
     Look,
     /// Anybody's: does the host answer, and how far is its replica? See [`crate::probe()`].
     Probe,
+    /// Anybody's: files that VMs boot from, see [`crate::files`].
+    File,
 }
 
 /// Payload of [`Kind::Hello`].

@@ -7,6 +7,7 @@
 
 pub mod blocks;
 pub mod client;
+pub mod files;
 pub mod greet;
 pub mod image;
 pub(crate) mod kept;
@@ -29,6 +30,7 @@ pub mod view;
 pub mod wire;
 
 pub use client::{ChainClient, ClientError, ClientEvent, Connection, bridge};
+pub use files::{DigestError, FetchError, FileDigest, fetch};
 pub use greet::Stranger;
 pub use kept::{KEPT_MAX, Kept, owner_keeps};
 pub use look::{Held, look, newer_generation, yield_to};

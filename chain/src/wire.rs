@@ -78,6 +78,10 @@ pub enum Kind {
     Stranger = 22,
     /// Answer to a probe: bincode [`crate::probe::Alive`].
     Alive = 23,
+    /// A piece of a file is asked for, see [`crate::files`].
+    File = 24,
+    /// Answer: the piece.
+    FilePart = 25,
 }
 
 /// [`Kind::Begin`]: this checkpoint replaces the whole image.
@@ -118,6 +122,8 @@ impl Kind {
             21 => Self::Declined,
             22 => Self::Stranger,
             23 => Self::Alive,
+            24 => Self::File,
+            25 => Self::FilePart,
             _ => return None,
         })
     }

@@ -48,8 +48,8 @@ impl Takes {
                 | "protect.min_epoch_ms",
             ) => Self::Now,
             (
-                "vcpus" | "memory_mib" | "low_memory_end_mib" | "kernel" | "initrd" | "cmdline"
-                | "net" | "rng",
+                "vcpus" | "memory_mib" | "low_memory_end_mib" | "kernel" | "kernel_blake3"
+                | "initrd" | "initrd_blake3" | "cmdline" | "net" | "rng",
                 _,
             )
             | (_, "protect.durability" | "protect.retain" | "protect.retain_mib") => Self::WhileOff,
@@ -84,7 +84,9 @@ pub fn keeping_layout(old: &VmConfig, new: &VmConfig) -> VmConfig {
     merged.memory_mib = old.memory_mib;
     merged.low_memory_end_mib = old.low_memory_end_mib;
     merged.kernel.clone_from(&old.kernel);
+    merged.kernel_blake3 = old.kernel_blake3;
     merged.initrd.clone_from(&old.initrd);
+    merged.initrd_blake3 = old.initrd_blake3;
     merged.cmdline.clone_from(&old.cmdline);
     merged.net.clone_from(&old.net);
     merged.rng = old.rng;

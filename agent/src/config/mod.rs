@@ -14,8 +14,8 @@ pub use changes::{Change, Takes, changes, keeping_layout};
 pub use host::{Detection, HostConfig, Network};
 pub use master::{Addresses, MasterConfig, Members};
 pub use vm::{
-    Alone, BUILTIN_PROBE, DiskConfig, Durability, NetConfig, OnDiskError, OnEnd, ProtectConfig,
-    VmConfig, parse_mac,
+    Alone, BUILTIN_PROBE, BootFile, DiskConfig, Durability, NetConfig, OnDiskError, OnEnd,
+    ProtectConfig, VmConfig, parse_mac,
 };
 
 /// Why a configuration file was not accepted.

@@ -4,6 +4,7 @@
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use chain::FileDigest;
 use checkpoint::HostId;
 use serde::{Deserialize, Serialize};
 
@@ -28,9 +29,15 @@ pub struct VmConfig {
     pub low_memory_end_mib: Option<u64>,
     /// A bzImage or ELF kernel, or `builtin:probe`.
     pub kernel: PathBuf,
+    /// Which file the kernel is, whatever is at its path: noted when the VM is configured. In a file it is checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_blake3: Option<FileDigest>,
     /// Initial ram disk.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
+    /// Which file that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd_blake3: Option<FileDigest>,
     /// Kernel command line.
     #[serde(default)]
     pub cmdline: String,
@@ -64,6 +71,17 @@ pub struct VmConfig {
     /// How the VM is protected.
     #[serde(default)]
     pub protect: ProtectConfig,
+}
+
+/// A file that a VM boots from.
+#[derive(Debug)]
+pub struct BootFile<'a> {
+    /// `kernel` or `initrd`.
+    pub what: &'static str,
+    /// Where it is, or was when the VM was configured.
+    pub path: &'a mut PathBuf,
+    /// Its content, once that is known.
+    pub digest: &'a mut Option<FileDigest>,
 }
 
 /// What becomes of a VM whose disk fails on the host that runs it.
@@ -343,6 +361,22 @@ impl VmConfig {
             changed = true;
         }
         changed
+    }
+
+    /// The files that it boots from, in a fixed order; the embedded probe guest is none.
+    pub fn boot_files(&mut self) -> Vec<BootFile<'_>> {
+        let probe = self.is_probe();
+        let kernel = (!probe).then_some(BootFile {
+            what: "kernel",
+            path: &mut self.kernel,
+            digest: &mut self.kernel_blake3,
+        });
+        let initrd = self.initrd.as_mut().map(|path| BootFile {
+            what: "initrd",
+            path,
+            digest: &mut self.initrd_blake3,
+        });
+        kernel.into_iter().chain(initrd).collect()
     }
 
     /// Whether the VM runs the embedded probe guest.

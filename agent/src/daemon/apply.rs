@@ -18,9 +18,36 @@ impl Service {
     pub(super) fn apply(&self, toml: &str, file: &str, dry_run: bool) -> Result<Applied, String> {
         let config = VmConfig::from_text(Path::new(file), toml).map_err(|e| e.to_string())?;
         match self.known(&config.name)? {
-            None => self.define(&config, toml, dry_run),
-            Some(record) => self.change(&record, config, toml, dry_run),
+            None => {
+                let (config, toml) = self.resolved(config, toml, None)?;
+                self.define(&config, &toml, dry_run)
+            }
+            Some(record) if record.view.owner != self.env.host => {
+                Err(self.elsewhere(&record.view.name))
+            }
+            Some(record) => {
+                let old = config_of(&record)?;
+                let (config, toml) = self.resolved(config, toml, Some(&old))?;
+                self.change(&record, &old, config, &toml, dry_run)
+            }
         }
+    }
+
+    /// The configuration with the files that it means, and its text.
+    pub(super) fn resolved(
+        &self,
+        mut config: VmConfig,
+        toml: &str,
+        before: Option<&VmConfig>,
+    ) -> Result<(VmConfig, String), String> {
+        let written = config.clone();
+        let resolved = self.env.boot_files.resolve(&mut config, before);
+        resolved.map_err(|e| e.to_string())?;
+        let text = match changes(&written, &config).is_empty() {
+            true => toml.to_string(),
+            false => toml::to_string(&config).map_err(|e| e.to_string())?,
+        };
+        Ok((config, text))
     }
 
     /// It runs nowhere until it is started, here: its disks are.
@@ -56,20 +83,17 @@ impl Service {
     fn change(
         &self,
         record: &VmRecord,
+        old: &VmConfig,
         config: VmConfig,
         toml: &str,
         dry_run: bool,
     ) -> Result<Applied, String> {
         let name = &record.view.name;
-        if record.view.owner != self.env.host {
-            return Err(self.elsewhere(name));
-        }
-        let old = config_of(record)?;
         let applied = Applied {
             vm: name.clone(),
             defined: false,
             runs: record.life == Life::On,
-            changes: changes(&old, &config),
+            changes: changes(old, &config),
         };
         if let Some(never) = applied.changes.iter().find(|c| c.takes == Takes::Never) {
             return Err(format!(
@@ -84,7 +108,7 @@ impl Service {
         let (config, text) = match left.is_empty() {
             true => (config, toml.to_string()),
             false => {
-                let merged = keeping_layout(&old, &config);
+                let merged = keeping_layout(old, &config);
                 let text = toml::to_string(&merged).map_err(|e| e.to_string())?;
                 (merged, text)
             }

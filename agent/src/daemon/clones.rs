@@ -125,7 +125,6 @@ impl Clones {
         config.name = clone.into();
         config.console = Some(dir.join("console.log"));
         config.protect.backups = Vec::new();
-        let toml = toml::to_string(&config).map_err(|e| e.to_string())?;
         let rewound = env.replicas.rewind(view.vm, shape, epoch, dir);
         let Rewound {
             mark,
@@ -136,7 +135,7 @@ impl Clones {
         let role = Role::Standby {
             disk_sizes: shape.disks.clone(),
         };
-        let mut start = start_message(env, &config, &toml, view.vm, role)?;
+        let mut start = start_message(env, &config, view.vm, role)?;
         start.taps = taps;
         let (sender, reports) = channel();
         let (reporting, named) = (self.clone(), clone.to_string());

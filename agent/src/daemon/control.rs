@@ -215,11 +215,12 @@ impl Service {
     fn start(&self, toml: &str, name: &str) -> Result<(), String> {
         let config = VmConfig::from_text(Path::new(name), toml).map_err(|e| e.to_string())?;
         if let Some(known) = self.known(&config.name)? {
-            return self.start_known(&known, toml);
+            return self.start_known(&known, config);
         }
+        let (config, toml) = self.resolved(config, toml, None)?;
         let shape: VmShape = {
             let disks = open_disks(&config).map_err(|e| e.to_string())?;
-            shape_of(&config, toml, &disks).map_err(|e| e.to_string())?
+            shape_of(&config, &toml, &disks).map_err(|e| e.to_string())?
         };
         taps(&self.env, &config, VmId::NIL)?;
         self.known_to_master()?;
@@ -245,7 +246,7 @@ impl Service {
     }
 
     /// A VM that exists boots from its newest disks, whatever images its configuration names: those may be older.
-    fn start_known(&self, record: &VmRecord, toml: &str) -> Result<(), String> {
+    fn start_known(&self, record: &VmRecord, config: VmConfig) -> Result<(), String> {
         let (view, name) = (&record.view, &record.view.name);
         if record.life == Life::On {
             return Err(format!(
@@ -256,8 +257,9 @@ impl Service {
         if record.disks.host != self.env.host {
             return Err(self.elsewhere(name));
         }
-        let config = VmConfig::from_text(Path::new(name), toml).map_err(|e| e.to_string())?;
-        if !changes(&config_of(record)?, &config).is_empty() {
+        let old = config_of(record)?;
+        let (config, _) = self.resolved(config, "", Some(&old))?;
+        if !changes(&old, &config).is_empty() {
             return Err(format!(
                 "{name} exists, is off, and is configured otherwise than in this file: `understudy apply` with this file shows how and changes it; `understudy start {name}` boots it as it is"
             ));

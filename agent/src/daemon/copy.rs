@@ -6,6 +6,7 @@ use chain::{DurableStore, ReplicaStore, VmRecord};
 use checkpoint::Generation;
 use diskbuf::{DiskbufError, ReplicaDisks, Role};
 
+use super::boot_files;
 use super::env::Env;
 use super::process::{config_of, store_options};
 
@@ -28,6 +29,8 @@ impl DiskCopy {
     /// In words: that there is none, or none that counts.
     pub fn find(env: &Env, record: &VmRecord) -> Result<Self, String> {
         let config = config_of(record)?;
+        // Before anybody is told that this host boots it.
+        boot_files::ensure(env, record)?;
         let (view, shape) = (&record.view, &record.shape);
         let dir = env.config.data_dir.join("replicas").join(&view.name);
         let owner = view.owner == env.host;

@@ -9,6 +9,7 @@ use chain::ReplicaServer;
 use chain::master::Master;
 use checkpoint::{HostId, VmId};
 
+use super::boot_files::BootFiles;
 use super::events::EventLog;
 use super::found::Found;
 use crate::config::HostConfig;
@@ -29,6 +30,8 @@ pub(super) struct Env {
     pub identity: Mutex<Identity>,
     /// Why this host must not start VMs: until the master knows it under this identity.
     pub stranger: Mutex<Option<String>>,
+    /// Kernels and initrds, by content.
+    pub boot_files: BootFiles,
     /// VM processes that an agent before this one has left running.
     pub found: Mutex<BTreeMap<VmId, Found>>,
 }

@@ -7,6 +7,7 @@
 //! ```
 
 mod apply;
+mod boot_files;
 mod calls;
 mod child;
 mod clones;
@@ -37,6 +38,7 @@ use crate::config::{ConfigError, HostConfig};
 use crate::control::EventKind;
 use crate::engine::{self, EngineError};
 use crate::identity::{Identity, IdentityError};
+use boot_files::BootFiles;
 use env::{Env, vital};
 use events::EventLog;
 use table::Table;
@@ -100,6 +102,11 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         path: run_dir.clone(),
         source,
     })?;
+    let boot_dir = boot_dir(&config);
+    make_private(&boot_dir).map_err(|source| AgentError::DataDir {
+        path: boot_dir.clone(),
+        source,
+    })?;
     let found = found::scan(&run_dir, &config.id());
     let peers = config.peers.iter().filter_map(|(name, addr)| {
         let host = HostId::new(name).ok().filter(|host| *host != config.id())?;
@@ -113,6 +120,7 @@ pub fn run_agent(config: HostConfig) -> Result<(), AgentError> {
         peers: Arc::new(peers.collect()),
         events: EventLog::default(),
         found: Mutex::new(found),
+        boot_files: BootFiles::new(boot_dir),
         identity: Mutex::new(identity),
         stranger: Mutex::new(Some("the master has not been reached yet".into())),
         config,
@@ -154,6 +162,11 @@ fn make_private(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Where what VMs boot from is kept.
+fn boot_dir(config: &HostConfig) -> PathBuf {
+    config.data_dir.join("boot")
+}
+
 fn is_taken(error: &ServerError) -> bool {
     matches!(error, ServerError::Bind { source, .. } if source.kind() == io::ErrorKind::AddrInUse)
 }
@@ -170,6 +183,7 @@ fn bind_server(
             data_dir: config.data_dir.join("replicas"),
             heartbeat: Duration::from_millis(config.detection.heartbeat_ms),
             missed: config.detection.missed,
+            files: Some(boot_dir(config)),
         };
         let bind = || ReplicaServer::bind(config.listen, options.clone(), events.clone());
         // An agent that was killed may not have let go of it yet.

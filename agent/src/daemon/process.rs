@@ -39,12 +39,12 @@ pub(super) fn taps(env: &Env, config: &VmConfig, vm: VmId) -> Result<Vec<TapSpec
 pub(super) fn start_message(
     env: &Env,
     config: &VmConfig,
-    toml: &str,
     vm: VmId,
     role: Role,
 ) -> Result<Start, String> {
+    let here = env.boot_files.localised(config);
     Ok(Start {
-        config_toml: toml.to_string(),
+        config_toml: toml::to_string(&here).map_err(|e| e.to_string())?,
         config_name: format!("{}.toml", config.name),
         taps: taps(env, config, vm)?,
         role,

@@ -14,6 +14,7 @@ use chain::{
 use checkpoint::HostId;
 use diskbuf::{DiskbufError, ReplicaDisks};
 
+use super::boot_files;
 use super::child::ChildHandle;
 use super::env::Env;
 use super::process::{can_run, config_of, start_message, store_options};
@@ -165,11 +166,12 @@ pub(super) fn stand_by(
     let (view, shape) = (&record.view, &record.shape);
     can_run(shape)?;
     has_room(shape.ram.iter().map(|range| range.len).sum())?;
+    boot_files::ensure(env, record)?;
     let ram = open_replica(env, record, store_options(&config))?;
     let role = Role::Standby {
         disk_sizes: shape.disks.clone(),
     };
-    let start = start_message(env, &config, &shape.config_toml, view.vm, role)?;
+    let start = start_message(env, &config, view.vm, role)?;
     let fds: Vec<_> = ram.iter().map(AsRawFd::as_raw_fd).collect();
     ChildHandle::start(&start, &fds, reports)
         .map_err(|e| format!("starting the standby's process: {e}"))
@@ -185,12 +187,12 @@ pub(super) fn boot(
 ) -> Result<Arc<ChildHandle>, String> {
     wait_gone(before)?;
     let config = config_of(record)?;
+    boot_files::ensure(env, record)?;
     let role = Role::Boot {
         disks,
         cpu: record.shape.cpu.clone(),
     };
-    let toml = &record.shape.config_toml;
-    let start = start_message(env, &config, toml, record.view.vm, role)?;
+    let start = start_message(env, &config, record.view.vm, role)?;
     ChildHandle::start(&start, &[], reports).map_err(|e| format!("starting the VM's process: {e}"))
 }
 

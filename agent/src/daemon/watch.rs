@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chain::master::{Followed, Follower};
 use chain::{ServerEvent, VmRecord};
@@ -17,6 +17,8 @@ use crate::host::Input;
 const PERIOD: Duration = Duration::from_secs(5);
 /// Between looks at a master that is another cluster's, older than it was, or does not take this host.
 const STRANGE: Duration = Duration::from_secs(1);
+/// Between looks for files that are not needed any more, at least.
+const SWEEP: Duration = Duration::from_secs(3600);
 /// Between attempts to reach it.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -26,6 +28,7 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
     let mut reachable = true;
     // What this host's VMs have been told.
     let mut told = None;
+    let mut swept = None;
     loop {
         let asked = match told {
             Some(_) => env.master.watch(follower.revision(), PERIOD),
@@ -43,8 +46,12 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
                 } else if enrolled(env) && told != Some(snapshot.revision) {
                     told = Some(snapshot.revision);
                     give_up(env, &snapshot.records);
-                    for record in snapshot.records {
-                        table.decided(record);
+                    for record in &snapshot.records {
+                        table.decided(record.clone());
+                    }
+                    if swept.is_none_or(|at: Instant| at.elapsed() >= SWEEP) {
+                        swept = Some(Instant::now());
+                        sweep(env, &snapshot.records);
                     }
                 }
             }
@@ -55,6 +62,13 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
                 std::thread::sleep(RETRY);
             }
         }
+    }
+}
+
+/// Kernels and initrds that no VM boots from any more.
+fn sweep(env: &Env, records: &[VmRecord]) {
+    if let Err(e) = env.boot_files.sweep(records) {
+        tracing::warn!("removing kernels and initrds that no VM names: {e}");
     }
 }
 

@@ -266,6 +266,12 @@ impl Machine {
             }
             Part::Owner(_) => Err(format!("{name} runs on this host already")),
             Part::Off(_) => Err(format!("{name} is off: `understudy start {name}` boots it")),
+            Part::Nothing {
+                declined: Some(declined),
+            } => Err(format!(
+                "this host cannot stand by for {name}, nor boot it: {}",
+                declined.why
+            )),
             Part::Nothing { .. } => Err(format!(
                 "this host has no copy of {name:?} (`understudy status` lists what it has)"
             )),

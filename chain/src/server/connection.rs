@@ -9,12 +9,15 @@ use checkpoint::{Epoch, codec};
 use super::env::Env;
 use super::registry::Registry;
 use super::slot::Slot;
+use crate::files;
 use crate::greet::{Hello, Role};
 use crate::link::{HELLO_LIMIT, Link};
 use crate::wire::{self, Frame, Kind, Payload, WireError};
 
 /// A peer that does not greet keeps a thread for this long.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+/// Nor one that fetches files and asks for nothing more.
+const FILE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Serves one connection to its end. A malformed or hostile peer is logged and cut off; nothing of what it sent before
 /// a complete checkpoint has any effect.
@@ -39,6 +42,12 @@ fn run(registry: &Registry, mut stream: &TcpStream) -> Result<(), WireError> {
         }
         let hello: Hello = codec::from_bytes(&payload, HELLO_LIMIT)
             .map_err(|_| WireError::Payload(Kind::Hello))?;
+        if hello.role == Role::File && hello.to == registry.env.options.host {
+            stream.set_read_timeout(Some(FILE_PATIENCE))?;
+            link.send(&answer(&frame, Kind::HelloOk), &[])?;
+            let options = &registry.env.options;
+            return files::serve(options.files.as_deref(), &options.host, stream, &link);
+        }
         if let Some(slot) = greeted(registry, &frame, &hello, &link)? {
             break (slot, hello.role);
         }
@@ -123,7 +132,7 @@ fn frames(
             Role::Update => slot.frame(env, &frame, payload, link)?,
             Role::Query => slot.query(&frame, &payload, link)?,
             Role::Look if frame.kind == Kind::Yield => slot.yielded(env, &frame)?,
-            Role::Acks | Role::Look | Role::Probe => {
+            Role::Acks | Role::Look | Role::Probe | Role::File => {
                 return Err(WireError::OutOfPlace(
                     frame.kind,
                     "this connection is for acks, or for the answer to its greeting, only",

@@ -27,6 +27,8 @@ pub struct ServerOptions {
     pub heartbeat: Duration,
     /// Silence, in heartbeat intervals, before the predecessor is suspected.
     pub missed: u32,
+    /// Files in here are given to whoever knows their digest, which is their name; none: there are none.
+    pub files: Option<PathBuf>,
 }
 
 /// What the server tells its agent.

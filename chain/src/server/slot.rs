@@ -242,7 +242,7 @@ impl Slot {
         let acked = match hello.role {
             Role::Update => state.replica.acked_up(),
             Role::Acks => state.replica.acked(),
-            Role::Query | Role::Look | Role::Probe => None,
+            Role::Query | Role::Look | Role::Probe | Role::File => None,
         };
         if let Some(acked) = acked {
             link.post(&state.own_frame(Kind::Ack, acked), &[])?;
@@ -258,7 +258,7 @@ impl Slot {
                 }
                 state.owners.push(link.clone());
             }
-            Role::Query | Role::Look | Role::Probe => {}
+            Role::Query | Role::Look | Role::Probe | Role::File => {}
         }
         Ok(true)
     }
@@ -428,7 +428,7 @@ fn obstacle(state: &State, env: &Env, generation: Generation, hello: &Hello) -> 
         Role::Query if !state.replica.state().could_resume() => {
             here("holds no complete checkpoint yet".into())
         }
-        Role::Query | Role::Look | Role::Probe => None,
+        Role::Query | Role::Look | Role::Probe | Role::File => None,
         Role::Acks if hello.from != state.view.owner => {
             let owner = &state.view.owner;
             here(format!("{} is not the owner, {owner} is", hello.from))

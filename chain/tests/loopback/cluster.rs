@@ -44,7 +44,7 @@ pub struct Host {
     pub member: Member,
     pub wire: Wire,
     options: ServerOptions,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 fn serve(options: &ServerOptions) -> (ReplicaServer, Receiver<ServerEvent>) {
@@ -62,6 +62,7 @@ impl Host {
             data_dir: dir.path().into(),
             heartbeat: Duration::from_millis(10),
             missed,
+            files: Some(dir.path().join("files")),
         };
         let (server, events) = serve(&options);
         let wire = Wire::to(server.addr());
@@ -71,8 +72,13 @@ impl Host {
             events,
             wire,
             options,
-            _dir: dir,
+            dir,
         }
+    }
+
+    /// Where everything of it is.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
     }
 
     pub fn server(&self) -> &ReplicaServer {

@@ -63,6 +63,7 @@ fn a_port_in_use_is_an_error_that_names_address_and_remedy() {
         data_dir: "/nonexistent".into(),
         heartbeat: std::time::Duration::from_millis(10),
         missed: 6,
+        files: None,
     };
     let (sender, _events) = mpsc::channel();
     let Err(error) = ReplicaServer::bind(addr, options, sender) else {

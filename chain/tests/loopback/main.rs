@@ -3,6 +3,7 @@
 mod bridge;
 mod cluster;
 mod faults;
+mod files;
 mod first;
 mod flow;
 mod hostile;

@@ -5,6 +5,7 @@
 mod adopted;
 mod apply;
 mod bad_input;
+mod boot_files;
 mod button;
 mod demo;
 mod disk;

@@ -75,6 +75,7 @@ impl Hosts {
                 heartbeat: Duration::from_millis(10),
                 // Nobody takes over here.
                 missed: 1_000_000,
+                files: None,
             };
             let name = options.host.clone();
             let any = SocketAddr::from(([127, 0, 0, 1], 0));

@@ -7,6 +7,7 @@ use checkpoint::HostId;
 
 use super::*;
 use crate::config::HostConfig;
+use crate::daemon::boot_files::BootFiles;
 use crate::daemon::events::EventLog;
 use crate::engine::Served;
 use crate::identity::Identity;
@@ -28,6 +29,7 @@ fn env(dir: &Path) -> Arc<Env> {
         data_dir: dir.join("replicas"),
         heartbeat: Duration::from_millis(20),
         missed: 5,
+        files: None,
     };
     let (events, _) = channel();
     Arc::new(Env {
@@ -40,6 +42,7 @@ fn env(dir: &Path) -> Arc<Env> {
         identity: Mutex::new(Identity::open(dir, &host("a")).unwrap()),
         stranger: Mutex::default(),
         found: Mutex::default(),
+        boot_files: BootFiles::new(dir.join("boot")),
         config,
     })
 }
