@@ -458,6 +458,7 @@ impl Machine {
                 }
                 out.push(Effect::Read);
                 self.ask_as_before(out);
+                self.off_all_the_same(&why, out);
             }
             (Purpose::Update(ticket), Ok(record)) => {
                 self.decided(now, record, out);
@@ -493,10 +494,13 @@ impl Machine {
         const ORDER_ATTEMPTS: u32 = 1;
         self.ask.as_ref().is_some_and(|ask| match ask.purpose {
             Purpose::TakeOver | Purpose::Refill | Purpose::Restart => ask.attempts > ATTEMPTS,
-            Purpose::Remove(_)
-            | Purpose::Start
-            | Purpose::Update(_)
-            | Purpose::PowerOff(Some(_)) => ask.attempts >= ORDER_ATTEMPTS,
+            Purpose::Remove(_) | Purpose::Start | Purpose::PowerOff(Some(_)) => {
+                ask.attempts >= ORDER_ATTEMPTS
+            }
+            // An owner's chain may follow it already, in a generation that is the owner's own.
+            Purpose::Update(_) => {
+                !matches!(self.part, Part::Owner(_)) && ask.attempts >= ORDER_ATTEMPTS
+            }
             // The VM's output is held until the master decides; nothing else may decide in its place.
             Purpose::Chain | Purpose::Choose | Purpose::PowerOff(None) => false,
         })

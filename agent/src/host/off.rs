@@ -39,6 +39,15 @@ impl Machine {
         self.propose(Purpose::PowerOff(ticket), command, out);
     }
 
+    /// An order to stop took the place of the question that a guest had put by switching itself off: whatever becomes of the
+    /// order, the VM is off. (If the question was refused, it is put again with what has been decided since.)
+    pub(super) fn off_all_the_same(&mut self, why: &Refusal, out: &mut Vec<Effect>) {
+        let off = matches!(&self.part, Part::Owner(owner) if owner.off);
+        if off && self.ask.is_none() && matches!(why, Refusal::Unknown(_)) {
+            self.power_off(None, out);
+        }
+    }
+
     /// The master has decided that the VM is off.
     pub(super) fn powered_off(&mut self, record: VmRecord, out: &mut Vec<Effect>) {
         let mut ending = Vec::new();

@@ -674,6 +674,26 @@ fn a_guest_that_switches_itself_off_while_its_chain_changes_is_off() {
     assert_eq!(a.record().life, chain::Life::Off);
 }
 
+/// Found by the simulation (seed 1165).
+#[test]
+fn a_guest_that_switches_itself_off_is_off_although_an_order_to_stop_it_came_to_nothing() {
+    let mut a = Bench::owner();
+    let (end, how) = (GuestEnd::PoweredOff, "the guest has shut down".to_string());
+    a.step(Input::Report(Report::Ended { end, how }));
+    a.order(Order::ShutDown { patience: SECOND });
+    let asked = a.take().into_iter().filter_map(|effect| match effect {
+        Effect::Propose { ask, .. } => Some(ask),
+        _ => None,
+    });
+    for ask in asked.collect::<Vec<_>>() {
+        let result = Err(Refusal::Unknown("no answer".into()));
+        a.step(Input::Proposed { ask, result });
+    }
+    assert!(matches!(answer(&a.out, 9), Some(Err(_))), "{:?}", a.out);
+    assert!(a.decide(), "it is asked again");
+    assert_eq!(a.record().life, Life::Off);
+}
+
 #[test]
 fn a_reboot_is_answered_once_the_guest_boots_again() {
     let mut a = Bench::protected(&["b"]);

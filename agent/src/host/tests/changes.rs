@@ -227,6 +227,31 @@ fn l10_whoever_applies_is_answered_whatever_comes_first() {
     assert!(b.record().shape.config_toml.contains("restart"));
 }
 
+/// Found by the simulation (seed 1438): the answer is lost, a backup follows what was decided, and refuses what its owner sends.
+/// That is no other owner's generation.
+#[test]
+fn l10_an_owner_whose_question_is_not_answered_is_not_superseded_by_itself() {
+    let mut b = Bench::protected(&["b"]);
+    b.take();
+    b.apply("on_crash = \"restart\"\n");
+    let asked = b.take().into_iter().find_map(|effect| match effect {
+        Effect::Propose { ask, command } => Some((ask, command)),
+        _ => None,
+    });
+    let (ask, command) = asked.expect("a question");
+    let decided = b.master.apply(&command).unwrap();
+    let result = Err(Refusal::Unknown("no answer".into()));
+    b.step(Input::Proposed { ask, result });
+    let generation = decided.view.generation;
+    b.step(Input::Report(Report::Refused { generation }));
+    let effects = b.take();
+    assert!(!effects.contains(&Effect::Tell(Tell::Fence)), "{effects:?}");
+    b.pass(SECOND);
+    let effects = b.go_on(&["b"]);
+    assert_eq!(answers(&effects), [&Ok(Answered::Done)]);
+    assert_eq!(b.record(), decided);
+}
+
 #[test]
 fn l10_an_owner_that_loses_the_vm_answers_whoever_applies() {
     let mut b = Bench::protected(&["b"]);
