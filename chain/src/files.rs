@@ -62,6 +62,12 @@ impl FileDigest {
             each(&piece[..n])?;
         }
     }
+
+    /// Itself.
+    #[must_use]
+    pub fn bytes(self) -> [u8; 32] {
+        self.0
+    }
 }
 
 impl fmt::Display for FileDigest {

@@ -7,13 +7,12 @@
 //! given). The console goes to standard output.
 
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
-use vmm::{BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmSpec};
+use vmm::{BootFile, BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmSpec};
 
 /// How long a text may take to appear: a kernel under two layers of emulation is slow.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -102,8 +101,8 @@ fn run() -> Result<(), String> {
     let ram = RamFiles::create(&layout).map_err(|e| e.to_string())?;
     let (mut vm, mut console) = machine(vcpus, &layout, ram)?;
     let boot = BootSpec {
-        kernel: KernelSource::Path(PathBuf::from(&fixed[0])),
-        initrd: (!fixed[1].is_empty()).then(|| PathBuf::from(&fixed[1])),
+        kernel: KernelSource::File(BootFile::from(&fixed[0])),
+        initrd: (!fixed[1].is_empty()).then(|| BootFile::from(&fixed[1])),
         cmdline: fixed[4].clone(),
     };
     vm.boot(&boot).map_err(|e| e.to_string())?;

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
@@ -27,11 +27,29 @@ const LOADER_UNDEFINED: u8 = 0xFF;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
+/// A file that a machine boots from. It is read whenever the machine boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The BLAKE3 that its content must have; none: whatever is there is booted.
+    pub blake3: Option<[u8; 32]>,
+}
+
+impl<P: Into<PathBuf>> From<P> for BootFile {
+    fn from(path: P) -> Self {
+        Self {
+            path: path.into(),
+            blake3: None,
+        }
+    }
+}
+
 /// Where a kernel image comes from.
 #[derive(Clone, Debug)]
 pub enum KernelSource {
     /// A bzImage or 64-bit ELF file.
-    Path(PathBuf),
+    File(BootFile),
     /// Such an image in memory.
     Bytes(Vec<u8>),
 }
@@ -42,7 +60,7 @@ pub struct BootSpec {
     /// The kernel.
     pub kernel: KernelSource,
     /// The initial RAM disk, if any.
-    pub initrd: Option<PathBuf>,
+    pub initrd: Option<BootFile>,
     /// The kernel's command line.
     pub cmdline: String,
 }
@@ -71,6 +89,17 @@ pub enum BootError {
         bytes: u64,
         /// The limit.
         limit: u64,
+    },
+    /// A file has another content than it must have.
+    #[error(
+        "the {what} {path} is not the one that this machine boots: its content has another BLAKE3 than it must have (damaged, \
+         or exchanged)"
+    )]
+    Changed {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
     },
     /// Not an image that can be booted.
     #[error("{name} is not a kernel this machine can boot: {why}")]
@@ -183,8 +212,8 @@ pub(crate) fn load(
     params.hdr.cmd_line_ptr = CMDLINE as u32;
     params.hdr.cmdline_size = cmdline.len() as u32;
 
-    if let Some(path) = &spec.initrd {
-        let (start, bytes) = load_initrd(path, &kernel, memory, layout)?;
+    if let Some(file) = &spec.initrd {
+        let (start, bytes) = load_initrd(file, &kernel, memory, layout)?;
         // Below 4 GiB, by `initrd_max`.
         params.hdr.ramdisk_image = start as u32;
         params.hdr.ramdisk_size = bytes as u32;
@@ -247,18 +276,23 @@ fn e820(params: &mut boot_params, layout: &RamLayout) {
     params.e820_entries = map.len() as u8;
 }
 
-/// Reads a file of at most `limit` bytes.
+/// Reads a file of at most `limit` bytes, and looks whether it is the right one.
 ///
 /// # Errors
-/// [`BootError::File`] or [`BootError::TooLarge`].
-pub(crate) fn read_file(what: &'static str, path: &Path, limit: u64) -> Result<Vec<u8>, BootError> {
+/// [`BootError::File`], [`BootError::TooLarge`] or [`BootError::Changed`].
+pub(crate) fn read_file(
+    what: &'static str,
+    file: &BootFile,
+    limit: u64,
+) -> Result<Vec<u8>, BootError> {
+    let path = &file.path;
     let error = |source| BootError::File {
         what,
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(error)?;
-    let meta = file.metadata().map_err(error)?;
+    let opened = File::open(path).map_err(error)?;
+    let meta = opened.metadata().map_err(error)?;
     if !meta.is_file() {
         return Err(error(std::io::Error::other("it is not a regular file")));
     }
@@ -271,13 +305,21 @@ pub(crate) fn read_file(what: &'static str, path: &Path, limit: u64) -> Result<V
         });
     }
     let mut bytes = Vec::with_capacity(meta.len() as usize);
-    file.take(limit).read_to_end(&mut bytes).map_err(error)?;
+    opened.take(limit).read_to_end(&mut bytes).map_err(error)?;
+    // What was read is looked at, and nothing else booted: the file may be exchanged at any moment.
+    let wanted = file.blake3;
+    if wanted.is_some_and(|wanted| *blake3::hash(&bytes).as_bytes() != wanted) {
+        return Err(BootError::Changed {
+            what,
+            path: path.to_owned(),
+        });
+    }
     Ok(bytes)
 }
 
 /// Puts the initrd as high as it may be; returns its start and size.
 fn load_initrd(
-    path: &Path,
+    file: &BootFile,
     kernel: &Kernel,
     memory: &GuestMemory,
     layout: &RamLayout,
@@ -286,7 +328,7 @@ fn load_initrd(
     let from = kernel.end.next_multiple_of(PAGE);
     let room = to.saturating_sub(from);
     let fit = |bytes| BootError::InitrdTooBig { bytes, from, to };
-    let bytes = match read_file("initrd", path, room) {
+    let bytes = match read_file("initrd", file, room) {
         Err(BootError::TooLarge { bytes, .. }) => return Err(fit(bytes)),
         other => other?,
     };

@@ -72,9 +72,9 @@ impl Image {
                 name: "the kernel image".to_owned(),
                 bytes: bytes.clone(),
             }),
-            KernelSource::Path(path) => Ok(Image {
-                name: path.display().to_string(),
-                bytes: read_file("kernel", path, KERNEL_FILE_MAX)?,
+            KernelSource::File(file) => Ok(Image {
+                name: file.path.display().to_string(),
+                bytes: read_file("kernel", file, KERNEL_FILE_MAX)?,
             }),
         }
     }

@@ -29,7 +29,7 @@ pub mod vm;
 mod vm_error;
 mod vm_state;
 
-pub use boot::{BootError, BootSpec, KernelSource};
+pub use boot::{BootError, BootFile, BootSpec, KernelSource};
 pub use console_out::ConsoleOut;
 pub use cpuid::host_cpu;
 pub use dirty::{DirtyError, DirtyTracker};

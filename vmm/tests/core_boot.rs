@@ -4,7 +4,7 @@ mod core_support;
 
 use core_support::{between, elf, machine, two_slots};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::{BootError, BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmError, VmSpec};
+use vmm::{BootError, BootFile, BootSpec, KernelSource, RamFiles, RamLayout, Vm, VmError, VmSpec};
 
 guest_code!(
     look_start,
@@ -181,9 +181,38 @@ fn any_spoilt_header_byte_is_an_error_or_boots_but_never_panics() {
 }
 
 #[test]
+fn a_file_that_is_not_the_one_meant_is_not_booted() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        BootFile {
+            path,
+            blake3: Some(*blake3::hash(content).as_bytes()),
+        }
+    };
+    let (kernel, initrd) = (file("kernel", &look()), file("initrd", &[7; 5000]));
+    let spec = BootSpec {
+        kernel: KernelSource::File(kernel.clone()),
+        initrd: Some(initrd.clone()),
+        cmdline: String::new(),
+    };
+    boot_spec(&spec).unwrap();
+    std::fs::write(&initrd.path, [8; 5000]).unwrap();
+    let changed = boot_spec(&spec).unwrap_err();
+    assert!(matches!(changed, BootError::Changed { what: "initrd", .. }));
+    assert!(changed.to_string().contains("initrd"), "{changed}");
+    std::fs::write(&kernel.path, elf(&[0xf4])).unwrap();
+    assert!(matches!(
+        boot_spec(&spec),
+        Err(BootError::Changed { what: "kernel", .. })
+    ));
+}
+
+#[test]
 fn files_and_command_lines_have_limits() {
     let spec = |kernel: &str| BootSpec {
-        kernel: KernelSource::Path(kernel.into()),
+        kernel: KernelSource::File(kernel.into()),
         initrd: None,
         cmdline: String::new(),
     };

@@ -128,7 +128,7 @@ fn what_is_loaded_for_another_boot_is_noted_as_dirty() {
 fn a_machine_that_cannot_be_booted_again_says_why() {
     let (vm, _) = booted(1, &two_slots(), again());
     vm.restarts(Some(restart(BootSpec {
-        kernel: KernelSource::Path("/nowhere/vmlinuz".into()),
+        kernel: KernelSource::File("/nowhere/vmlinuz".into()),
         ..spec()
     })));
     vm.resume();

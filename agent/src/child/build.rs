@@ -13,7 +13,8 @@ use netbuf::{Cable, Gate, Watcher};
 use vmm::backend::{BlockBackend, NetBackend, SendOutcome};
 use vmm::devices::NetSpec;
 use vmm::{
-    BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Restart, Vm, VmError, VmEvent, VmSpec,
+    BootFile, BootSpec, ConsoleOut, KernelSource, RamFiles, RamLayout, Restart, Vm, VmError,
+    VmEvent, VmSpec,
 };
 
 use super::disk::{self, Care, LateDisk};
@@ -309,21 +310,26 @@ impl Machine {
 }
 
 fn boot_spec(config: &VmConfig) -> BootSpec {
+    let file = |path: &Path, digest: Option<chain::FileDigest>| BootFile {
+        path: path.into(),
+        blake3: digest.map(chain::FileDigest::bytes),
+    };
     let kernel = if config.is_probe() {
         KernelSource::Bytes(guest::IMAGE.to_vec())
     } else {
-        KernelSource::Path(config.kernel.clone())
+        KernelSource::File(file(&config.kernel, config.kernel_blake3))
     };
+    let initrd = config.initrd.as_deref();
     BootSpec {
         kernel,
-        initrd: config.initrd.clone(),
+        initrd: initrd.map(|path| file(path, config.initrd_blake3)),
         cmdline: config.cmdline.clone(),
     }
 }
 
 /// What follows when a guest does something to itself, as configured.
 ///
-/// The files are read when the VM is reset: a kernel that was exchanged meanwhile is booted then.
+/// The files are read when the VM is reset, and must have the digests that the configuration names, if it names any.
 #[must_use]
 pub fn restart(config: &VmConfig) -> Restart {
     Restart {
