@@ -13,13 +13,14 @@ use std::net::TcpStream;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use checkpoint::{Epoch, HostId, codec};
 use serde::{Deserialize, Serialize};
 
 use crate::greet::{GreetError, Role, greet};
 use crate::link::{HELLO_LIMIT, Link};
+use crate::probe::Until;
 use crate::view::{Member, View};
 use crate::wire::{self, Frame, Kind, Payload, WireError};
 
@@ -27,6 +28,8 @@ use crate::wire::{self, Frame, Kind, Payload, WireError};
 const PIECE: usize = 1 << 20;
 /// How long a piece may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a whole file may take: this, and this for each MiB of it.
+const WHOLE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(1));
 /// Longest file in bytes.
 pub const FILE_MAX: u64 = 4 << 30;
 
@@ -151,8 +154,7 @@ pub fn fetch(
     };
     let peer = greet(member, view, Role::File, from);
     let peer = peer.map_err(|e: GreetError| failed(e.to_string()))?;
-    let timeout = peer.stream.set_read_timeout(Some(PATIENCE));
-    timeout.map_err(|e| failed(e.to_string()))?;
+    let begun = Instant::now();
     let mut payload = Payload::default();
     let mut hasher = blake3::Hasher::new();
     let mut have = 0;
@@ -160,6 +162,11 @@ pub fn fetch(
         let asked = ask(&peer.link, &peer.stream, view, digest, have, &mut payload);
         let length = asked.map_err(|e| failed(e.to_string()))?;
         let piece = &payload[8..];
+        let allowed = WHOLE.0 + WHOLE.1 * u32::try_from(length >> 20).unwrap_or(u32::MAX);
+        if begun.elapsed() > allowed {
+            let took = begun.elapsed().as_secs();
+            return Err(failed(format!("sent {have} of {length} bytes in {took} s")));
+        }
         if length > FILE_MAX || have + piece.len() as u64 > length {
             return Err(FetchError::Content { host: host.clone() });
         }
@@ -179,12 +186,13 @@ pub fn fetch(
 /// One piece: the file's length, the piece itself in `payload` after that.
 fn ask(
     link: &Link,
-    mut stream: &TcpStream,
+    stream: &TcpStream,
     view: &View,
     digest: FileDigest,
     offset: u64,
     payload: &mut Payload,
 ) -> Result<u64, WireError> {
+    let until = Instant::now() + PATIENCE;
     let frame = Frame {
         kind: Kind::File,
         vm: view.vm,
@@ -195,7 +203,7 @@ fn ask(
     let mut question = digest.0.to_vec();
     question.extend_from_slice(&offset.to_le_bytes());
     link.send(&frame, &question)?;
-    let frame = wire::read(&mut stream, payload)?;
+    let frame = wire::read(&mut Until { stream, until }, payload)?;
     match frame.kind {
         Kind::FilePart => {
             let length = payload.first_chunk::<8>();

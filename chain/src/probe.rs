@@ -242,9 +242,9 @@ fn left(until: Instant) -> io::Result<Duration> {
 }
 
 /// Reads until a moment, however slowly the bytes come.
-struct Until<'a> {
-    stream: &'a TcpStream,
-    until: Instant,
+pub(crate) struct Until<'a> {
+    pub(crate) stream: &'a TcpStream,
+    pub(crate) until: Instant,
 }
 
 impl Read for Until<'_> {

@@ -1,8 +1,14 @@
 //! Files by content, over real connections.
 
-use chain::{FetchError, FileDigest, fetch};
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::mpsc;
+use std::time::Duration;
 
-use crate::cluster::{Cluster, host};
+use chain::wire::{self, Frame, Kind, Payload};
+use chain::{FetchError, FileDigest, Member, fetch};
+
+use crate::cluster::{Cluster, PATIENCE, host};
 
 fn digest(content: &[u8]) -> FileDigest {
     FileDigest::of(content, |_| Ok(())).unwrap()
@@ -58,5 +64,45 @@ fn l6_a_host_gives_what_is_asked_for_by_digest_and_nothing_else() {
     assert!(
         matches!(&stranger, Err(FetchError::Host { why, .. }) if why.contains("answers as host")),
         "{stranger:?}"
+    );
+}
+
+/// Takes one connection, greets well, and then sends a piece of a file, but hardly ever a byte of it.
+fn dripping() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        let mut payload = Payload::default();
+        let hello = wire::read(&mut peer, &mut payload).unwrap();
+        let answer = |kind| Frame { kind, ..hello };
+        wire::write(&mut peer, &answer(Kind::HelloOk), &[]).unwrap();
+        wire::read(&mut peer, &mut payload).unwrap();
+        let mut piece = Vec::new();
+        wire::write(&mut piece, &answer(Kind::FilePart), &[0; 1 << 20]).unwrap();
+        for byte in piece {
+            if peer.write_all(&[byte]).is_err() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(300));
+        }
+    });
+    addr
+}
+
+#[test]
+fn a_host_that_hardly_sends_anything_is_not_waited_for_for_ever() {
+    let cluster = Cluster::bare(1, 6);
+    let member = Member::new(host("r0"), dripping());
+    let (sender, ended) = mpsc::channel();
+    let view = cluster.view.clone();
+    std::thread::spawn(move || {
+        let fetched = fetch(&member, &view, &host("x"), digest(b"no"), Vec::new());
+        let _ = sender.send(fetched);
+    });
+    let fetched = ended.recv_timeout(PATIENCE).expect("it ends");
+    assert!(
+        matches!(fetched, Err(FetchError::Host { .. })),
+        "{fetched:?}"
     );
 }
