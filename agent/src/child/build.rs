@@ -286,7 +286,10 @@ impl Machine {
             }
             // A checkpoint may have done so already.
             vm.reset()?;
-            restarted(&event);
+            // What it was to boot may not be there any more: that is its end, and what it says next.
+            if !vm.has_ended() {
+                restarted(&event);
+            }
         }
     }
 

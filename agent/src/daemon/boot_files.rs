@@ -1,17 +1,18 @@
 //! What VMs boot from, kept by content: `data_dir/boot/<BLAKE3>`. A kernel or initrd is copied there when its VM is first
 //! configured, and travels to every host that backs the VM up; no path of another host counts from then on (FIELD L6).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 use chain::{FileDigest, Member, VmRecord};
 use checkpoint::HostId;
 
-use super::env::Env;
+use super::env::{Env, lock};
 use super::process::config_of;
 use crate::config::VmConfig;
 
@@ -73,19 +74,72 @@ pub(super) enum BootFileError {
 #[derive(Debug)]
 pub(super) struct BootFiles {
     dir: PathBuf,
+    /// Those that had the right content, as they were then: hashing hundreds of megabytes for each of many VMs takes its time.
+    /// Whoever boots one looks again.
+    seen: Mutex<BTreeMap<FileDigest, Stamp>>,
+}
+
+/// Which file it was, and when it was written: inode, length, time of the last change (seconds and nanoseconds).
+type Stamp = (u64, u64, i64, i64);
+
+/// Opens a regular file; anything else that may be there is not waited for.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is no regular file")),
+    }
+}
+
+/// What a file of this host is.
+fn digest(path: &Path) -> io::Result<FileDigest> {
+    FileDigest::of(open(path)?, |_| Ok(()))
 }
 
 impl BootFiles {
     pub fn new(dir: PathBuf) -> Self {
-        Self { dir }
+        Self {
+            dir,
+            seen: Mutex::default(),
+        }
     }
 
     pub fn path(&self, digest: FileDigest) -> PathBuf {
         self.dir.join(digest.to_string())
     }
 
+    /// Whether it is there, and what its name says. One that has rotted is as good as none.
     fn has(&self, digest: FileDigest) -> bool {
-        self.path(digest).is_file()
+        let path = self.path(digest);
+        match self.looks_right(&path, digest) {
+            Ok(true) => true,
+            Ok(false) => {
+                tracing::warn!("{}: its content is not what its name says", path.display());
+                false
+            }
+            Err(e) => {
+                if e.kind() != io::ErrorKind::NotFound {
+                    tracing::warn!("{}: {e}", path.display());
+                }
+                false
+            }
+        }
+    }
+
+    fn looks_right(&self, path: &Path, digest: FileDigest) -> io::Result<bool> {
+        let file = open(path)?;
+        let found = file.metadata()?;
+        let stamp = (found.ino(), found.len(), found.ctime(), found.ctime_nsec());
+        if lock(&self.seen).get(&digest) == Some(&stamp) {
+            return Ok(true);
+        }
+        let right = FileDigest::of(file, |_| Ok(()))? == digest;
+        if right {
+            lock(&self.seen).insert(digest, stamp);
+        }
+        Ok(right)
     }
 
     /// Keeps what `fill` writes, under the digest that it returns.
@@ -128,10 +182,7 @@ impl BootFiles {
             path: path.into(),
             source,
         };
-        let from = File::open(path).map_err(read)?;
-        if !from.metadata().map_err(read)?.is_file() {
-            return Err(read(io::Error::other("it is no regular file")));
-        }
+        let from = open(path).map_err(read)?;
         let mut full = None;
         let fill = |to: &mut File| {
             let copied = FileDigest::of(&from, |piece| {
@@ -248,9 +299,12 @@ pub(super) fn ensure(env: &Env, record: &VmRecord) -> Result<(), String> {
         if files.has(digest) {
             continue;
         }
-        if files
-            .keep_copy(file.what, file.path)
-            .is_ok_and(|found| found == digest)
+        // One that is another file is not copied again and again.
+        let here = self::digest(file.path).is_ok_and(|found| found == digest);
+        if here
+            && files
+                .keep_copy(file.what, file.path)
+                .is_ok_and(|found| found == digest)
         {
             continue;
         }
@@ -351,6 +405,28 @@ mod tests {
             let name = e.unwrap().file_name();
             !name.to_string_lossy().starts_with("new-")
         }));
+    }
+
+    #[test]
+    fn a_file_that_has_rotted_or_is_of_another_kind_is_not_there() {
+        let (_dir, files, path) = files();
+        let mut config = config(&path, "");
+        files.resolve(&mut config, None).unwrap();
+        let digest = config.kernel_blake3.unwrap();
+        assert!(files.has(digest));
+        fs::write(files.path(digest), b"a kerneX").unwrap();
+        assert!(!files.has(digest));
+        files.resolve(&mut config, None).unwrap();
+        assert!(files.has(digest), "it is put right");
+        for path in [&path, &files.path(digest)] {
+            fs::remove_file(path).unwrap();
+            // Whoever opens it for reading waits for a writer.
+            nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
+        assert!(!files.has(digest));
+        let fifo = files.resolve(&mut self::config(&path, ""), None);
+        let said = fifo.unwrap_err().to_string();
+        assert!(said.contains("vmlinuz: it is no regular file"), "{said}");
     }
 
     #[test]

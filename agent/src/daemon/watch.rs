@@ -67,6 +67,10 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
 
 /// Kernels and initrds that no VM boots from any more.
 fn sweep(env: &Env, records: &[VmRecord]) {
+    // A VM whose process runs here and which the master does not know may have lost its record only.
+    if !lock(&env.found).is_empty() {
+        return;
+    }
     if let Err(e) = env.boot_files.sweep(records) {
         tracing::warn!("removing kernels and initrds that no VM names: {e}");
     }

@@ -76,9 +76,10 @@ fn l6_after_the_loss_of_the_first_host_another_boots_it_from_its_disks() {
     cluster.start_agent("b", None);
     let recover = Request::Recover { vm: VM.into() };
     let refused = wait("b to have asked around for it", || {
-        let known = cluster.status("b").is_some();
+        // It answers, and knows the VM.
+        cluster.status("b")?;
         let refused = cluster.control("b").order(&recover).err()?.to_string();
-        (known && refused.contains("cannot stand by")).then_some(refused)
+        refused.contains("cannot stand by").then_some(refused)
     });
     assert!(
         refused.contains("vmlinux") && refused.contains("a: "),
@@ -126,4 +127,31 @@ fn l6_a_backup_that_cannot_have_the_kernel_declines_and_says_so() {
             .iter()
             .all(|e| e.kind != EventKind::Activated)
     );
+}
+
+/// Changes a byte that nobody would miss.
+fn rot(kernel: &Path) {
+    let mut content = std::fs::read(kernel).expect("it is there");
+    *content.last_mut().expect("it has content") ^= 1;
+    std::fs::write(kernel, content).expect("it is written");
+}
+
+#[test]
+fn a_kept_kernel_that_has_rotted_is_put_right_and_is_not_booted() {
+    let mut cluster = Cluster::launch(PROGRAM, Options::of(&["a", "b"]));
+    started(&cluster);
+    cluster.protect_vm_of(VM, "a", &["b"]);
+    rot(&kept(&cluster, "b")[0]);
+    cluster.kill("b");
+    cluster.start_agent("b", None);
+    cluster.wait_protected("a", &["b"]);
+    assert!(is_the_kernel(&kept(&cluster, "b")[0]));
+    // Where it is needed and cannot be put right any more, nothing else is booted in its place.
+    rot(&kept(&cluster, "a")[0]);
+    let reboot = Request::Reboot {
+        vm: VM.into(),
+        timeout_s: None,
+    };
+    let refused = cluster.control("a").order(&reboot).expect_err("it rotted");
+    assert!(refused.to_string().contains("BLAKE3"), "{refused}");
 }
