@@ -133,3 +133,14 @@ pub struct Given {
     #[arg(long, value_name = "ID")]
     pub request: Option<RequestId>,
 }
+
+impl Given {
+    /// An order that was not given before.
+    #[must_use]
+    pub fn anew(to: &Control) -> Self {
+        Self {
+            to: to.clone(),
+            request: None,
+        }
+    }
+}

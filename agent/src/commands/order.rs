@@ -69,7 +69,8 @@ pub(super) fn start(control: &Given, config: &Path) -> Result<String, Failure> {
     Ok(name)
 }
 
-pub(super) fn apply(control: &Given, file: &Path, dry_run: bool, json: bool) -> Outcome {
+/// Gives a VM the configuration of a file, or asks what that would change.
+fn ask_apply(control: &Given, file: &Path, dry_run: bool) -> Result<Applied, Failure> {
     let (_, toml) = read(file)?;
     let name = file.display().to_string();
     let request = Request::Apply {
@@ -77,9 +78,14 @@ pub(super) fn apply(control: &Given, file: &Path, dry_run: bool, json: bool) -> 
         name,
         dry_run,
     };
-    let Reply::Applied(applied) = connect(control)?.call(&request)? else {
-        return Err(ControlError::Unexpected.into());
-    };
+    match connect(control)?.call(&request)? {
+        Reply::Applied(applied) => Ok(applied),
+        _ => Err(ControlError::Unexpected.into()),
+    }
+}
+
+pub(super) fn apply(control: &Given, file: &Path, dry_run: bool, json: bool) -> Outcome {
+    let applied = ask_apply(control, file, dry_run)?;
     match json {
         true => println!("{}", serde_json::to_string_pretty(&applied)?),
         false => print_applied(&applied, dry_run),
@@ -170,15 +176,8 @@ pub(super) fn protect(control: &Given, vm: &str, backups: Vec<String>) -> Outcom
 
 /// The VM of this file, started if it does not run.
 fn running(control: &Control, file: &Path) -> Result<String, Failure> {
-    let (_, toml) = read(file)?;
-    let request = Request::Apply {
-        toml,
-        name: file.display().to_string(),
-        dry_run: true,
-    };
-    let Reply::Applied(there) = ControlClient::connect(&control.control)?.call(&request)? else {
-        return Err(ControlError::Unexpected.into());
-    };
+    let given = Given::anew(control);
+    let there = ask_apply(&given, file, true)?;
     let vm = there.vm;
     if !there.changes.is_empty() {
         return Err(format!(
@@ -188,10 +187,6 @@ fn running(control: &Control, file: &Path) -> Result<String, Failure> {
         .into());
     }
     if !there.runs {
-        let given = Given {
-            to: control.clone(),
-            request: None,
-        };
         start(&given, file)?;
     }
     Ok(vm)
@@ -219,11 +214,7 @@ pub(super) fn evacuate(control: &Control) -> Outcome {
         let request = Request::HandOver {
             vm: vm.name.clone(),
         };
-        let given = Given {
-            to: control.clone(),
-            request: None,
-        };
-        if let Err(e) = switch(&given, &vm.name, &request) {
+        if let Err(e) = switch(&Given::anew(control), &vm.name, &request) {
             eprintln!("understudy: {e}");
             stay.push(vm.name);
         }

@@ -50,13 +50,30 @@ impl Service {
         Ok((config, text))
     }
 
-    /// It runs nowhere until it is started, here: its disks are.
-    fn define(&self, config: &VmConfig, toml: &str, dry_run: bool) -> Result<Applied, String> {
+    /// What enters a new VM of this host at the master, once everything has been checked that can be.
+    pub(super) fn registration(
+        &self,
+        config: &VmConfig,
+        toml: &str,
+        life: Life,
+    ) -> Result<Command, String> {
         let shape = {
             let disks = open_disks(config).map_err(|e| e.to_string())?;
             shape_of(config, toml, &disks).map_err(|e| e.to_string())?
         };
         taps(&self.env, config, VmId::NIL)?;
+        Ok(Command::Register {
+            vm: VmId::random(),
+            life,
+            name: config.name.clone(),
+            owner: self.env.host.clone(),
+            shape,
+        })
+    }
+
+    /// It runs nowhere until it is started, here: its disks are.
+    fn define(&self, config: &VmConfig, toml: &str, dry_run: bool) -> Result<Applied, String> {
+        let register = self.registration(config, toml, Life::Off)?;
         let applied = Applied {
             vm: config.name.clone(),
             defined: true,
@@ -67,13 +84,6 @@ impl Service {
             return Ok(applied);
         }
         self.known_to_master()?;
-        let register = Command::Register {
-            vm: VmId::random(),
-            life: Life::Off,
-            name: config.name.clone(),
-            owner: self.env.host.clone(),
-            shape,
-        };
         let record = self.env.master.propose(&register);
         // Whoever starts it next finds it here.
         self.table.decided(record.map_err(|e| e.to_string())?);

@@ -7,19 +7,17 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use chain::master::Command;
-use chain::{Life, Member, Query, VmRecord, VmShape};
-use checkpoint::{Epoch, HostId, VmId};
+use chain::{Life, Member, Query, VmRecord};
+use checkpoint::{Epoch, HostId};
 
 use super::calls::Calls;
 use super::clones::Clones;
 use super::env::{Env, lock};
-use super::process::{config_of, taps};
+use super::process::config_of;
 use super::run::Shown;
 use super::table::Table;
 use super::{AgentError, slow, status};
 use crate::child::proto::ToChild;
-use crate::child::{open_disks, shape_of};
 use crate::config::{VmConfig, changes};
 use crate::control::{Asked, Point, Reply, Request, Switched};
 use crate::epoch::EpochStats;
@@ -98,7 +96,6 @@ impl Service {
     pub fn serve(self: &Arc<Self>, stream: &UnixStream) {
         while let Ok((Asked { id, request }, _)) = ipc::recv::<Asked>(stream) {
             let reply = match request {
-                Request::Outcome { id } => self.calls.outcome(id, ORDER_PATIENCE),
                 request if request.is_order() => {
                     let (limit, service) = (limit(&request), self.clone());
                     let act = move || service.answer(request).unwrap_or_else(Reply::Error);
@@ -218,19 +215,8 @@ impl Service {
             return self.start_known(&known, config);
         }
         let (config, toml) = self.resolved(config, toml, None)?;
-        let shape: VmShape = {
-            let disks = open_disks(&config).map_err(|e| e.to_string())?;
-            shape_of(&config, &toml, &disks).map_err(|e| e.to_string())?
-        };
-        taps(&self.env, &config, VmId::NIL)?;
+        let register = self.registration(&config, &toml, Life::On)?;
         self.known_to_master()?;
-        let register = Command::Register {
-            vm: VmId::random(),
-            life: Life::On,
-            name: config.name.clone(),
-            owner: self.env.host.clone(),
-            shape,
-        };
         let register = || {
             let registered = self.env.master.propose(&register);
             registered.map_err(|e| e.to_string())

@@ -8,7 +8,6 @@ use chain::VmShape;
 use chain::master::Command;
 
 use super::machine::{Part, Purpose};
-use super::off::Off;
 use super::owner::Phase;
 use super::{Answered, Effect, Machine, Policy, Tell, Ticket};
 use crate::control::EventKind;
@@ -187,12 +186,5 @@ impl Machine {
             }
         }
         out.push(Effect::Answer(ticket, Ok(Answered::Done)));
-    }
-}
-
-impl Off {
-    /// It is being stopped or started.
-    fn is_busy(&self) -> bool {
-        self.ending.is_some() || self.starting.is_some()
     }
 }

@@ -72,7 +72,7 @@ pub(super) enum Purpose {
 
 impl Purpose {
     /// Who waits for what the master decides.
-    fn ticket(&self) -> Option<Ticket> {
+    pub(super) fn ticket(&self) -> Option<Ticket> {
         match self {
             Self::PowerOff(ticket) | Self::Remove(ticket) => *ticket,
             Self::Update(ticket) => Some(*ticket),
@@ -452,22 +452,9 @@ impl Machine {
                 self.ask = Some(ask);
                 self.decided(now, record, out);
             }
-            (Purpose::PowerOff(ticket), Err(why)) => {
-                if let Some(ticket) = ticket {
-                    out.push(Effect::Answer(ticket, Err(why.text())));
-                }
-                out.push(Effect::Read);
-                self.ask_as_before(out);
-                self.off_all_the_same(&why, out);
-            }
             (Purpose::Update(ticket), Ok(record)) => {
                 self.decided(now, record, out);
                 self.updated(ticket, out);
-            }
-            (Purpose::Update(ticket), Err(why)) => {
-                out.push(Effect::Answer(ticket, Err(why.text())));
-                out.push(Effect::Read);
-                self.ask_as_before(out);
             }
             (Purpose::Start, Ok(record)) => self.started(record, out),
             (Purpose::Start, Err(why)) => self.start_refused(&why, out),
@@ -477,12 +464,11 @@ impl Machine {
                 }
                 self.removed(out);
             }
-            (Purpose::Remove(ticket), Err(why)) => {
-                if let Some(ticket) = ticket {
-                    out.push(Effect::Answer(ticket, Err(why.text())));
-                }
+            (Purpose::PowerOff(_) | Purpose::Update(_) | Purpose::Remove(_), Err(why)) => {
+                answer_ask(&ask, &why.text(), out);
                 out.push(Effect::Read);
                 self.ask_as_before(out);
+                self.off_all_the_same(&why, out);
             }
         }
     }

@@ -4,7 +4,7 @@
 use chain::VmRecord;
 use chain::master::{Command, DisksFrom};
 
-use super::machine::{Part, Purpose};
+use super::machine::{Ask, Part, Purpose};
 use super::owner::Owner;
 use super::{Answered, Disks, Effect, Machine, Refusal, Ticket};
 use crate::control::EventKind;
@@ -13,12 +13,17 @@ use crate::control::EventKind;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Off {
     /// Who waits for it to boot.
-    pub(super) starting: Option<Ticket>,
+    starting: Option<Ticket>,
     /// Its process is being ended; who waits for that.
-    pub(super) ending: Option<Vec<Ticket>>,
+    ending: Option<Vec<Ticket>>,
 }
 
 impl Off {
+    /// It is being stopped or started.
+    pub(super) fn is_busy(&self) -> bool {
+        self.ending.is_some() || self.starting.is_some()
+    }
+
     /// Everybody who waits for something.
     pub(super) fn tickets(&mut self) -> Vec<Ticket> {
         let ending = self.ending.as_mut().map(std::mem::take);
@@ -50,22 +55,18 @@ impl Machine {
 
     /// The master has decided that the VM is off.
     pub(super) fn powered_off(&mut self, record: VmRecord, out: &mut Vec<Effect>) {
-        let mut ending = Vec::new();
+        let asked = |ask: &mut Ask| matches!(ask.purpose, Purpose::PowerOff(_));
+        let stopped = self.ask.take_if(asked);
+        let ending = stopped.and_then(|ask| ask.purpose.ticket());
         let why = format!("{} was stopped meanwhile", record.view.name);
-        match self.ask.as_ref().map(|ask| ask.purpose.clone()) {
-            Some(Purpose::PowerOff(ticket)) => {
-                ending.extend(ticket);
-                self.ask = None;
-            }
-            _ => self.ask_no_more(&why, out),
-        }
+        self.ask_no_more(&why, out);
         self.answer_all(&why, out);
         self.record = record;
         out.push(Effect::Kill);
         out.push(Effect::Bury);
         self.part = Part::Off(Off {
             starting: None,
-            ending: Some(ending),
+            ending: Some(ending.into_iter().collect()),
         });
     }
 
