@@ -148,8 +148,7 @@ impl Child {
                 ToChild::Stop => return Ok(()),
                 ToChild::TakeStats => self.reporter.send(&FromChild::Stats(Box::default())),
                 ToChild::Inspect => self.inspect(&machine.vm),
-                ToChild::Fence
-                | ToChild::HandOver
+                ToChild::HandOver
                 | ToChild::RunOn
                 | ToChild::Reset
                 | ToChild::PowerButton { .. }
@@ -400,7 +399,6 @@ impl Child {
     ) -> Result<bool, ChildError> {
         match order {
             ToChild::Protect(view) => protector.protect(*view),
-            ToChild::Fence => owner.fence(),
             ToChild::HandOver => protector.hand_over()?,
             ToChild::RunOn => owner.run_on(),
             ToChild::Reset => self.press_reset(&machine.vm),
@@ -493,10 +491,11 @@ impl Child {
         let owns = Owns {
             vm: self.start.vm,
             host: self.start.host.clone(),
+            registered: self.start.registered,
             generation: protector.generation(),
             protected: self.reporter.protected(),
             ended: self.reporter.ended(),
-            frozen: protector.is_frozen(),
+            frozen: protector.frozen(),
         };
         let first = FromChild::Owns(Box::new(owns));
         self.reporter.connect(agent.try_clone()?, &first)

@@ -48,7 +48,7 @@ pub struct Protector {
     /// What is being sent, while there is a chain.
     sending: Option<Sending>,
     /// The guest stands still without a backup.
-    frozen: bool,
+    frozen: Option<Generation>,
 }
 
 /// Checkpoints on their way to a chain, from its beginning on, through the configurations in which it goes on in place.
@@ -77,7 +77,7 @@ impl Protector {
             lz4,
             owner,
             reporter,
-            frozen: false,
+            frozen: None,
             newest: Arc::default(),
             sending: None,
         }
@@ -126,8 +126,8 @@ impl Protector {
             return;
         }
         self.newest.store(view.generation.0, Ordering::Release);
-        self.frozen = false;
         if view.chain.is_empty() {
+            self.frozen = None;
             // First, so that the shipper's end is no failure.
             self.owner.queue().new_session();
             if let Some(old) = self.sending.take() {
@@ -141,6 +141,10 @@ impl Protector {
             Some(sending) if view.in_place() => {
                 sending.generation.store(generation.0, Ordering::Release);
                 self.owner.go_on(generation);
+                let filled = self.reporter.protected() >= Some(view.history.since);
+                if filled && self.frozen.take().is_some() {
+                    self.owner.thaw();
+                }
                 (sending.clone(), false)
             }
             _ => {
@@ -172,16 +176,18 @@ impl Protector {
         }
     }
 
-    /// The last backup is lost: the guest stands still until there is a newer configuration.
+    /// The last backup is lost: the guest stands still until another chain has it, or until it is to run alone.
     pub fn freeze(&mut self) {
-        self.frozen = true;
+        self.frozen = Some(self.generation());
         self.owner.freeze();
     }
 
-    /// Whether it does.
+    /// The generation whose last backup is lost, if the guest stands still since then.
     #[must_use]
-    pub fn is_frozen(&self) -> bool {
+    pub fn frozen(&self) -> Option<Generation> {
+        let protected = self.reporter.protected();
         self.frozen
+            .filter(|frozen| protected.is_none_or(|of| of <= *frozen))
     }
 
     /// The newest configuration that this process was told.

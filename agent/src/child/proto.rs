@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use checkpoint::{CpuFeatures, Epoch, Generation, HostId, VmId};
+use checkpoint::{ClusterId, CpuFeatures, Epoch, Generation, HostId, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::control::EventKind;
@@ -28,10 +28,21 @@ pub struct Start {
     pub host: HostId,
     /// The VM.
     pub vm: VmId,
+    /// The record of it that this process is started by.
+    pub registered: Registered,
     /// Where an owner waits for the next agent when its own is gone; none: it ends with its agent.
     pub door: Option<PathBuf>,
     /// How long it waits, in milliseconds, before its chain's head is asked to take over.
     pub agent_return_ms: u64,
+}
+
+/// A record at the master, as of some moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registered {
+    /// Whose master.
+    pub cluster: ClusterId,
+    /// The master's revision in which it decided on the record.
+    pub revision: u64,
 }
 
 /// One network card's tap on this host.
@@ -80,8 +91,6 @@ pub enum ToChild {
         /// It boots again then, in place. Otherwise it stays off.
         reboot: bool,
     },
-    /// Another host owns the VM: stop for good, drop what is held.
-    Fence,
     /// Bench only: harvest the dirty log every `ms` without copying or sending (0: stop).
     HarvestOnly {
         /// Period in milliseconds.
@@ -133,14 +142,16 @@ pub struct Owns {
     pub vm: VmId,
     /// The host it was started on.
     pub host: HostId,
+    /// The record that it was started by.
+    pub registered: Registered,
     /// The newest configuration that it was told.
     pub generation: Generation,
     /// The newest one whose first checkpoint is committed.
     pub protected: Option<Generation>,
     /// How the guest ended, if it has.
     pub ended: Option<String>,
-    /// It stands still: its last backup is lost.
-    pub frozen: bool,
+    /// It stands still: the last backup of this generation is lost, and no other chain has it.
+    pub frozen: Option<Generation>,
 }
 
 /// VM process to agent.

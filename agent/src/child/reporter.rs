@@ -202,10 +202,14 @@ mod tests {
         let owns = Owns {
             vm: checkpoint::VmId(1),
             host: checkpoint::HostId::new("a").unwrap(),
+            registered: crate::child::proto::Registered {
+                cluster: checkpoint::ClusterId::NIL,
+                revision: 1,
+            },
             generation: Generation(6),
             protected: None,
             ended: None,
-            frozen: false,
+            frozen: None,
         };
         for _ in 0..2 {
             let (ours, theirs) = UnixStream::pair().unwrap();

@@ -135,7 +135,7 @@ impl Clones {
         let role = Role::Standby {
             disk_sizes: shape.disks.clone(),
         };
-        let mut start = start_message(env, &config, view.vm, role)?;
+        let mut start = start_message(env, &config, record, role)?;
         start.taps = taps;
         let (sender, reports) = channel();
         let (reporting, named) = (self.clone(), clone.to_string());

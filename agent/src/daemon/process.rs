@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use chain::{Retention, StoreOptions, VmRecord, VmShape};
-use checkpoint::VmId;
+use checkpoint::{ClusterId, VmId};
 
-use super::env::Env;
-use crate::child::proto::{Role, Start, TapSpec};
+use super::env::{Env, lock};
+use crate::child::proto::{Registered, Role, Start, TapSpec};
 use crate::config::{Durability, VmConfig};
 use crate::fault::{self, Fault};
 
@@ -39,9 +39,10 @@ pub(super) fn taps(env: &Env, config: &VmConfig, vm: VmId) -> Result<Vec<TapSpec
 pub(super) fn start_message(
     env: &Env,
     config: &VmConfig,
-    vm: VmId,
+    record: &VmRecord,
     role: Role,
 ) -> Result<Start, String> {
+    let vm = record.view.vm;
     let here = env.boot_files.localised(config);
     Ok(Start {
         config_toml: toml::to_string(&here).map_err(|e| e.to_string())?,
@@ -52,6 +53,11 @@ pub(super) fn start_message(
         silence_ms: env.config.detection.silence().as_millis() as u64,
         host: env.host.clone(),
         vm,
+        registered: Registered {
+            // Before this host belongs to a cluster it runs nothing.
+            cluster: lock(&env.identity).cluster().unwrap_or(ClusterId::NIL),
+            revision: record.revision,
+        },
         door: Some(env.run_dir().join(format!("{:08x}.sock", vm.short()))),
         agent_return_ms: env.config.agent_return_s * 1000,
     })

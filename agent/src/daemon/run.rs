@@ -220,7 +220,6 @@ impl Runner {
             Effect::Tell(what) => self.tell(&match what {
                 Tell::Protect(view) => ToChild::Protect(Box::new(view)),
                 Tell::Freeze => ToChild::Freeze,
-                Tell::Fence => ToChild::Fence,
                 Tell::HandOver => ToChild::HandOver,
                 Tell::RunOn => ToChild::RunOn,
                 Tell::Epochs(epochs) => ToChild::EpochMs {

@@ -163,7 +163,7 @@ pub(super) fn stand_by(
 ) -> Result<Arc<ChildHandle>, String> {
     wait_gone(before)?;
     let config = config_of(record)?;
-    let (view, shape) = (&record.view, &record.shape);
+    let shape = &record.shape;
     can_run(shape)?;
     has_room(shape.ram.iter().map(|range| range.len).sum())?;
     boot_files::ensure(env, record)?;
@@ -171,7 +171,7 @@ pub(super) fn stand_by(
     let role = Role::Standby {
         disk_sizes: shape.disks.clone(),
     };
-    let start = start_message(env, &config, view.vm, role)?;
+    let start = start_message(env, &config, record, role)?;
     let fds: Vec<_> = ram.iter().map(AsRawFd::as_raw_fd).collect();
     ChildHandle::start(&start, &fds, reports)
         .map_err(|e| format!("starting the standby's process: {e}"))
@@ -192,7 +192,7 @@ pub(super) fn boot(
         disks,
         cpu: record.shape.cpu.clone(),
     };
-    let start = start_message(env, &config, record.view.vm, role)?;
+    let start = start_message(env, &config, record, role)?;
     ChildHandle::start(&start, &[], reports).map_err(|e| format!("starting the VM's process: {e}"))
 }
 

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use chain::master::{Followed, Follower};
+use chain::master::{Followed, Follower, Snapshot};
 use chain::{ServerEvent, VmRecord};
 
 use super::env::{Env, lock};
 use super::run::of_server;
 use super::table::Table;
 use crate::control::EventKind;
-use crate::host::Input;
+use crate::host::{Fate, Input};
 
 /// How long the master may let a question for news wait.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -45,7 +45,7 @@ pub(super) fn decisions(env: &Env, table: &Arc<Table>) {
                     std::thread::sleep(STRANGE);
                 } else if enrolled(env) && told != Some(snapshot.revision) {
                     told = Some(snapshot.revision);
-                    give_up(env, &snapshot.records);
+                    give_up(env, &snapshot);
                     for record in &snapshot.records {
                         table.decided(record.clone());
                     }
@@ -76,33 +76,34 @@ fn sweep(env: &Env, records: &[VmRecord]) {
     }
 }
 
-/// Processes found running whose VM is another host's by now end. One that the master knows nothing of is left alone: a
-/// record may be lost, and the VM with it must not be.
-fn give_up(env: &Env, records: &[VmRecord]) {
+/// Processes found running whose VM is another host's by now, or was deleted, end. One that the master knows nothing of is
+/// left alone.
+fn give_up(env: &Env, snapshot: &Snapshot) {
     let mut found = lock(&env.found);
     found.retain(|vm, process| {
-        let record = records.iter().find(|record| record.view.vm == *vm);
-        let Some(view) = record.map(|record| &record.view) else {
-            if std::mem::replace(&mut process.said, true) {
-                return true;
-            }
-            let text = format!(
-                "process {} runs VM {vm}, which the master does not know: left alone",
-                process.pid
-            );
-            env.events.add(EventKind::Failed, env.host.as_str(), text);
-            return true;
+        let pid = process.pid;
+        let (kind, text) = match Fate::of(&process.owns, &env.host, snapshot) {
+            Fate::Ours => return true,
+            Fate::Unknown if std::mem::replace(&mut process.said, true) => return true,
+            Fate::Unknown => (
+                EventKind::Failed,
+                format!("process {pid} runs VM {vm}, which the master does not know: left alone"),
+            ),
+            Fate::Elsewhere { owner, generation } => (
+                EventKind::Superseded,
+                format!("{owner} owns VM {vm} in generation {generation}: process {pid}, found running here, is stopped"),
+            ),
+            Fate::Deleted => (
+                EventKind::Superseded,
+                format!("VM {vm} was deleted while there was no agent here: process {pid}, found running, is stopped"),
+            ),
         };
-        if view.owner == env.host {
-            return true;
+        let ends = kind == EventKind::Superseded;
+        if ends {
+            process.kill();
         }
-        process.kill();
-        let text = format!(
-            "{} owns it in generation {}: its process, found running here, is stopped",
-            view.owner, view.generation
-        );
-        env.events.add(EventKind::Superseded, &view.name, text);
-        false
+        env.events.add(kind, env.host.as_str(), text);
+        !ends
     });
 }
 

@@ -299,6 +299,11 @@ impl Owner {
         self.order(Order::Freeze);
     }
 
+    /// The chain goes on in place after all: a frozen guest runs on, its output held as before.
+    pub fn thaw(&self) {
+        self.order(Order::Thaw);
+    }
+
     /// Nobody has taken a stopped guest over: it runs on.
     pub fn run_on(&self) {
         self.order(Order::RunOn);

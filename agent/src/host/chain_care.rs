@@ -50,16 +50,17 @@ impl Machine {
         {
             return;
         }
-        if let Some(why) = owner.failed_attempt.take() {
+        if let Some((_, why)) = (owner.failed_attempt).take_if(|(of, _)| *of == view.generation) {
             return self.attempt_failed(now, &why, out);
         }
-        if !owner.losses.is_empty() && !owner.frozen {
-            let losses = std::mem::take(&mut owner.losses);
+        let of_this = |loss: &mut Loss| loss.generation == view.generation;
+        let losses: Vec<Loss> = owner.losses.extract_if(.., of_this).collect();
+        if !losses.is_empty() && owner.frozen != Some(view.generation) {
             let members = view.chain.iter().chain(&view.joining).cloned().collect();
             owner.probing = Some(Probing::Losses(losses));
             return out.push(Effect::Probe(members));
         }
-        if std::mem::take(&mut owner.joiner_ready) {
+        if (owner.joiner_ready.take_if(|of| *of == view.generation)).is_some() {
             return self.promote(out);
         }
         if std::mem::take(&mut owner.choose) {
@@ -160,8 +161,9 @@ impl Machine {
     /// Wanted hosts that are not in the chain.
     fn lacks<'a>(&'a self, owner: &'a Owner) -> impl Iterator<Item = &'a HostId> {
         let view = &self.record.view;
+        let stands_still = owner.frozen == Some(view.generation);
         owner.wanted.iter().filter(move |host| {
-            let there = view.position(host).is_some() && !owner.frozen;
+            let there = view.position(host).is_some() && !stands_still;
             **host != self.me && !there
         })
     }
@@ -169,10 +171,10 @@ impl Machine {
     /// The configuration is in force, so that it may be changed.
     fn is_settled(&self, owner: &Owner) -> bool {
         let view = &self.record.view;
-        let there =
-            view.chain.is_empty() || owner.frozen || owner.protected == Some(view.generation);
+        let current = Some(view.generation);
+        let there = view.chain.is_empty() || owner.protected == current;
         // A VM that stands still has nobody who could fill the one that joins.
-        there && (view.joining.is_none() || owner.frozen) && owner.runs()
+        (there && view.joining.is_none() || owner.frozen == current) && owner.runs()
     }
 
     /// The backups that the VM should have and has not, if now is the time for one.
@@ -344,7 +346,7 @@ impl Machine {
             return;
         };
         let view = &self.record.view;
-        if view.chain.is_empty() || owner.frozen {
+        if view.chain.is_empty() || owner.frozen == Some(view.generation) {
             self.reconfigure(up, None, true, out);
         } else {
             self.reconfigure(view.chain.clone(), Some(first), false, out);
@@ -365,7 +367,9 @@ impl Machine {
         out.push(Effect::Say(EventKind::ChainLost, text.clone()));
         owner.trouble = Some(text);
         // Without a backup a frozen VM stands still until one is tried again.
-        if !owner.frozen {
+        if owner.frozen.is_some() {
+            owner.frozen = Some(view.generation);
+        } else {
             self.reconfigure(Vec::new(), None, true, out);
         }
     }
@@ -393,8 +397,9 @@ impl Machine {
         let names: Vec<String> = lost.iter().map(ToString::to_string).collect();
         let names = names.join(", ");
         let (why, generation) = (&loss.why, loss.generation);
-        let freezes = left.is_empty() && in_place && self.policy.freezes_alone;
+        let alone = left.is_empty() && self.policy.freezes_alone;
         let Some(owner) = self.owner() else { return };
+        let freezes = alone && (in_place || owner.frozen.is_some());
         if !only_the_joining {
             owner.trouble = Some(match lost.is_empty() {
                 true => why.clone(),
@@ -418,7 +423,7 @@ impl Machine {
         };
         out.push(Effect::Say(EventKind::ChainLost, text));
         if freezes {
-            owner.frozen = true;
+            owner.frozen = Some(generation);
             owner.losses.clear();
             owner.trouble =
                 Some("frozen: its last backup is lost, and protect.alone is \"freeze\"".into());

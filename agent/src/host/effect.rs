@@ -90,8 +90,6 @@ pub enum Tell {
     Protect(View),
     /// The last backup is lost: stand still.
     Freeze,
-    /// Another host owns the VM, or may: stop for good.
-    Fence,
     /// Stop at the end of an epoch and ask the head to take over.
     HandOver,
     /// Nobody has: run on.

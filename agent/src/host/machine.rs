@@ -92,13 +92,6 @@ pub(super) struct Ask {
     pub(super) attempts: u32,
 }
 
-impl Ask {
-    /// Whether the generation is raised if it is granted.
-    pub(super) fn raises(&self) -> bool {
-        !matches!(self.purpose, Purpose::Choose)
-    }
-}
-
 /// One VM on one host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Machine {
@@ -255,9 +248,18 @@ impl Machine {
                 _ => self.powered_off(record, out),
             };
         }
+        let starts = self.is_starts_answer(&record);
         match &mut self.part {
-            // It is started by somebody's order, whose answer this is.
-            Part::Off(_) if mine => self.started(record, out),
+            Part::Off(_) if mine && starts => self.started(record, out),
+            // What this host knew was old: it was started before, and may run.
+            Part::Off(_) if mine => {
+                let why = format!("{} was started before", self.name());
+                self.answer_all(&why, out);
+                self.ask_no_more(&why, out);
+                self.part = Part::Nothing { declined: None };
+                self.record = record;
+                out.push(Effect::FindProcess);
+            }
             Part::Off(_) => {
                 self.record = record;
                 let why = format!("{} owns it now", self.record.view.owner);

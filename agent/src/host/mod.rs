@@ -28,6 +28,7 @@ mod owner;
 mod policy;
 mod standby;
 mod summary;
+mod survivor;
 #[cfg(test)]
 mod tests;
 
@@ -36,6 +37,7 @@ pub use input::{Health, Input, Loss, Order, Refusal, Report, Ticket};
 pub use machine::Machine;
 pub use policy::{Epochs, Policy};
 pub use summary::{Role, Summary};
+pub use survivor::Fate;
 
 /// Microseconds of a clock that only grows; the driver says with each input what it shows.
 pub type Micros = u64;

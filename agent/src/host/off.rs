@@ -154,6 +154,13 @@ impl Machine {
         }
     }
 
+    /// Whether this is what the master has decided on this host's wish to boot the VM.
+    pub(super) fn is_starts_answer(&self, record: &VmRecord) -> bool {
+        let asked = self.ask.as_ref().map(|ask| &ask.command);
+        matches!(asked, Some(Command::Start { expect, .. })
+            if record.view.generation == expect.next() && record.view.chain.is_empty())
+    }
+
     /// The master has decided that this host boots it.
     pub(super) fn started(&mut self, record: VmRecord, out: &mut Vec<Effect>) {
         if record.view.owner != self.me || record.view.generation <= self.generation() {

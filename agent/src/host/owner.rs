@@ -7,7 +7,7 @@ use checkpoint::{Generation, HostId};
 
 use super::chain_care::Probing;
 use super::changes::Update;
-use super::machine::{Ask, Part, Purpose};
+use super::machine::{Part, Purpose};
 use super::off::Off;
 use super::{Answered, Effect, Loss, MS, Machine, Micros, Report, SECOND, Tell, Ticket};
 use crate::child::proto::{GuestEnd, Owns};
@@ -101,15 +101,18 @@ pub(super) struct Owner {
     pub(super) absent: BTreeMap<HostId, String>,
     /// A new owner's chain may lack what came up to this checkpoint.
     pub(super) bridge: Option<Mark>,
-    /// Losses that nobody has looked into.
+    /// The generation that its process followed when this agent found it: what the agent has heard of may be older.
+    follows: Generation,
+    /// Losses that nobody has looked into: of this generation, or of one that this agent has not heard of yet.
     pub(super) losses: Vec<Loss>,
     pub(super) probing: Option<Probing>,
-    /// Why a chain could not begin, though nothing is wrong with it.
-    pub(super) failed_attempt: Option<String>,
-    /// What was joining has everything.
-    pub(super) joiner_ready: bool,
-    /// It stands still: its last backup is lost.
-    pub(super) frozen: bool,
+    /// The generation whose chain could not begin, though nothing is wrong with it, and why.
+    pub(super) failed_attempt: Option<(Generation, String)>,
+    /// The generation in which what was joining has everything.
+    pub(super) joiner_ready: Option<Generation>,
+    /// The generation whose last backup is lost: it stands still since then, until another chain has it, or it is to run
+    /// alone.
+    pub(super) frozen: Option<Generation>,
     /// Its guest has switched itself off: the VM is to be off, whatever happens to the question about that.
     pub(super) off: bool,
     pub(super) leaving: Option<Leaving>,
@@ -167,11 +170,12 @@ impl Owner {
             retries: Retries::default(),
             absent: BTreeMap::new(),
             bridge: None,
+            follows: Generation::ZERO,
             losses: Vec::new(),
             probing: None,
             failed_attempt: None,
-            joiner_ready: false,
-            frozen: false,
+            joiner_ready: None,
+            frozen: None,
             off: false,
             leaving: None,
             closing: None,
@@ -269,11 +273,17 @@ impl Machine {
             _ if matches!(&self.part, Part::Owner(owner) if owner.off) => self.power_off(None, out),
             _ => {}
         }
+        let filled = self.chain_is_filled();
         let Some(owner) = self.owner() else { return };
+        if view.generation > owner.follows && (view.chain.is_empty() || filled) {
+            // It runs on alone, or with its output held. A chain that begins anew is filled while it stands still.
+            owner.frozen = None;
+        }
         owner.trouble = None;
-        owner.frozen = false;
-        owner.losses.clear();
-        owner.joiner_ready = false;
+        // What its process said of this generation before this agent knew it counts.
+        owner
+            .losses
+            .retain(|loss| loss.generation >= view.generation);
         if !view.in_place() {
             owner.bridge = None;
         }
@@ -323,7 +333,10 @@ impl Machine {
         if !matches!(self.part, Part::Nothing { .. }) {
             return;
         }
-        if self.record.life == Life::Off {
+        let is_newer = |found: &Owns| {
+            found.registered.revision > self.record.revision || found.generation > self.generation()
+        };
+        if self.record.life == Life::Off && !found.as_ref().is_some_and(is_newer) {
             // It was stopped, and its process not told.
             out.push(Effect::Kill);
             self.part = Part::Off(Off::default());
@@ -339,6 +352,7 @@ impl Machine {
         let mut owner = Owner::new(phase, None);
         owner.protected = found.protected;
         owner.frozen = found.frozen;
+        owner.follows = found.generation;
         owner.wanted = self.policy.wanted(&self.record, &self.me);
         self.part = Part::Owner(Box::new(owner));
         out.push(Effect::Say(
@@ -382,6 +396,7 @@ impl Machine {
                 text,
             } => {
                 owner.protected = Some(of);
+                owner.frozen.take_if(|frozen| *frozen < of);
                 if of == generation {
                     owner.trouble = None;
                 }
@@ -390,7 +405,7 @@ impl Machine {
             Report::Refused { generation: newer } => self.refused(newer, out),
             Report::Lost(loss) => {
                 // Of a chain that is lost already nothing more can be.
-                if loss.generation == generation && !owner.frozen {
+                if loss.generation >= generation && owner.frozen != Some(loss.generation) {
                     owner.losses.push(loss);
                 }
             }
@@ -398,11 +413,13 @@ impl Machine {
                 generation: of,
                 why,
             } => {
-                if of == generation {
-                    owner.failed_attempt = Some(why);
+                if of >= generation {
+                    owner.failed_attempt = Some((of, why));
                 }
             }
-            Report::JoinerReady { generation: of } => owner.joiner_ready |= of == generation,
+            Report::JoinerReady { generation: of } => {
+                owner.joiner_ready = owner.joiner_ready.max(Some(of));
+            }
             Report::HandedOver { epoch } => {
                 if let Some(leaving) = &mut owner.leaving {
                     leaving.stopped = true;
@@ -445,22 +462,17 @@ impl Machine {
         }
     }
 
-    /// A replica follows a newer generation: this owner's own next, or another owner's.
+    /// A replica follows a newer generation, which need not be another owner's: this owner's own agent may have asked for it, or
+    /// the one before, and not heard the answer. Output is held in any case; whose it is the master's record says.
     fn refused(&mut self, newer: Generation, out: &mut Vec<Effect>) {
-        let own = match self.ask.as_ref().map(Ask::raises) {
-            Some(true) => self.generation().next(),
-            _ => self.generation(),
-        };
         out.push(Effect::Read);
-        if newer <= own {
-            // If it turns out to be another's, the master's record says so.
-            return;
+        if newer > self.generation()
+            && let Some(owner) = self.owner()
+        {
+            owner.trouble = Some(format!(
+                "a replica follows generation {newer}, which this host has not heard of yet: the master is asked whose that is"
+            ));
         }
-        out.push(Effect::Tell(Tell::Fence));
-        let text = format!(
-            "a replica follows generation {newer}: the VM has stopped and dropped its held output"
-        );
-        out.push(Effect::Say(EventKind::Superseded, text));
     }
 
     fn booted(&mut self, out: &mut Vec<Effect>) {
@@ -553,7 +565,7 @@ impl Machine {
             _ => {}
         }
         if let Some(leaving) = owner.leaving.take_if(|leaving| now >= leaving.until) {
-            // Whoever asks from now on is refused or fences this host; either way one of them runs.
+            // Whoever asks from now on is refused or supersedes this host; either way one of them runs.
             out.push(Effect::Tell(Tell::RunOn));
             let why = match (leaving.stopped, head) {
                 (true, Some(head)) => format!("{head} has not taken {name} over; it runs on here"),

@@ -1,6 +1,7 @@
 //! The machine, fed by hand: what it asks for, and what it does not.
 
 mod changes;
+mod survivor;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

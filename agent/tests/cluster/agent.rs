@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use agent::host::{Answered, Effect, Input, Machine, Order, Refusal, Report, Tell, Ticket};
+use agent::host::{Answered, Effect, Fate, Input, Machine, Order, Refusal, Report, Tell, Ticket};
 use chain::master::{Followed, Follower, Snapshot};
 use chain::{Mark, VmRecord};
 use checkpoint::{ClusterId, Epoch, HostId};
@@ -196,7 +196,11 @@ impl World {
                 return self.feed(i, Input::Removed);
             }
         }
-        for news in agent.follower.snapshot(&snapshot) {
+        let news = agent.follower.snapshot(&snapshot);
+        if revision >= before || believes {
+            self.give_up_found(i, &snapshot);
+        }
+        for news in news {
             if let Followed::Removed(_) = news {
                 self.feed(i, Input::Removed)?;
             }
@@ -211,7 +215,6 @@ impl World {
     fn hear_record(&mut self, i: usize, record: &Arc<VmRecord>) -> Result<(), String> {
         let me = name(i);
         let hosts = self.hosts.len();
-        self.give_up_found(i, record);
         let Some(agent) = self.agent(i) else {
             return Ok(());
         };
@@ -229,12 +232,15 @@ impl World {
         self.feed(i, Input::Decided(VmRecord::clone(record)))
     }
 
-    /// A process found running whose VM is another host's by now ends.
-    fn give_up_found(&mut self, i: usize, record: &VmRecord) {
+    /// As `src/daemon/watch.rs` does with a process that it has found running, before its VM has a machine.
+    fn give_up_found(&mut self, i: usize, snapshot: &Snapshot) {
         let found = self
             .agent(i)
             .is_some_and(|agent| agent.process == Process::None);
-        if found && self.hosts[i].owner.is_some() && record.view.owner != name(i) {
+        let Some(owns) = self.owns(i).filter(|_| found) else {
+            return;
+        };
+        if let Fate::Elsewhere { .. } | Fate::Deleted = Fate::of(&owns, &name(i), snapshot) {
             self.say(|| format!("h{i} ends the process it has found"));
             self.end_process(i);
         }
@@ -265,6 +271,8 @@ impl World {
                 Order::Start => counts.started += 1,
                 Order::Delete => counts.deleted += 1,
                 Order::HandOver => counts.handed_over += 1,
+                Order::Unprotect => counts.unprotected += 1,
+                Order::Apply { .. } => counts.applied += 1,
                 _ => {}
             }
         }

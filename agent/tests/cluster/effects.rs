@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use agent::child::proto::Owns;
+use agent::child::proto::{Owns, Registered};
+use agent::control::EventKind;
 use agent::host::{Effect, Input, Report, Tell};
 use chain::replica::FreezeError;
 use chain::{Mark, View};
-use checkpoint::Generation;
+use checkpoint::{ClusterId, Generation};
 
 use super::agent::{Handed, Process};
 use super::errands::Errand;
@@ -47,7 +48,8 @@ impl World {
                 let found = self.adopt_process(i);
                 self.feed(i, Input::Adopted(found))
             }
-            Effect::StandBy(_) | Effect::Boot(..) => {
+            Effect::StandBy(ref record) | Effect::Boot(ref record, _) => {
+                self.hosts[i].registered.0 = record.revision;
                 self.spawn(i, effect);
                 Ok(())
             }
@@ -97,6 +99,7 @@ impl World {
                 self.begin_errand(i, Errand::FindDisks)
             }
             Effect::Say(kind, text) => {
+                self.counts.0.superseded += u64::from(kind == EventKind::Superseded);
                 self.say(|| format!("h{i} says {kind:?}: {text}"));
                 Ok(())
             }
@@ -258,23 +261,34 @@ impl World {
         }
     }
 
-    /// The process of this VM that an agent before has left running.
-    fn adopt_process(&mut self, i: usize) -> Option<Owns> {
-        let vm = self.vm;
-        if self.is(Mutant::AdoptNothing) {
-            return None;
-        }
-        let host = &mut self.hosts[i];
+    /// What the VM's process says of itself to an agent that finds it.
+    pub fn owns(&self, i: usize) -> Option<Owns> {
+        let host = &self.hosts[i];
         let owner = host.owner.as_ref()?;
-        let owns = Owns {
-            vm,
+        Some(Owns {
+            vm: self.vm,
             host: name(i),
+            registered: Registered {
+                cluster: ClusterId::NIL,
+                revision: host.registered.0,
+            },
             generation: owner.newest,
             protected: owner.protected.0,
             ended: (owner.still == Some(Still::Ended)).then(|| "it has ended".into()),
-            frozen: owner.still == Some(Still::Frozen),
-        };
-        let newest = owner.newest;
+            frozen: match owner.still {
+                Some(Still::Frozen(of)) => Some(of),
+                _ => None,
+            },
+        })
+    }
+
+    /// The process of this VM that an agent before has left running.
+    fn adopt_process(&mut self, i: usize) -> Option<Owns> {
+        if self.is(Mutant::AdoptNothing) {
+            return None;
+        }
+        let owns = self.owns(i)?;
+        let (host, newest) = (&mut self.hosts[i], owns.generation);
         host.unheard.0.retain(|report| match report {
             Report::Refused { generation } | Report::JoinerReady { generation } => {
                 *generation >= newest
@@ -350,18 +364,21 @@ impl World {
         };
         match tell {
             Tell::Protect(view) => return self.protect(i, &Arc::new(view)),
-            Tell::Freeze if owner.still.is_none() => owner.still = Some(Still::Frozen),
+            Tell::Freeze if matches!(owner.still, None | Some(Still::Stopping(_))) => {
+                owner.still = Some(Still::Frozen(owner.newest));
+            }
             Tell::HandOver if owner.still.is_none() && owner.output.is_protected() => {
                 owner.still = Some(Still::Stopping(None));
             }
             Tell::RunOn if matches!(owner.still, Some(Still::Stopping(_))) => owner.still = None,
-            Tell::Fence => {
-                owner.output.fence(&owner.content);
-                self.counts.0.fenced += 1;
-                self.say(|| format!("h{i}'s process is fenced"));
-            }
             Tell::Freeze | Tell::HandOver | Tell::RunOn => {}
+            Tell::PowerButton { reboot: false } if owner.still.is_none() => self.power_off(i),
             // What happens inside of the guest is nothing that its chain sees.
+            Tell::Reset | Tell::PowerButton { reboot: true } if owner.still.is_none() => {
+                self.counts.0.rebooted += 1;
+                let how = "it resets itself".into();
+                self.report(i, Report::Rebooted { how });
+            }
             Tell::Reset | Tell::PowerButton { .. } | Tell::Epochs(_) => {}
         }
         Ok(())

@@ -193,7 +193,7 @@ pub struct Counts {
     pub takeovers: u64,
     pub refused: u64,
     pub resumed: u64,
-    pub fenced: u64,
+    pub superseded: u64,
     pub crashes: u64,
     pub recoveries: u64,
     pub cuts: u64,
@@ -219,9 +219,13 @@ pub struct Counts {
     pub handed_over: u64,
     pub switches: u64,
     pub powered_off: u64,
+    pub given_up: u64,
+    pub rebooted: u64,
     pub booted: u64,
     pub adopted: u64,
     pub agents_died: u64,
+    pub unprotected: u64,
+    pub applied: u64,
 }
 
 impl Counts {
@@ -231,7 +235,7 @@ impl Counts {
             takeovers,
             refused,
             resumed,
-            fenced,
+            superseded,
             crashes,
             recoveries,
             cuts,
@@ -257,16 +261,20 @@ impl Counts {
             handed_over,
             switches,
             powered_off,
+            given_up,
+            rebooted,
             booted,
             adopted,
             agents_died,
+            unprotected,
+            applied,
         } = *other;
         for (sum, more) in [
             (&mut self.commits, commits),
             (&mut self.takeovers, takeovers),
             (&mut self.refused, refused),
             (&mut self.resumed, resumed),
-            (&mut self.fenced, fenced),
+            (&mut self.superseded, superseded),
             (&mut self.crashes, crashes),
             (&mut self.recoveries, recoveries),
             (&mut self.cuts, cuts),
@@ -292,9 +300,13 @@ impl Counts {
             (&mut self.handed_over, handed_over),
             (&mut self.switches, switches),
             (&mut self.powered_off, powered_off),
+            (&mut self.given_up, given_up),
+            (&mut self.rebooted, rebooted),
             (&mut self.booted, booted),
             (&mut self.adopted, adopted),
             (&mut self.agents_died, agents_died),
+            (&mut self.unprotected, unprotected),
+            (&mut self.applied, applied),
         ] {
             *sum += more;
         }
@@ -372,6 +384,8 @@ pub struct Host {
     /// The VM's disks here include what it did up to then: since which boot, and what.
     pub disks: Option<(u32, Content)>,
     pub agent: Aside<Option<Box<Agent>>>,
+    /// The revision of the record that its process was started by last.
+    pub registered: Aside<u64>,
     /// What the VM's process has said to nobody.
     pub unheard: Aside<Vec<::agent::host::Report>>,
 }

@@ -15,8 +15,10 @@ use super::{Aside, Content, Item, LinkId, Message, Mutant, Op, Role, World, dige
 /// Why the guest stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Still {
-    /// Its last backup is lost, and it is not to run alone.
-    Frozen,
+    /// The last backup of this generation is lost, and it is not to run alone.
+    Frozen(Generation),
+    /// This owner cannot go on with it: a backup is to take it over.
+    GivenUp,
     /// It is to be taken over from this checkpoint, once that has been captured and is committed.
     Stopping(Option<Epoch>),
     /// It has powered itself off, or crashed.
@@ -143,7 +145,7 @@ impl Owner {
 
     /// It stands still for lack of a backup.
     pub fn is_frozen(&self) -> bool {
-        self.still == Some(Still::Frozen)
+        matches!(self.still, Some(Still::Frozen(_)))
     }
 
     /// Connected to head and tail.
@@ -165,9 +167,11 @@ impl Owner {
             None if self.captures() => self.output.may_run(),
             None => self.output.may_run() && !self.output.holds(),
             // The first checkpoints of a new chain are made while it stands still.
-            Some(Still::Frozen) => self.captures() && self.output.begins() && self.output.may_run(),
+            Some(Still::Frozen(_)) => {
+                self.captures() && self.output.begins() && self.output.may_run()
+            }
             Some(Still::Stopping(None)) => self.captures() && self.output.may_run(),
-            Some(Still::Stopping(Some(_)) | Still::Ended) => false,
+            Some(Still::Stopping(Some(_)) | Still::GivenUp | Still::Ended) => false,
         }
     }
 }
@@ -205,7 +209,7 @@ impl World {
         let captured = owner.output.capture(owner.content.len());
         match owner.still {
             // The one after the first it may be resumed from.
-            Some(Still::Frozen) if !captured.full => owner.still = None,
+            Some(Still::Frozen(_)) if !captured.full => owner.still = None,
             Some(Still::Stopping(_)) => {
                 owner.still = Some(Still::Stopping(Some(captured.epoch)));
             }

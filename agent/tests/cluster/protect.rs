@@ -61,11 +61,13 @@ impl World {
             owner.attempt = None;
             owner.kept.clear();
             owner.output.unprotect(generation);
-            if owner.still == Some(Still::Frozen) {
-                owner.still = None;
-            }
+            owner.still.take_if(|still| *still != Still::Ended);
         } else if owner.is_client && view.in_place() {
             owner.output.go_on(generation);
+            let filled = owner.protected.0 >= Some(view.history.since);
+            owner
+                .still
+                .take_if(|still| filled && matches!(still, Still::Frozen(_)));
             owner.attempt = Some(Attempt::InPlace);
         } else {
             owner.is_client = true;
@@ -151,7 +153,11 @@ impl World {
         owner.attempt = None;
         owner.deaf = false;
         if anew {
-            let frozen = owner.still == Some(Still::Frozen);
+            let frozen = owner.is_frozen();
+            // Whatever else it stood still for does not count any more, but for its end.
+            owner
+                .still
+                .take_if(|still| !frozen && *still != Still::Ended);
             owner.kept.clear();
             owner.output.begin_sync(generation, frozen);
         }

@@ -18,6 +18,7 @@ impl World {
                 | Report::Lost(_)
                 | Report::JoinerReady { .. }
                 | Report::Ended { .. }
+                | Report::GiveUp { .. }
         );
         if host.agent.0.is_none() || (stands && !once) {
             host.unheard.0.push(report.clone());
@@ -88,14 +89,32 @@ impl World {
 
     /// The guest has powered itself off.
     pub fn power_off(&mut self, i: usize) {
-        let Some(owner) = &mut self.hosts[i].owner else {
+        // One that stands still does nothing.
+        let Some(owner) = (self.hosts[i].owner.as_mut()).filter(|owner| owner.still.is_none())
+        else {
             return;
         };
         owner.still = Some(Still::Ended);
         self.counts.0.powered_off += 1;
+        self.say(|| format!("h{i}'s guest switches itself off"));
         let how = "it has powered itself off".into();
         let end = GuestEnd::PoweredOff;
         self.report(i, Report::Ended { end, how });
+    }
+
+    /// The owner cannot go on, and says so: its guest stands still.
+    pub fn give_vm_up(&mut self, i: usize) {
+        let Some(owner) = &mut self.hosts[i].owner else {
+            return;
+        };
+        if owner.still.is_some() || !owner.output.is_protected() {
+            return;
+        }
+        owner.still = Some(Still::GivenUp);
+        self.counts.0.given_up += 1;
+        self.say(|| format!("h{i} gives the VM up"));
+        let why = "its disk fails".into();
+        self.report(i, Report::GiveUp { why });
     }
 
     pub fn say_handed_over(&mut self, i: usize, epoch: Epoch) {
@@ -109,7 +128,7 @@ impl World {
             return;
         }
         self.end_process(i);
-        self.counts.0.fenced += 1;
+        self.counts.0.superseded += 1;
         self.say(|| format!("h{i} is told of {newer} and stops"));
     }
 }

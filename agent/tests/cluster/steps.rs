@@ -68,6 +68,8 @@ pub enum Step {
     AgentReturns(usize),
     /// The guest powers itself off.
     PowersOff(usize),
+    /// The owner's disk fails: a backup that has everything is to take the VM over.
+    GivesUp(usize),
     /// It listens to the tail's acknowledgements, whether or not the rest of the chain is there.
     ListenToTail(usize),
     /// A replica connects to the next one.
@@ -136,6 +138,10 @@ impl World {
             Step::Silence(i) => self.silence(*i),
             Step::PowersOff(i) => {
                 self.power_off(*i);
+                Ok(())
+            }
+            Step::GivesUp(i) => {
+                self.give_vm_up(*i);
                 Ok(())
             }
             Step::Order(i, order) => self.order(*i, order),

@@ -73,7 +73,7 @@ fn of_the_chain(total: &Counts) -> [(&'static str, u64, u64); 13] {
         ("commits", total.commits, 1500),
         ("takeovers", total.takeovers, 100),
         ("refusals", total.refused, 30),
-        ("owners fenced", total.fenced, 30),
+        ("owners superseded", total.superseded, 30),
         ("crashes", total.crashes, 100),
         ("stores recovered", total.recoveries, 1),
         ("partitions", total.partitions, 30),

@@ -198,7 +198,8 @@ impl Stepper {
         match self.below(10) {
             8 => Some(Step::Order(i, Order::Stop)),
             9 => self.of_the_off(),
-            0..5 => Some(self.protect(i)),
+            0..3 => Some(self.protect(i)),
+            3 | 4 => self.a_change(i),
             5 => Some(Step::Order(i, Order::HandOver)),
             6 => Some(Step::Order(i, Order::Drill)),
             _ => {
@@ -220,6 +221,50 @@ impl Stepper {
             0 => Some(Step::Order(i, Order::Delete)),
             _ => Some(Step::Order(i, Order::Start)),
         }
+    }
+
+    /// An agent ends, and its VM runs on; or there is one again.
+    fn an_agents_life(&mut self) -> Option<Step> {
+        let gone = self.world.hosts_where(|h| h.agent_gone);
+        if !gone.is_empty() && self.below(3) != 0 {
+            return self.pick(&gone).map(Step::AgentReturns);
+        }
+        let there = self.world.hosts_where(|h| h.agent.0.is_some());
+        let host = self.pick(&there)?;
+        Some(Step::AgentEnds {
+            host,
+            recovers: self.durable,
+            prepared: self.below(2) == 0,
+        })
+    }
+
+    /// A guest switches itself off, or its owner's disk fails.
+    fn a_guests_or_disks_end(&mut self) -> Option<Step> {
+        let owners = self.world.hosts_where(|h| h.owner.is_some());
+        let i = self.pick(&owners)?;
+        match self.below(4) {
+            0 => Some(Step::PowersOff(i)),
+            _ => Some(Step::GivesUp(i)),
+        }
+    }
+
+    /// What an administrator wants of a VM that runs, beyond where it runs.
+    fn a_change(&mut self, i: usize) -> Option<Step> {
+        let order = match self.below(6) {
+            0 => Order::Unprotect,
+            1 => Order::ShutDown { patience: 0 },
+            2 => Order::Reboot { patience: None },
+            3 => Order::Reboot {
+                patience: Some(1_000_000),
+            },
+            _ => {
+                let mut shape = Box::new(self.world.record()?.shape.clone());
+                let seconds = self.below(3);
+                shape.config_toml = format!("disk_timeout_s = {seconds}");
+                Order::Apply { shape }
+            }
+        };
+        Some(Step::Order(i, order))
     }
 
     /// A host hears of what had been decided long ago.
@@ -298,8 +343,13 @@ impl Stepper {
 
     fn fault(&mut self) -> Option<Step> {
         let hosts = self.world.hosts.len();
-        if !self.world.is_free() && self.below(8) == 0 {
-            return self.old_news();
+        if !self.world.is_free() {
+            match self.below(16) {
+                0 | 1 => return self.old_news(),
+                2 | 3 => return self.an_agents_life(),
+                4 => return self.a_guests_or_disks_end(),
+                _ => {}
+            }
         }
         match self.below(20) {
             0..3 => {

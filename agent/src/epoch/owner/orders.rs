@@ -24,6 +24,8 @@ pub(super) enum Order {
     Options(EpochOptions),
     /// Stop the guest at the end of an epoch; say which, once it is committed.
     Quiesce(Sender<Epoch>),
+    /// A frozen guest runs on.
+    Thaw,
     /// A stopped guest runs on.
     RunOn,
     /// The guest stands still until there is another chain.
@@ -49,6 +51,7 @@ impl Order {
             | Order::HarvestOnly(_)
             | Order::Options(_)
             | Order::Quiesce(_)
+            | Order::Thaw
             | Order::RunOn => false,
         }
     }

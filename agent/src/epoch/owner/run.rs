@@ -113,12 +113,20 @@ impl Owner {
                     run.stands = Stands::Stopping(stopped);
                 }
             }
+            Order::Thaw => {
+                if matches!(run.stands, Stands::Frozen) {
+                    run.stands = Stands::No;
+                    self.guest.resume();
+                }
+            }
             Order::RunOn => {
                 if matches!(run.stands, Stands::Stopping(_) | Stands::Stopped(..)) {
                     run.stands = Stands::No;
                     self.guest.resume();
                 }
             }
+            // One that has ended, or is given up, stands still already, and does not run again because there is a chain.
+            Order::Freeze if matches!(run.stands, Stands::Ended | Stands::GivenUp) => {}
             Order::Freeze => {
                 run.stands = Stands::Frozen;
                 self.guest.pause().map_err(OwnerError::Vm)?;

@@ -610,6 +610,29 @@ fn a_frozen_guest_runs_again_with_its_output_held_once_another_chain_has_it() {
     again.join().unwrap().unwrap();
 }
 
+#[test]
+fn a_frozen_guest_runs_on_with_a_chain_that_goes_on_in_place_and_one_that_is_given_up_does_not() {
+    let rig = Rig::new(FakeGuest::new(8 * MIB), Vec::new());
+    let link = FakeLink::new(&rig.guest);
+    let shipping = rig.begin(1, &link);
+    rig.protect(1, &link);
+    rig.owner.freeze();
+    eventually("a guest that stands still", || !rig.guest.runs());
+    rig.owner.go_on(Generation(2));
+    rig.owner.thaw();
+    eventually("a guest that runs", || rig.guest.runs());
+    rig.owner.give_up("a disk".into());
+    rig.owner.freeze();
+    rig.owner.thaw();
+    let (sender, stopped) = std::sync::mpsc::channel();
+    rig.owner.quiesce(sender);
+    // The order after them has been looked at, and dropped.
+    assert!(stopped.recv().is_err());
+    assert!(!rig.guest.runs());
+    rig.stop();
+    shipping.join().unwrap().unwrap();
+}
+
 /// Kibibytes of this process's memory that are resident.
 fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
