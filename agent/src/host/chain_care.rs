@@ -36,50 +36,86 @@ struct Left {
 }
 
 impl Machine {
-    /// What is due for the chain.
+    /// What is due for the chain, the most urgent first. What needs nobody's answer does not keep the rest waiting.
     pub(super) fn settle_chain(&mut self, now: Micros, out: &mut Vec<Effect>) {
-        if self.ask.is_some() {
-            return;
+        for next in [
+            Self::settle_attempt,
+            Self::settle_losses,
+            Self::settle_joined,
+            Self::settle_orders,
+            Self::settle_members,
+        ] {
+            if self.may_settle() {
+                next(self, now, out);
+            }
         }
+    }
+
+    /// Nothing is under way, and the VM is there.
+    fn may_settle(&self) -> bool {
+        let Part::Owner(owner) = &self.part else {
+            return false;
+        };
+        let runs = matches!(owner.phase, Phase::Running | Phase::Activating(..));
+        self.ask.is_none() && owner.probing.is_none() && runs
+    }
+
+    fn settle_attempt(&mut self, now: Micros, out: &mut Vec<Effect>) {
+        let current = self.generation();
+        let Some(owner) = self.owner() else { return };
+        if let Some((_, why)) = owner.failed_attempt.take_if(|(of, _)| *of == current) {
+            self.attempt_failed(now, &why, out);
+        }
+    }
+
+    fn settle_losses(&mut self, _now: Micros, out: &mut Vec<Effect>) {
         let view = self.record.view.clone();
         let Some(owner) = self.owner() else { return };
-        if matches!(
-            owner.phase,
-            Phase::Ended(_) | Phase::Spawning | Phase::Booting(_)
-        ) || owner.probing.is_some()
-        {
-            return;
-        }
-        if let Some((_, why)) = (owner.failed_attempt).take_if(|(of, _)| *of == view.generation) {
-            return self.attempt_failed(now, &why, out);
-        }
         let of_this = |loss: &mut Loss| loss.generation == view.generation;
         let losses: Vec<Loss> = owner.losses.extract_if(.., of_this).collect();
-        if !losses.is_empty() && owner.frozen != Some(view.generation) {
-            let members = view.chain.iter().chain(&view.joining).cloned().collect();
-            owner.probing = Some(Probing::Losses(losses));
-            return out.push(Effect::Probe(members));
+        if losses.is_empty() || owner.frozen == Some(view.generation) {
+            return;
         }
-        if (owner.joiner_ready.take_if(|of| *of == view.generation)).is_some() {
-            return self.promote(out);
+        let members = view.chain.iter().chain(&view.joining).cloned().collect();
+        owner.probing = Some(Probing::Losses(losses));
+        out.push(Effect::Probe(members));
+    }
+
+    fn settle_joined(&mut self, _now: Micros, out: &mut Vec<Effect>) {
+        let current = self.generation();
+        let Some(owner) = self.owner() else { return };
+        if owner.joiner_ready.take_if(|of| *of == current).is_some() {
+            self.promote(out);
         }
+    }
+
+    /// What an administrator has ordered.
+    fn settle_orders(&mut self, _now: Micros, out: &mut Vec<Effect>) {
+        let vm = self.vm();
+        let by = self.me.clone();
+        let Some(owner) = self.owner() else { return };
         if std::mem::take(&mut owner.choose) {
             let backups = owner.wanted.clone();
-            let command = Command::Choose {
-                vm: view.vm,
-                by: self.me.clone(),
-                backups,
-            };
+            let command = Command::Choose { vm, by, backups };
             return self.propose(Purpose::Choose, command, out);
         }
         if owner.leaving.is_some() {
             return;
         }
         if !owner.parting.is_empty() {
-            return self.settle_parting(out);
+            self.settle_parting(out);
         }
-        if let Some(update) = owner.update.take() {
-            return self.ask_update(update, out);
+        if self.ask.is_none()
+            && let Some(update) = self.owner().and_then(|owner| owner.update.take())
+        {
+            self.ask_update(update, out);
+        }
+    }
+
+    /// Which hosts are in the chain.
+    fn settle_members(&mut self, now: Micros, out: &mut Vec<Effect>) {
+        if self.owner().is_none_or(|owner| owner.leaving.is_some()) {
+            return;
         }
         let missing = self.missing(now);
         if !missing.is_empty() {
@@ -90,6 +126,7 @@ impl Machine {
         }
         if let Some(leaver) = self.leaver() {
             // One that has just come may lack the last that was acknowledged before.
+            let view = self.record.view.clone();
             if let Some(owner) = self.owner()
                 && now >= owner.leave_at
             {

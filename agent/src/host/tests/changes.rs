@@ -294,3 +294,19 @@ fn l10_a_vm_that_is_off_is_configured_anew_and_stays_off() {
     });
     assert_eq!(boots, Some(4));
 }
+
+/// The simulation's seed 46658: what was ordered while the backups went was looked at when something else happened, or never.
+#[test]
+fn what_is_ordered_while_a_vm_without_a_chain_is_unprotected_is_done_at_once() {
+    let mut b = Bench::owner();
+    b.take();
+    b.order(Order::Unprotect);
+    b.apply("on_crash = \"restart\"\n");
+    b.decide();
+    b.decide();
+    let effects = b.take();
+    assert_eq!(
+        answers(&effects),
+        [&Ok(Answered::Done), &Ok(Answered::Done)]
+    );
+}
