@@ -190,7 +190,8 @@ impl Machine {
         if busy || !self.is_settled(owner) {
             return None;
         }
-        let missing = self.lacks(owner).next().map(|_| owner.next_look());
+        let next = |host| owner.next_look().max(owner.retries.due_at(host));
+        let missing = self.lacks(owner).map(next).min();
         let leaver = self.leaver().map(|_| owner.leave_at);
         [missing, leaver].into_iter().flatten().min()
     }
@@ -270,14 +271,25 @@ impl Machine {
         let Some(joining) = self.record.view.joining.clone() else {
             return;
         };
-        if let Some(owner) = self.owner() {
-            owner.retries.joined(&joining.host);
-            owner.absent.remove(&joining.host);
-        }
+        self.joined(&joining.host);
         let text = format!("{} has everything and becomes the tail", joining.host);
         out.push(Effect::Say(EventKind::Joined, text));
         chain.push(joining);
         self.reconfigure(chain, None, false, out);
+    }
+
+    /// The chain is complete: whatever kept its members away does not any more.
+    pub(super) fn all_joined(&mut self) {
+        for member in self.record.view.chain.clone() {
+            self.joined(&member.host);
+        }
+    }
+
+    fn joined(&mut self, host: &HostId) {
+        if let Some(owner) = self.owner() {
+            owner.retries.joined(host);
+            owner.absent.remove(host);
+        }
     }
 
     /// Asks the master for another chain. Output stays held until it has decided.

@@ -145,7 +145,11 @@ impl Retries {
     }
 
     pub(super) fn due(&self, host: &HostId, now: Micros) -> bool {
-        self.0.get(host).is_none_or(|(at, _)| now >= *at)
+        now >= self.due_at(host)
+    }
+
+    pub(super) fn due_at(&self, host: &HostId) -> Micros {
+        self.0.get(host).map_or(0, |(at, _)| *at)
     }
 
     /// An administrator wants it now.
@@ -395,10 +399,11 @@ impl Machine {
                 generation: of,
                 text,
             } => {
-                owner.protected = Some(of);
+                owner.protected = owner.protected.max(Some(of));
                 owner.frozen.take_if(|frozen| *frozen < of);
                 if of == generation {
                     owner.trouble = None;
+                    self.all_joined();
                 }
                 out.push(Effect::Say(EventKind::Protected, text));
             }

@@ -383,6 +383,9 @@ impl Stepper {
                 .collect::<Vec<_>>(),
             view.joining.as_ref().map(|m| m.host.as_str())
         );
+        if let Some(machine) = world.machine(index(&view.owner)) {
+            text += &format!("\n{machine:?}");
+        }
         for (i, host) in world.hosts.iter().enumerate() {
             text += &format!("\n  {}: up {}, seen {}", name(i), host.up, host.seen);
             if let Some(owner) = &host.owner {
