@@ -461,6 +461,8 @@ impl Child {
         loop {
             let agent = wait(Duration::from_millis(self.start.agent_return_ms))?;
             if agent.is_some() {
+                // Whoever had ordered a switchover is gone, and nobody would say that it has come to nothing.
+                owner.run_on();
                 return Ok(agent);
             }
             if !protector.has_chain() {

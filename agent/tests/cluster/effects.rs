@@ -296,6 +296,11 @@ impl World {
             Report::Lost(loss) => loss.generation >= newest,
             _ => true,
         });
+        // Whoever had ordered a switchover is gone.
+        let owner = host.owner.as_mut()?;
+        owner
+            .still
+            .take_if(|still| matches!(still, Still::Stopping(_)));
         let unheard = host.unheard.0.clone();
         let agent = host.agent.0.as_deref_mut()?;
         agent.number += 1;

@@ -382,7 +382,9 @@ impl World {
         if owner.deaf {
             return;
         }
-        if !self.is_free() && self.hosts[i].bridge.is_some() {
+        let bridge = self.hosts[i].bridge.as_ref();
+        let bridges = bridge.is_some_and(|b| b.view.generation == link.generation);
+        if !self.is_free() && bridges {
             // Whoever bridges takes any other answer for the end of the connection, and tries again.
             self.links.remove(&link);
             return;
