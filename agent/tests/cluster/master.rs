@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use agent::host::Refusal;
-use chain::master::{Command, DisksFrom};
+use chain::master::Command;
 
 use super::{Answer, Aside, Asked, Begun, Mutant, Reply, World, name};
 
@@ -21,11 +21,6 @@ impl World {
         {
             *expect = now;
             at.generation = now;
-        }
-        if let (Command::Start { from, .. }, Mutant::StartAnywhere) =
-            (&mut command, self.rules.mutant)
-        {
-            *from = DisksFrom::Older;
         }
         let revision = self.master.0.revision();
         let result = Arc::make_mut(&mut self.master.0).apply(&command);

@@ -103,8 +103,6 @@ pub enum Mutant {
     TroubleOnce,
     /// A full checkpoint can be resumed from at once, while output flows.
     FullHeld,
-    /// A VM that is off is started by a host that does not have its newest disks.
-    StartAnywhere,
     /// A VM's process is not ended when the master has decided that the VM is off.
     StopOnlyDecided,
     /// What a process has told one agent it does not tell the next.

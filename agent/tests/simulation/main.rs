@@ -100,6 +100,13 @@ fn no_interleaving_loses_what_was_acknowledged_and_all_comes_right_again() {
             ("boots from disks", total.booted, 10),
             ("VMs stopped", total.stopped, 5),
             ("VMs started", total.started, 5),
+            ("guests switched off", total.powered_off, 10),
+            ("guests booted again", total.rebooted, 10),
+            ("VMs given up by their owners", total.given_up, 4),
+            ("VMs configured anew", total.applied, 10),
+            ("VMs unprotected by order", total.unprotected, 4),
+            ("agents that died", total.agents_died, 40),
+            ("processes adopted", total.adopted, 4),
         ],
     );
 }

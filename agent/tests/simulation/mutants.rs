@@ -51,6 +51,8 @@ mutants! {
     i5_resuming_from_a_full_checkpoint_at_once: Shipped, FullHeld, ["I5"];
     i5_a_full_checkpoint_without_a_decision: Shipped, FullUndecided, ["I5", "I4"];
     i6_a_vm_that_is_off_and_runs_on: Shipped, StopOnlyDecided, ["I6"];
+    i6_a_running_vm_that_is_booted_again: Shipped, AdoptNothing, ["I6"];
+    liveness_what_a_process_tells_only_one_agent: Shipped, ReportedOnce, ["liveness"];
     liveness_a_stale_snapshot_that_is_believed: Shipped, StaleTaken, ["liveness", "I4", "I5", "I6"];
     sent_is_not_resent: Shipped, SentNotResent, ["failed without a reason"];
     sent_is_resent_whatever_the_successor_holds: Shipped, ResendAnyway, ["failed without a reason"];
