@@ -231,7 +231,7 @@ fn an_address_in_use_is_named_with_the_remedy() {
 }
 
 #[test]
-fn a_master_that_cannot_store_says_so_and_decides_nothing_more() {
+fn a_master_that_cannot_store_says_so_and_decides_nothing_until_it_can() {
     let (dir, addr) = served();
     let master = RemoteMaster::new(addr);
     master.propose(&register("one")).unwrap();
@@ -244,8 +244,14 @@ fn a_master_that_cannot_store_says_so_and_decides_nothing_more() {
             0 => assert!(matches!(error, MasterError::Unknown { .. }), "{error}"),
             _ => assert!(matches!(error, MasterError::Engine { .. }), "{error}"),
         }
-        assert!(error.to_string().contains("stopped deciding"), "{error}");
+        assert!(
+            error.to_string().contains("until it can be written"),
+            "{error}"
+        );
     }
+    std::fs::remove_dir(dir.path().join("master.new")).unwrap();
+    master.propose(&register("two")).unwrap();
+    assert_eq!(master.read().unwrap().records.len(), 2);
 }
 
 #[test]

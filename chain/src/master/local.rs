@@ -5,8 +5,9 @@
 //! ```
 //!
 //! A change is decided once the new file is synced and renamed over the old one and the directory is synced. A failed
-//! sync leaves unknown what is on the disk: the engine then stops deciding for good. While there is no room for the new
-//! file, changes are refused.
+//! sync leaves unknown which of the two is on the disk, and whoever asked is told so: nothing more is decided until the old
+//! one has been written anew, and with it that the change was not made. While there is no room for the new file, changes are
+//! refused.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -40,7 +41,8 @@ struct Inner {
     state: MasterState,
     /// Why there was no room for the last record that was to be written.
     no_room: Option<String>,
-    poisoned: Option<String>,
+    /// Why it is unknown what is on the disk: this state, or the one after it.
+    unsettled: Option<String>,
 }
 
 impl LocalMaster {
@@ -92,7 +94,7 @@ impl LocalMaster {
                 file,
                 state,
                 no_room,
-                poisoned: None,
+                unsettled: None,
             }),
             changed: Condvar::new(),
         })
@@ -103,6 +105,22 @@ impl LocalMaster {
     pub fn cluster(&self) -> ClusterId {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.state.cluster()
+    }
+
+    /// Writes what is decided once more if a failure has left unknown whether that is what is on the disk.
+    fn settle(&self, inner: &mut Inner) -> Result<(), MasterError> {
+        let Some(why) = inner.unsettled.take() else {
+            return Ok(());
+        };
+        let bytes = encode(&inner.state).map_err(|why| self.storage(&why))?;
+        if let Err(e) = inner.file.store(&bytes) {
+            inner.unsettled = Some(why);
+            return Err(self.storage(&format!(
+                "{e}: nothing is decided until it can be written again"
+            )));
+        }
+        tracing::info!("master: {} can be written again", self.path.display());
+        Ok(())
     }
 
     fn no_room(&self, why: &str) -> MasterError {
@@ -177,9 +195,7 @@ fn parse(bytes: &[u8]) -> Result<MasterState, String> {
 impl Master for LocalMaster {
     fn request(&self, request: &Request, wanted: &Wanted) -> Result<Reply, MasterError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(why) = &inner.poisoned {
-            return Err(self.storage(why));
-        }
+        self.settle(&mut inner)?;
         // Asked with the lock held: a decision that the disk delays must not make those behind it come too late.
         if !wanted.still() {
             return Err(MasterError::GivenUp);
@@ -195,8 +211,8 @@ impl Master for LocalMaster {
                     return Err(self.no_room(&e.to_string()));
                 }
                 Err(e) => {
-                    let why = format!("{e}, so this master has stopped deciding");
-                    inner.poisoned = Some(why.clone());
+                    let why = format!("{e}: nothing is decided until it can be written again");
+                    inner.unsettled = Some(why.clone());
                     return Err(MasterError::Unknown {
                         id: request.id,
                         why: self.storage(&why).to_string(),
@@ -211,18 +227,15 @@ impl Master for LocalMaster {
 
     fn trouble(&self) -> Option<String> {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let poisoned = inner.poisoned.as_ref().map(|why| self.storage(why));
+        let unsettled = inner.unsettled.as_ref().map(|why| self.storage(why));
         let no_room = inner.no_room.as_ref().map(|why| self.no_room(why));
-        poisoned.or(no_room).map(|e| e.to_string())
+        unsettled.or(no_room).map(|e| e.to_string())
     }
 
     fn watch(&self, since: u64, timeout: Duration) -> Result<Snapshot, MasterError> {
         let deadline = Instant::now() + timeout;
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(why) = &inner.poisoned {
-                return Err(self.storage(why));
-            }
             let now = Instant::now();
             if inner.state.revision() > since || now >= deadline {
                 return Ok(inner.state.snapshot());
@@ -332,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_write_stops_the_master_for_good() {
+    fn a_failed_write_decides_nothing_and_is_over_when_the_disk_can_be_written() {
         let dir = tempfile::tempdir().unwrap();
         let master = LocalMaster::open(dir.path(), Begin::New).unwrap();
         // A directory in the temporary file's place makes the write fail, also for root.
@@ -341,11 +354,19 @@ mod tests {
             master.propose(&register("one")),
             Err(MasterError::Unknown { .. })
         ));
-        fs::remove_dir(dir.path().join("master.new")).unwrap();
         assert!(matches!(
-            master.propose(&register("one")),
+            master.propose(&register("two")),
             Err(MasterError::Storage { .. })
         ));
-        assert!(matches!(master.read(), Err(MasterError::Storage { .. })));
+        assert!(master.trouble().unwrap().contains("master.record"));
+        assert_eq!(master.read().unwrap().records, []);
+        fs::remove_dir(dir.path().join("master.new")).unwrap();
+        master.propose(&register("two")).unwrap();
+        assert_eq!(master.trouble(), None);
+        let decided = master.read().unwrap();
+        assert_eq!(decided.records.len(), 1, "what failed was not decided");
+        drop(master);
+        let again = LocalMaster::open(dir.path(), Begin::Existing).unwrap();
+        assert_eq!(again.read().unwrap(), decided);
     }
 }

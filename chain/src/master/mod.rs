@@ -95,7 +95,7 @@ pub enum MasterError {
         /// The directory.
         dir: std::path::PathBuf,
     },
-    /// The master's storage failed: it has stopped deciding.
+    /// The master's record cannot be written: it decides nothing until it can.
     #[error("the master's record {path}: {why}")]
     Storage {
         /// The file.

@@ -2,8 +2,12 @@
 //!
 //! A disk that is full must not end a master: while there is room, `<name>.spare` takes up as much as the next record
 //! needs. When a record finds no room, the spare makes way for it; the old record's room becomes the next spare. If even
-//! that is not enough, nothing has been changed, and the caller may try again. A failed sync is another matter: it is
-//! unknown then what is on the disk, and that is final.
+//! that is not enough, nothing has been changed, and the caller may try again.
+//!
+//! A write or a sync that fails leaves unknown whether the old record or the new one is on the disk: until a later one has
+//! been stored, nothing may depend on either. It may be tried again, since each attempt is a new file with all of its data
+//! written anew, and each of its syncs counts for that file only. (Syncing the same file a second time would say nothing: the
+//! kernel takes pages whose writing has failed for written.)
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -23,7 +27,7 @@ pub(super) enum StoreError {
         "there is no room for it ({0}): nothing was changed; free some space in that directory"
     )]
     NoRoom(io::Error),
-    /// It is unknown what is on the disk. Every later attempt fails too.
+    /// It is unknown whether the old record or the new one is on the disk. It may be tried again.
     #[error("{0}; it is unknown what is on the disk")]
     Failed(io::Error),
 }
@@ -117,7 +121,7 @@ pub(super) struct Mutants {
     pub no_sync: bool,
     pub no_dir_sync: bool,
     pub in_place: bool,
-    pub go_on_after_failure: bool,
+    pub sync_again: bool,
 }
 
 /// The file.
@@ -125,7 +129,6 @@ pub(super) struct RecordFile {
     files: Box<dyn Files>,
     dir: PathBuf,
     name: &'static str,
-    failed: bool,
     mutants: Mutants,
 }
 
@@ -140,7 +143,6 @@ impl RecordFile {
             files,
             dir: dir.into(),
             name,
-            failed: false,
             mutants,
         }
     }
@@ -159,20 +161,14 @@ impl RecordFile {
         }
     }
 
-    /// Replaces it. After a failure it is unknown what is on the disk, and a later success would say nothing about the
-    /// data whose sync failed: every later call fails as well. A disk that is full before anything is written is none.
+    /// Replaces it. A disk that is full before anything is written is no failure.
     pub fn store(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        if self.failed && !self.mutants.go_on_after_failure {
-            let earlier = io::Error::other("an earlier write has failed");
-            return Err(StoreError::Failed(earlier));
-        }
         let stored = match self.replace(bytes) {
             Err(StoreError::NoRoom(_)) if self.files.remove(&self.spare()).is_ok() => {
                 self.replace(bytes)
             }
             other => other,
         };
-        self.failed |= matches!(stored, Err(StoreError::Failed(_)));
         if stored.is_ok() {
             let len = (bytes.len() / SPARE_STEP + 1) * SPARE_STEP;
             // Without one a full disk is refused sooner, no more.
@@ -197,10 +193,19 @@ impl RecordFile {
             true => StoreError::NoRoom(e),
             false => StoreError::Failed(e),
         };
+        if !self.mutants.in_place {
+            // Of an attempt before, which may have failed: nothing of it is used.
+            let _ = self.files.remove(&temporary);
+        }
         let mut file = self.files.create(&temporary).map_err(early)?;
         file.write(bytes).map_err(early)?;
         if !self.mutants.no_sync {
-            file.sync().map_err(StoreError::Failed)?;
+            let synced = file.sync();
+            let synced = match self.mutants.sync_again {
+                true => synced.or_else(|_| file.sync()),
+                false => synced,
+            };
+            synced.map_err(StoreError::Failed)?;
         }
         drop(file);
         if !self.mutants.in_place {

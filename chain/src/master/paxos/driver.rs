@@ -27,8 +27,8 @@ const EVENTS: usize = 256;
 /// Events that share one write.
 const BATCH: usize = 64;
 
-/// Between attempts to write a record that there is no room for.
-const NO_ROOM_PAUSE: Duration = Duration::from_millis(100);
+/// Between attempts to write a record that there is no room for, or that cannot be written.
+const STUCK_PAUSE: Duration = Duration::from_millis(100);
 
 /// Of a client.
 #[derive(Clone, Debug)]
@@ -51,10 +51,28 @@ struct Shared {
     answering: AtomicUsize,
     members: usize,
     ended: AtomicBool,
-    /// Where and why there is no room for its record at present.
-    no_room: Mutex<Option<(PathBuf, String)>>,
+    /// Why its record cannot be written at present.
+    stuck: Mutex<Option<Stuck>>,
     /// Why it does not take part any more.
     stopped: OnceLock<String>,
+}
+
+/// A record that cannot be written: the member stands still until it can.
+#[derive(Clone, Debug)]
+struct Stuck {
+    path: PathBuf,
+    why: String,
+    /// There is only no room for it.
+    full: bool,
+}
+
+impl From<Stuck> for MasterError {
+    fn from(Stuck { path, why, full }: Stuck) -> Self {
+        match full {
+            true => Self::NoRoom { path, why },
+            false => Self::Storage { path, why },
+        }
+    }
 }
 
 impl Shared {
@@ -62,8 +80,8 @@ impl Shared {
         self.revision.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn no_room(&self) -> MutexGuard<'_, Option<(PathBuf, String)>> {
-        self.no_room.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stuck(&self) -> MutexGuard<'_, Option<Stuck>> {
+        self.stuck.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is applied here, and that somebody may have reason to look.
@@ -154,8 +172,8 @@ impl Driver {
             if self.shared.ended.load(Ordering::SeqCst) {
                 return Err(stopped());
             }
-            if let Some((path, why)) = self.shared.no_room().clone() {
-                return Err(MasterError::NoRoom { path, why });
+            if let Some(stuck) = self.shared.stuck().clone() {
+                return Err(stuck.into());
             }
             match self.input.try_send(input) {
                 Ok(()) => break,
@@ -168,7 +186,7 @@ impl Driver {
             }
         }
         match answered.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            // It may have been under way when the disk became full: whether it counts is decided once there is room.
+            // It may have been under way when its record could not be written: whether it counts is decided once it can.
             Ok(answer) => Ok(answer),
             Err(RecvTimeoutError::Disconnected) if !wanted.still() => Err(MasterError::GivenUp),
             Err(RecvTimeoutError::Disconnected) => Err(stopped()),
@@ -195,11 +213,11 @@ impl Driver {
     /// What keeps this member from taking part.
     pub fn trouble(&self) -> Option<String> {
         let stopped = self.shared.stopped.get().cloned();
-        let no_room = || {
-            let (path, why) = self.shared.no_room().clone()?;
-            Some(MasterError::NoRoom { path, why }.to_string())
+        let stuck = || {
+            let stuck = self.shared.stuck().clone()?;
+            Some(MasterError::from(stuck).to_string())
         };
-        stopped.or_else(no_room)
+        stopped.or_else(stuck)
     }
 
     /// Whether this member leads.
@@ -311,7 +329,7 @@ impl Member {
             && let Err(e) = self.store(&record)
         {
             let why = format!(
-                "{}: {e}, so this member has stopped taking part",
+                "{}: {e}; this member ends without it",
                 self.file.path().display()
             );
             self.node.stop(&why);
@@ -331,36 +349,34 @@ impl Member {
         self.perform(output);
     }
 
-    /// Writes the record. While there is no room for it the member stands still: what the record is to cover has not left
-    /// it, and to the others it is one that does not answer.
+    /// Writes the record. While it cannot be written the member stands still: what the record is to cover has not left it,
+    /// and to the others it is one that does not answer. Fails only once the member is to end.
     fn store(&mut self, record: &[u8]) -> Result<(), StoreError> {
         loop {
-            let no_room = match self.file.store(record) {
-                Err(StoreError::NoRoom(e)) if !self.shared.ended.load(Ordering::SeqCst) => {
-                    StoreError::NoRoom(e)
-                }
-                other => {
-                    if self.shared.no_room().take().is_some() && other.is_ok() {
-                        tracing::info!("master: there is room for its record again");
+            let e = match self.file.store(record) {
+                Ok(()) => {
+                    if self.shared.stuck().take().is_some() {
+                        tracing::info!("master: its record can be written again");
                     }
-                    return other;
+                    return Ok(());
                 }
+                Err(e) if self.shared.ended.load(Ordering::SeqCst) => return Err(e),
+                Err(e) => e,
             };
-            let why = no_room.to_string();
-            let path = self.file.path();
-            if self
-                .shared
-                .no_room()
-                .replace((path.clone(), why.clone()))
-                .is_none()
-            {
-                tracing::error!(
-                    "master: {}: {why}; it stands still until then",
-                    path.display()
-                );
+            let stuck = Stuck {
+                path: self.file.path(),
+                why: e.to_string(),
+                full: matches!(e, StoreError::NoRoom(_)),
+            };
+            let text = format!(
+                "{}: {e}; this member stands still until it can be written",
+                stuck.path.display()
+            );
+            if self.shared.stuck().replace(stuck).is_none() {
+                tracing::error!("master: {text}");
             }
             self.shared.leads.store(false, Ordering::Relaxed);
-            std::thread::sleep(NO_ROOM_PAUSE);
+            std::thread::sleep(STUCK_PAUSE);
         }
     }
 

@@ -7,7 +7,7 @@ use omnipaxos::messages::Message;
 use omnipaxos::messages::sequence_paxos::PaxosMsg;
 
 use super::super::entry::{Applied, Entry, Outcome, Pid};
-use super::super::node::{Answer, Event, Node, PATIENCE_TICKS, PeerMessage, Refusal};
+use super::super::node::{Answer, Event, Node, Output, PATIENCE_TICKS, PeerMessage, Refusal};
 use super::super::storage::{Identity, Record};
 use crate::mark::Mark;
 use crate::master::{Command, Order, Reply, Request};
@@ -91,8 +91,10 @@ struct Site {
     disk: Record,
     /// With the mutant: written with the next record, if it comes to that.
     late: Option<Record>,
-    disk_failed: bool,
+    /// Writes fail.
     failing: bool,
+    /// What it stands still with until it can write.
+    stuck: Option<Output>,
 }
 
 #[derive(Default)]
@@ -149,8 +151,8 @@ impl World {
                 node: None,
                 disk,
                 late: None,
-                disk_failed: false,
                 failing: false,
+                stuck: None,
             }
         });
         let mut world = Self {
@@ -231,14 +233,19 @@ impl World {
 
     fn crash(&mut self, me: Pid) {
         let site = self.site(me);
-        (site.node, site.late) = (None, None);
+        (site.node, site.late, site.stuck) = (None, None, None);
         self.break_links_of(me);
         self.counts.crashes += 1;
         self.say(format!("{me} crashes"));
     }
 
     fn feed(&mut self, me: Pid, event: Event) -> Result<(), String> {
-        if let Some(node) = &mut self.site(me).node {
+        if let Site {
+            node: Some(node),
+            stuck: None,
+            ..
+        } = self.site(me)
+        {
             node.handle(event);
             // Several events may go into one write.
             if self.rng.one_in(4) {
@@ -251,25 +258,46 @@ impl World {
 
     /// Does what the member wants done: writes, then the rest; it may die at any point of this.
     fn act(&mut self, me: Pid) -> Result<(), String> {
-        let Some(node) = &mut self.sites[me as usize - 1].node else {
+        let Site {
+            node: Some(node),
+            stuck: None,
+            ..
+        } = self.site(me)
+        else {
             return Ok(());
         };
         let output = node.take();
+        self.carry_out(me, output)
+    }
+
+    /// Its disk can be written again.
+    fn mend(&mut self, me: Pid) -> Result<(), String> {
+        let site = self.site(me);
+        site.failing = false;
+        match site.stuck.take() {
+            Some(output) => {
+                self.say(format!("{me} can write again"));
+                self.carry_out(me, output)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn carry_out(&mut self, me: Pid, output: Output) -> Result<(), String> {
         let often = if output.record.is_some() { 60 } else { 1500 };
         let dies = !self.mended && self.rng.one_in(often);
         let late_writes = self.mutant == Mutant::SendBeforeWriting;
         if let Some(bytes) = &output.record {
             if self.sites[me as usize - 1].failing {
-                self.site(me).disk_failed = true;
                 self.counts.failed_disks += 1;
                 self.say(format!("{me}'s disk fails"));
-                let node = self.site(me).node.as_mut().expect("it runs");
-                node.stop("its disk failed");
-                let output = node.take();
-                if output.record.is_some() || !output.messages.is_empty() {
-                    return Err(format!("{me} goes on after its disk failed"));
+                // Either record may be there if it dies now.
+                if self.rng.one_in(2) {
+                    self.site(me).disk = Record::parse(bytes)?;
+                    self.observe(me)?;
                 }
-                return self.answers(me, output.answers);
+                self.site(me).stuck = Some(output);
+                return Ok(());
             }
             let lost = dies && self.rng.one_in(2);
             if lost {
@@ -464,7 +492,7 @@ impl World {
             }
             Asked::Read { .. } => Event::Read(ticket),
         };
-        if self.site(me).node.is_some() {
+        if self.site(me).node.is_some() && self.site(me).stuck.is_none() {
             self.asked.insert(ticket, asked);
             self.feed(me, event)?;
         }
@@ -475,6 +503,11 @@ impl World {
         let (repeat, burst) = (self.rng.one_in(50), 1 + self.rng.below(4));
         let link = self.links.get_mut(&(from, to)).expect("all pairs");
         if link.cut || self.sites[to as usize - 1].node.is_none() {
+            return Ok(());
+        }
+        // What comes to one that stands still waits, new connections too.
+        let stuck = |who: Pid| self.sites[who as usize - 1].stuck.is_some();
+        if stuck(to) || link.renew && stuck(from) {
             return Ok(());
         }
         if link.renew && self.sites[from as usize - 1].node.is_some() {
@@ -512,14 +545,10 @@ impl World {
         self.say(format!("partition {:b} {one_way}", mask & 0x3f));
     }
 
-    fn running(&self) -> usize {
-        self.sites.iter().filter(|s| !s.disk_failed).count()
-    }
-
     pub fn step(&mut self) -> Result<(), String> {
         for site in &self.sites {
             let stopped = site.node.as_ref().and_then(Node::stopped);
-            if let Some(why) = stopped.filter(|_| !site.disk_failed) {
+            if let Some(why) = stopped {
                 return Err(format!("stopped by itself: {why}"));
             }
         }
@@ -556,12 +585,8 @@ impl World {
             }
             352..356 => self.partition(),
             356..362 => self.links.values_mut().for_each(|l| l.cut = false),
-            362 if self.rng.one_in(12)
-                && self.running() > self.majority()
-                && self.site(me).node.is_some() =>
-            {
-                self.site(me).failing = true;
-            }
+            362 => self.site(me).failing = true,
+            363..366 => self.mend(me)?,
             _ if me != other => self.deliver(me, other)?,
             _ => {}
         }
@@ -574,8 +599,8 @@ impl World {
         self.mended = true;
         self.links.values_mut().for_each(|l| l.cut = false);
         for me in 1..=self.n() {
-            self.site(me).failing &= self.sites[me as usize - 1].disk_failed;
-            if self.site(me).node.is_none() && !self.site(me).disk_failed {
+            self.mend(me)?;
+            if self.site(me).node.is_none() {
                 self.start(me)?;
             }
         }
@@ -585,9 +610,7 @@ impl World {
             if round == 1 {
                 let at_least = self.told;
                 for me in 1..=self.n() {
-                    if !self.site(me).disk_failed {
-                        tickets.push((me, self.ask(me, Asked::Read { at_least })?));
-                    }
+                    tickets.push((me, self.ask(me, Asked::Read { at_least })?));
                 }
             }
             let given_up = self.counts.undecided;
