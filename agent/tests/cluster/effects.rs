@@ -216,7 +216,10 @@ impl World {
             ));
         }
         let limit = self.rules.in_flight;
-        let owner = Owner::resumed(view.clone(), content, mark, acked, limit, self.boot);
+        // A grant that is heard of late is about the VM as it was before it booted again.
+        let boots = self.boots.0.iter().filter(|of| **of <= generation);
+        let boot = boots.count() as u32;
+        let owner = Owner::resumed(view.clone(), content, mark, acked, limit, boot);
         self.hosts[i].owner = Some(owner);
         if !view.in_place() {
             self.protect(i, view)?;

@@ -202,6 +202,7 @@ impl World {
                 ));
             }
             self.boot += 1;
+            self.boots.0.push(record.view.generation);
             boot = self.boot;
             self.visible.clear();
             self.counts.0.booted += 1;

@@ -475,6 +475,8 @@ pub struct World {
     pub begun: Option<Begun>,
     pub asked: Vec<Asked>,
     pub answers: Vec<Answer>,
+    /// The generations in which the VM has been booted after the first time.
+    pub boots: Aside<Vec<Generation>>,
     /// How often the VM has been booted after the first time.
     pub boot: u32,
     /// What the outside has seen since.
@@ -555,6 +557,7 @@ impl World {
             begun: None,
             asked: Vec::new(),
             answers: Vec::new(),
+            boots: Aside::default(),
             boot: 0,
             visible: Vec::new(),
             truth: Arc::default(),

@@ -125,6 +125,8 @@ impl Owner {
             owner.sender = Sender::new(owner.view.generation, Some(mark));
             owner.is_client = true;
         }
+        // That was before.
+        owner.shown = owner.visible().len();
         owner
     }
 
