@@ -2,6 +2,7 @@
 
 mod alternate;
 mod fault;
+mod many;
 
 use serde::Serialize;
 
@@ -49,6 +50,9 @@ pub fn run(args: &FailoverArgs) -> Outcome<()> {
     lab::enter()?;
     if args.alternate {
         return alternate::run(args);
+    }
+    if let Some(vms) = args.vms {
+        return many::run(args, vms);
     }
     let mut runs = Vec::new();
     for number in 1..=args.runs {

@@ -219,6 +219,9 @@ pub struct FailoverArgs {
     /// One VM and one connection through all of them: each dead host comes back and joins again before the next dies.
     #[arg(long, conflicts_with = "fault")]
     pub alternate: bool,
+    /// So many VMs of 64 MiB on one host, whose agent and VMs die at once.
+    #[arg(long, conflicts_with_all = ["fault", "alternate"], value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub vms: Option<u8>,
     /// Backups.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]
     pub backups: u8,

@@ -1,6 +1,7 @@
 //! The clients of one VM, all the time: one adds to its counter and one asks for it, each on a TCP connection of its own
 //! that has to last; a third asks on a new connection each time, and so hears a machine that has forgotten the others'. All
-//! that they called and were answered is its history.
+//! that they called and were answered is its history. The counter is the one on the guest's disk: what is in its memory only
+//! a reset takes away, and rightly so.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use guest::proto::{Op as GuestOp, PORT, Request, Status};
+use guest::proto::{Op as GuestOp, PORT, Request, Response, Status};
 
 use super::history::{Ask, Op, Violation, check};
 use crate::lab::{Lab, LabError};
@@ -34,8 +35,10 @@ struct Book {
     under_way: Option<u64>,
     /// The highest value that is acknowledged to be on the disk.
     on_disk: u64,
-    /// Why connections ended.
-    broken: Vec<String>,
+    /// Connections that have ended: when the call that noticed was made, and why.
+    broken: Vec<(u64, String)>,
+    /// When the machine had last forgotten its connections, at the latest.
+    reset: u64,
     /// What no machine may answer.
     wrong: Vec<String>,
     longest: Duration,
@@ -67,7 +70,7 @@ impl Clients {
         let addr = SocketAddr::from((ip, PORT));
         lab.within_client(|| {
             let mut first = ProbeConn::connect(addr, SILENCE)?;
-            let base = first.call(Request::new(GuestOp::Read, 0))?.counter;
+            let base = first.call(Request::new(GuestOp::Read, 0))?.disk_counter;
             let shared = Arc::new(Shared {
                 begun: Instant::now(),
                 base,
@@ -104,10 +107,20 @@ impl Clients {
         self.shared.book().longest
     }
 
-    /// Connections that have ended since this was asked last, and why.
+    /// Why connections have ended since this was asked last.
     #[must_use]
     pub fn take_broken(&self) -> Vec<String> {
-        std::mem::take(&mut self.shared.book().broken)
+        let mut book = self.shared.book();
+        let (broken, reset) = (std::mem::take(&mut book.broken), book.reset);
+        let unasked = broken.into_iter().filter(|(from, _)| *from > reset);
+        unasked.map(|(_, why)| why).collect()
+    }
+
+    /// The machine has been reset or started anew, as was asked. A call that it had taken in before is never answered, which
+    /// its client learns when its patience is over.
+    pub fn forgive(&self) {
+        let now = self.shared.now();
+        self.shared.book().reset = now;
     }
 
     /// Checks all that was seen so far.
@@ -140,6 +153,15 @@ impl Clients {
     }
 }
 
+/// What an answer says of the counter on the disk. With an error of the disk an addition may get there later, or not.
+fn told(ask: Ask, answer: &Response) -> Option<u64> {
+    match ask {
+        Ask::Add if answer.status == Status::Ok as u16 => Some(answer.counter),
+        Ask::Add => None,
+        Ask::Read => Some(answer.disk_counter),
+    }
+}
+
 impl Drop for Clients {
     fn drop(&mut self) {
         // Not waited for: a call may be under way to a VM that is gone.
@@ -168,12 +190,13 @@ impl Shared {
                 continue;
             };
             number += 1;
+            let from = self.now();
             let done = match (ask, number % DISK) {
                 (Ask::Read, 0) => self.ask_disk(open),
                 _ => self.call(open, ask),
             };
             if let Err(e) = done {
-                self.book().broken.push(e.to_string());
+                self.book().broken.push((from, e.to_string()));
                 connection = None;
             }
             std::thread::sleep(PAUSE);
@@ -195,18 +218,18 @@ impl Shared {
         if ask == Ask::Add {
             book.under_way = None;
         }
-        let told = answer.as_ref().ok().map(|a| (at, a.counter));
+        let told = answer.as_ref().ok().and_then(|a| told(ask, a));
+        let told = told.map(|value| (at, value));
         book.ops.push(Op {
             ask,
             from,
             answer: told,
         });
-        let answer = answer?;
+        answer?;
         self.answers.fetch_add(1, Ordering::Relaxed);
         book.longest = book.longest.max(Duration::from_nanos(at - from));
-        // With an error of the disk the counter goes up in memory all the same.
-        if ask == Ask::Add && answer.status == Status::Ok as u16 {
-            book.on_disk = book.on_disk.max(answer.counter);
+        if let (Ask::Add, Some((_, value))) = (ask, told) {
+            book.on_disk = book.on_disk.max(value);
         }
         Ok(())
     }
@@ -221,7 +244,7 @@ impl Shared {
             };
             open.set_timeout(VISIT_WAITS);
             if let Ok(answer) = open.call(Request::new(GuestOp::Read, 0)) {
-                let answer = Some((self.now(), answer.counter));
+                let answer = told(Ask::Read, &answer).map(|value| (self.now(), value));
                 self.book().ops.push(Op {
                     ask: Ask::Read,
                     from,
