@@ -22,24 +22,38 @@ pub(super) fn owns(generation: Generation, protected: Option<Generation>) -> Own
     }
 }
 
-#[test]
-fn what_a_process_loses_before_its_new_agent_knows_of_the_chain_is_lost_all_the_same() {
-    let mut b = Bench::protected(&["b", "c"]);
-    let newest = b.record();
-    let mut old = newest.clone();
-    old.view.generation = Generation(1);
-    old.view.chain.clear();
-    b.machine = Machine::new(host("a"), Bench::peers(), &old);
-    b.step(Input::Decided(old));
-    let generation = newest.view.generation;
-    b.step(Input::Adopted(Some(owns(generation, Some(generation)))));
-    for _ in 0..2 {
-        b.step(Input::Report(Report::Lost(Loss {
+impl Bench {
+    /// Another agent, which has heard of the VM as it was at first only; the newest record.
+    fn begins_with_an_old_record(&mut self, life: Life) -> VmRecord {
+        let newest = self.record();
+        let mut old = newest.clone();
+        old.view.generation = Generation(1);
+        old.view.chain.clear();
+        (old.life, old.revision) = (life, 1);
+        self.machine = Machine::new(host("a"), Self::peers(), &old);
+        self.step(Input::Decided(old));
+        newest
+    }
+
+    /// Its process says that b is lost in this generation.
+    fn loses_b(&mut self, generation: Generation) {
+        self.step(Input::Report(Report::Lost(Loss {
             generation,
             host: Some(host("b")),
             unfit: false,
-            why: "it closed the connection".into(),
+            why: "its connection ended".into(),
         })));
+    }
+}
+
+#[test]
+fn what_a_process_loses_before_its_new_agent_knows_of_the_chain_is_lost_all_the_same() {
+    let mut b = Bench::protected(&["b", "c"]);
+    let newest = b.begins_with_an_old_record(Life::On);
+    let generation = newest.view.generation;
+    b.step(Input::Adopted(Some(owns(generation, Some(generation)))));
+    for _ in 0..2 {
+        b.loses_b(generation);
     }
     b.step(Input::Decided(newest));
     b.go_on(&["c"]);
@@ -49,12 +63,7 @@ fn what_a_process_loses_before_its_new_agent_knows_of_the_chain_is_lost_all_the_
 #[test]
 fn a_process_that_stands_still_in_a_newer_configuration_is_known_to_once_that_is_heard_of() {
     let mut b = Bench::protected(&["b"]);
-    let newest = b.record();
-    let mut old = newest.clone();
-    old.view.generation = Generation(1);
-    old.view.chain.clear();
-    b.machine = Machine::new(host("a"), Bench::peers(), &old);
-    b.step(Input::Decided(old));
+    let newest = b.begins_with_an_old_record(Life::On);
     let generation = newest.view.generation;
     let frozen = Some(generation);
     b.step(Input::Adopted(Some(Owns {
@@ -105,13 +114,7 @@ fn a_vm_that_stands_still_runs_on_with_a_chain_that_goes_on_in_place() {
     });
     b.go_on(&["b"]);
     let lost = |b: &mut Bench| {
-        let loss = Loss {
-            generation: b.machine.generation(),
-            host: Some(host("b")),
-            unfit: false,
-            why: "its connection ended".into(),
-        };
-        b.step(Input::Report(Report::Lost(loss)));
+        b.loses_b(b.machine.generation());
         b.take();
         let silent = Health::Silent("no route".into());
         b.step(Input::Probed(vec![(host("b"), silent)]));
@@ -147,12 +150,7 @@ fn a_vm_that_is_not_to_run_alone_does_not_when_an_attempt_to_protect_it_again_fa
         });
         b.go_on(&["b"]);
         let silent = || vec![(host("b"), Health::Silent("no route".into()))];
-        b.step(Input::Report(Report::Lost(Loss {
-            generation: b.machine.generation(),
-            host: Some(host("b")),
-            unfit: false,
-            why: "its connection ended".into(),
-        })));
+        b.loses_b(b.machine.generation());
         b.step(Input::Probed(silent()));
         b.pass(2 * SECOND);
         b.step(Input::Probed(vec![(host("b"), Health::Answers)]));
@@ -177,14 +175,7 @@ fn a_vm_that_is_not_to_run_alone_does_not_when_an_attempt_to_protect_it_again_fa
 fn what_an_old_record_calls_off_is_not_booted_because_it_was_started_since() {
     for runs in [false, true] {
         let mut b = Bench::protected(&["b"]);
-        let newest = b.record();
-        let mut old = newest.clone();
-        old.view.generation = Generation(1);
-        old.view.chain.clear();
-        old.life = Life::Off;
-        old.revision = 1;
-        b.machine = Machine::new(host("a"), Bench::peers(), &old);
-        b.step(Input::Decided(old));
+        let newest = b.begins_with_an_old_record(Life::Off);
         let mut found = owns(Generation(0), None);
         found.registered.revision = 2;
         b.step(Input::Adopted(runs.then_some(found)));
