@@ -382,6 +382,11 @@ fn a_member_that_cannot_write_stands_still_until_it_can_and_the_others_go_on() {
     let known = patiently(|| other.read()).records;
     assert!(known.iter().any(|r| r.view.name == "one"), "{known:?}");
     std::fs::remove_dir(&obstacle).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while let Some(why) = cluster.at(&broken).trouble() {
+        assert!(Instant::now() < deadline, "{why}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     patiently(|| cluster.at(&broken).propose(&register("four", "h")));
     let known = patiently(|| cluster.at(&broken).read()).records;
     for name in ["one", "three", "four"] {

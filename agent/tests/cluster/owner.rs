@@ -169,8 +169,9 @@ impl Owner {
             None if self.captures() => self.output.may_run(),
             None => self.output.may_run() && !self.output.holds(),
             // The first checkpoints of a new chain are made while it stands still.
-            Some(Still::Frozen(_)) => {
-                self.captures() && self.output.begins() && self.output.may_run()
+            Some(Still::Frozen(of)) => {
+                let begins = of < self.generation() && self.output.begins();
+                begins && self.captures() && self.output.may_run()
             }
             Some(Still::Stopping(None)) => self.captures() && self.output.may_run(),
             Some(Still::Stopping(Some(_)) | Still::GivenUp | Still::Ended) => false,

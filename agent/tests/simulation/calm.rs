@@ -390,8 +390,9 @@ impl Stepper {
             text += &format!("\n  {}: up {}, seen {}", name(i), host.up, host.seen);
             if let Some(owner) = &host.owner {
                 text += &format!(
-                    ", owner in {}, connected {}, unfit {}, troubles {:?}, ready {}, asked {}, bridge {}, has {} committed {}",
+                    ", owner in {}, {:?}, connected {}, unfit {}, troubles {:?}, ready {}, asked {}, bridge {}, has {} committed {}",
                     owner.generation(),
+                    owner.still,
                     owner.connected(),
                     owner.unfit,
                     owner.troubles,
