@@ -47,7 +47,7 @@ pub struct Protector {
     newest: Arc<AtomicU64>,
     /// What is being sent, while there is a chain.
     sending: Option<Sending>,
-    /// The guest stands still without a backup.
+    /// The generation whose last backup was lost: the guest stands still from then on.
     frozen: Option<Generation>,
 }
 

@@ -81,29 +81,31 @@ fn sweep(env: &Env, records: &[VmRecord]) {
 fn give_up(env: &Env, snapshot: &Snapshot) {
     let mut found = lock(&env.found);
     found.retain(|vm, process| {
-        let pid = process.pid;
-        let (kind, text) = match Fate::of(&process.owns, &env.host, snapshot) {
+        let (pid, here) = (process.pid, env.host.as_str());
+        let (name, text) = match Fate::of(&process.owns, &env.host, snapshot) {
             Fate::Ours => return true,
-            Fate::Unknown if std::mem::replace(&mut process.said, true) => return true,
-            Fate::Unknown => (
-                EventKind::Failed,
-                format!("process {pid} runs VM {vm}, which the master does not know: left alone"),
-            ),
-            Fate::Elsewhere { owner, generation } => (
-                EventKind::Superseded,
-                format!("{owner} owns VM {vm} in generation {generation}: process {pid}, found running here, is stopped"),
+            Fate::Unknown => {
+                if !std::mem::replace(&mut process.said, true) {
+                    let text = format!("process {pid} runs VM {vm}, which the master does not know: left alone");
+                    env.events.add(EventKind::Failed, here, text);
+                }
+                return true;
+            }
+            Fate::Elsewhere(view) => (
+                view.name.as_str(),
+                format!(
+                    "{} owns it in generation {}: its process, found running here, is stopped",
+                    view.owner, view.generation
+                ),
             ),
             Fate::Deleted => (
-                EventKind::Superseded,
+                here,
                 format!("VM {vm} was deleted while there was no agent here: process {pid}, found running, is stopped"),
             ),
         };
-        let ends = kind == EventKind::Superseded;
-        if ends {
-            process.kill();
-        }
-        env.events.add(kind, env.host.as_str(), text);
-        !ends
+        process.kill();
+        env.events.add(EventKind::Superseded, name, text);
+        false
     });
 }
 

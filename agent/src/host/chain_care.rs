@@ -69,8 +69,10 @@ impl Machine {
     }
 
     fn settle_losses(&mut self, _now: Micros, out: &mut Vec<Effect>) {
-        let view = self.record.view.clone();
-        let Some(owner) = self.owner() else { return };
+        let Part::Owner(owner) = &mut self.part else {
+            return;
+        };
+        let view = &self.record.view;
         let of_this = |loss: &mut Loss| loss.generation == view.generation;
         let losses: Vec<Loss> = owner.losses.extract_if(.., of_this).collect();
         if losses.is_empty() || owner.frozen == Some(view.generation) {
@@ -92,10 +94,10 @@ impl Machine {
     /// What an administrator has ordered.
     fn settle_orders(&mut self, _now: Micros, out: &mut Vec<Effect>) {
         let vm = self.vm();
-        let by = self.me.clone();
         let Some(owner) = self.owner() else { return };
         if std::mem::take(&mut owner.choose) {
             let backups = owner.wanted.clone();
+            let by = self.me.clone();
             let command = Command::Choose { vm, by, backups };
             return self.propose(Purpose::Choose, command, out);
         }
@@ -271,7 +273,9 @@ impl Machine {
         let Some(joining) = self.record.view.joining.clone() else {
             return;
         };
-        self.joined(&joining.host);
+        if let Some(owner) = self.owner() {
+            owner.joined(&joining.host);
+        }
         let text = format!("{} has everything and becomes the tail", joining.host);
         out.push(Effect::Say(EventKind::Joined, text));
         chain.push(joining);
@@ -280,15 +284,9 @@ impl Machine {
 
     /// The chain is complete: whatever kept its members away does not any more.
     pub(super) fn all_joined(&mut self) {
-        for member in self.record.view.chain.clone() {
-            self.joined(&member.host);
-        }
-    }
-
-    fn joined(&mut self, host: &HostId) {
-        if let Some(owner) = self.owner() {
-            owner.retries.joined(host);
-            owner.absent.remove(host);
+        if let Part::Owner(owner) = &mut self.part {
+            let chain = self.record.view.chain.iter();
+            chain.for_each(|member| owner.joined(&member.host));
         }
     }
 

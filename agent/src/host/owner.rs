@@ -230,6 +230,12 @@ impl Owner {
         self.look_at
     }
 
+    /// A host has everything that it needs as a backup.
+    pub(super) fn joined(&mut self, host: &HostId) {
+        self.retries.joined(host);
+        self.absent.remove(host);
+    }
+
     /// Everybody who waits for something.
     pub(super) fn tickets(&mut self) -> Vec<Ticket> {
         let leaving = self.leaving.take().map(|leaving| leaving.ticket);

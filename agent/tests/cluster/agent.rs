@@ -240,7 +240,7 @@ impl World {
         let Some(owns) = self.owns(i).filter(|_| found) else {
             return;
         };
-        if let Fate::Elsewhere { .. } | Fate::Deleted = Fate::of(&owns, &name(i), snapshot) {
+        if let Fate::Elsewhere(_) | Fate::Deleted = Fate::of(&owns, &name(i), snapshot) {
             self.say(|| format!("h{i} ends the process it has found"));
             self.end_process(i);
         }

@@ -35,8 +35,7 @@ fn killed(agents: Agents, mutant: Mutant, from: u64, expected: &[&str]) {
 macro_rules! mutants {
     ($($name:ident: $agents:ident, $mutant:ident $(from $from:literal)?, $expected:expr;)*) => {
         $(#[test] fn $name() {
-            let from = [0 $(, $from)?];
-            killed(Agents::$agents, Mutant::$mutant, from[from.len() - 1], &$expected);
+            killed(Agents::$agents, Mutant::$mutant, 0 $(+ $from)?, &$expected);
         })*
     };
 }

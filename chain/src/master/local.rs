@@ -107,18 +107,16 @@ impl LocalMaster {
         inner.state.cluster()
     }
 
-    /// Writes what is decided once more if a failure has left unknown whether that is what is on the disk.
+    /// Writes what is decided once more if a failure has left unknown whether that is what is on the disk: else it could be
+    /// said of a request that it was never carried out, which the disk says was.
     fn settle(&self, inner: &mut Inner) -> Result<(), MasterError> {
-        let Some(why) = inner.unsettled.take() else {
+        if inner.unsettled.is_none() {
             return Ok(());
-        };
-        let bytes = encode(&inner.state).map_err(|why| self.storage(&why))?;
-        if let Err(e) = inner.file.store(&bytes) {
-            inner.unsettled = Some(why);
-            return Err(self.storage(&format!(
-                "{e}: nothing is decided until it can be written again"
-            )));
         }
+        let bytes = encode(&inner.state).map_err(|why| self.storage(&why))?;
+        let stored = inner.file.store(&bytes);
+        stored.map_err(|e| self.storage(&undecided(&e)))?;
+        inner.unsettled = None;
         tracing::info!("master: {} can be written again", self.path.display());
         Ok(())
     }
@@ -136,6 +134,10 @@ impl LocalMaster {
             why: why.to_string(),
         }
     }
+}
+
+fn undecided(e: &StoreError) -> String {
+    format!("{e}: nothing is decided until it can be written again")
 }
 
 /// The record's name.
@@ -211,7 +213,7 @@ impl Master for LocalMaster {
                     return Err(self.no_room(&e.to_string()));
                 }
                 Err(e) => {
-                    let why = format!("{e}: nothing is decided until it can be written again");
+                    let why = undecided(&e);
                     inner.unsettled = Some(why.clone());
                     return Err(MasterError::Unknown {
                         id: request.id,

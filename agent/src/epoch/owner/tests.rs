@@ -265,6 +265,15 @@ impl Rig {
         }
     }
 
+    /// Of a small guest without disks, protected in generation 1 by a link that is sent to.
+    fn protected() -> (Self, JoinHandle<Result<(), ShipError>>) {
+        let rig = Self::new(FakeGuest::new(8 * MIB), Vec::new());
+        let link = FakeLink::new(&rig.guest);
+        let shipping = rig.begin(1, &link);
+        rig.protect(1, &link);
+        (rig, shipping)
+    }
+
     /// A chain begins in `generation`.
     fn begin(&self, generation: u64, link: &Arc<FakeLink>) -> JoinHandle<Result<(), ShipError>> {
         let _ = link.owner.set(Arc::downgrade(&self.owner));
@@ -524,10 +533,7 @@ fn h3_an_unreadable_disk_ends_the_attempt_and_the_guest_runs_on() {
 
 #[test]
 fn h1_an_owner_that_cannot_go_on_gives_the_vm_up_and_its_output_stays_held() {
-    let rig = Rig::new(FakeGuest::new(8 * MIB), Vec::new());
-    let link = FakeLink::new(&rig.guest);
-    let shipping = rig.begin(1, &link);
-    rig.protect(1, &link);
+    let (rig, shipping) = Rig::protected();
     assert!(!rig.owner.gave_up());
     let heard = rig.heard();
     rig.guest.broken.store(true, Ordering::Release);
@@ -550,10 +556,7 @@ fn h1_an_owner_that_cannot_go_on_gives_the_vm_up_and_its_output_stays_held() {
 
 #[test]
 fn a_guest_that_has_ended_is_not_given_up() {
-    let rig = Rig::new(FakeGuest::new(8 * MIB), Vec::new());
-    let link = FakeLink::new(&rig.guest);
-    let shipping = rig.begin(1, &link);
-    rig.protect(1, &link);
+    let (rig, shipping) = Rig::protected();
     rig.guest.ended.store(true, Ordering::Release);
     eventually("a guest that stands still", || !rig.guest.runs());
     // Whoever decides what follows has all the time there is: heartbeats go on, and nothing is reported.
@@ -583,10 +586,7 @@ fn a_chain_that_cannot_be_captured_for_is_an_attempt_that_failed() {
 
 #[test]
 fn a_frozen_guest_runs_again_with_its_output_held_once_another_chain_has_it() {
-    let rig = Rig::new(FakeGuest::new(8 * MIB), Vec::new());
-    let link = FakeLink::new(&rig.guest);
-    let shipping = rig.begin(1, &link);
-    rig.protect(1, &link);
+    let (rig, shipping) = Rig::protected();
     rig.count(1);
     rig.owner.freeze();
     eventually("a guest that stands still", || !rig.guest.runs());
@@ -612,10 +612,7 @@ fn a_frozen_guest_runs_again_with_its_output_held_once_another_chain_has_it() {
 
 #[test]
 fn a_frozen_guest_runs_on_with_a_chain_that_goes_on_in_place_and_one_that_is_given_up_does_not() {
-    let rig = Rig::new(FakeGuest::new(8 * MIB), Vec::new());
-    let link = FakeLink::new(&rig.guest);
-    let shipping = rig.begin(1, &link);
-    rig.protect(1, &link);
+    let (rig, shipping) = Rig::protected();
     rig.owner.freeze();
     eventually("a guest that stands still", || !rig.guest.runs());
     rig.owner.go_on(Generation(2));

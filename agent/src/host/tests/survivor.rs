@@ -89,20 +89,17 @@ fn the_process_of_a_vm_that_was_deleted_ends_and_one_whose_record_was_lost_is_le
         revision,
         ..master.snapshot()
     };
-    let fate = |owns: &Owns, here: &str, snapshot| Fate::of(owns, &host(here), &snapshot);
-    let all = [record.clone()];
     let now = record.revision;
-    assert_eq!(fate(&owns, "a", with(&all, now)), Fate::Ours);
-    let elsewhere = Fate::Elsewhere {
-        owner: host("a"),
-        generation: record.view.generation,
-    };
-    assert_eq!(fate(&owns, "b", with(&all, now)), elsewhere);
-    assert_eq!(fate(&owns, "a", with(&[], now + 1)), Fate::Deleted);
+    let all = with(std::slice::from_ref(&record), now);
+    let (after, before) = (with(&[], now + 1), with(&[], now - 1));
+    let fate = |owns: &Owns, here: &str, snapshot| Fate::of(owns, &host(here), snapshot);
+    assert_eq!(fate(&owns, "a", &all), Fate::Ours);
+    assert_eq!(fate(&owns, "b", &all), Fate::Elsewhere(&record.view));
+    assert_eq!(fate(&owns, "a", &after), Fate::Deleted);
     // A master that was set back, and another cluster's, know nothing of it.
-    assert_eq!(fate(&owns, "a", with(&[], now - 1)), Fate::Unknown);
+    assert_eq!(fate(&owns, "a", &before), Fate::Unknown);
     owns.registered.cluster = ClusterId::random();
-    assert_eq!(fate(&owns, "a", with(&[], now + 1)), Fate::Unknown);
+    assert_eq!(fate(&owns, "a", &after), Fate::Unknown);
 }
 
 /// The simulation's seed 29279: a VM without a backup stood still for good when its configuration was changed meanwhile.
