@@ -12,6 +12,7 @@ use checkpoint::{Epoch, Generation, HostId, VmId, codec};
 use serde::{Deserialize, Serialize};
 
 use crate::greet::{Hello, Role, Stranger, hello, stranger};
+use crate::urgent::urgent_section_with_threads;
 use crate::view::Member;
 use crate::wire::{self, Kind, Payload, WireError};
 
@@ -132,6 +133,8 @@ pub fn probe(
     from: &HostId,
     patience: Duration,
 ) -> Result<Alive, ProbeError> {
+    // Whoever is late with reading would take an answer for none.
+    let _urgent = urgent_section_with_threads();
     let until = Instant::now() + patience;
     let (sender, answers) = channel();
     let (mut asked, mut open) = (0, 0);

@@ -38,6 +38,8 @@ pub struct ReplicaServer {
 
 /// Takes connections and serves each on a thread of its own.
 fn accept(registry: &Arc<Registry>, listener: &TcpListener) {
+    // Whoever asks whether this host is alive would take a late answer for none: each connection is greeted urgently.
+    crate::urgent::urgent_family();
     for stream in listener.incoming() {
         if registry.is_stopping() {
             return;

@@ -20,6 +20,16 @@ pub fn urgent_thread() {
     }
 }
 
+/// As [`urgent_thread`], for the threads too that the calling one starts, until they call [`ordinary_thread`].
+pub(crate) fn urgent_family() {
+    set_policy(libc::SCHED_RR, 1);
+}
+
+/// Ends what [`urgent_family`] began, for the calling thread.
+pub(crate) fn ordinary_thread() {
+    set_policy(libc::SCHED_OTHER, 0);
+}
+
 /// While this exists the calling thread has real-time priority, if this process may give it.
 #[derive(Debug)]
 pub struct UrgentSection {
@@ -31,8 +41,18 @@ pub struct UrgentSection {
 /// Begins an urgent section, of milliseconds at most: a guest stands still as long as the thread that paused it waits.
 #[must_use]
 pub fn urgent_section() -> UrgentSection {
+    section(libc::SCHED_RESET_ON_FORK)
+}
+
+/// As [`urgent_section`]; the threads that are started in it are urgent to their end.
+#[must_use]
+pub(crate) fn urgent_section_with_threads() -> UrgentSection {
+    section(0)
+}
+
+fn section(flags: libc::c_int) -> UrgentSection {
     UrgentSection {
-        raised: set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1),
+        raised: set_policy(libc::SCHED_RR | flags, 1),
         _not_send: std::marker::PhantomData,
     }
 }

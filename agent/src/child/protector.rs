@@ -4,7 +4,7 @@
 mod watch;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -479,14 +479,23 @@ impl Attempt {
         Ok(())
     }
 
-    /// Starts the threads that beat and that hear what the chain says.
+    /// Starts the threads that beat, that watch the chain, and that hear what it says.
     fn listen(&self, connection: &Arc<Connection>) -> Result<(), String> {
+        let Rhythm { heartbeat, silence } = self.rhythm;
+        let over = Arc::new(AtomicBool::new(false));
         spawn("heartbeat", {
+            let (connection, owner, over) = (connection.clone(), self.owner.clone(), over.clone());
+            move || {
+                beat(&connection, &owner, heartbeat);
+                over.store(true, Ordering::Release);
+            }
+        })?;
+        spawn("chain-watch", {
             let (connection, owner) = (connection.clone(), self.owner.clone());
-            let Rhythm { heartbeat, silence } = self.rhythm;
             let reporter = self.reporter.clone();
             let watch = Watch::new(self.head(), self.view.chain.len(), silence);
-            move || beat(&connection, &owner, &reporter, heartbeat, watch)
+            let over = move || over.load(Ordering::Acquire);
+            move || look_on(&connection, &owner, &reporter, (heartbeat, over), watch)
         })?;
         spawn("acks", {
             let (connection, owner) = (connection.clone(), self.owner.clone());
@@ -511,18 +520,26 @@ fn lost(reporter: &Reporter, generation: Generation, trouble: Trouble) {
     });
 }
 
-/// Tells the chain that the owner lives, until it does not, and watches whether the chain moves.
-fn beat(
+/// Tells the chain that the owner lives, until it does not. Takes no lock: a thread without this one's priority may hold it for
+/// as long as a busy host lets it wait.
+fn beat(connection: &Connection, owner: &Owner, heartbeat: Duration) {
+    chain::urgent_thread();
+    while !owner.gave_up() && connection.heartbeat().is_ok() {
+        std::thread::sleep(heartbeat);
+    }
+}
+
+/// Watches whether the chain moves, until the connection to it is `over`; looks once in `period`.
+fn look_on(
     connection: &Connection,
     owner: &Owner,
     reporter: &Reporter,
-    heartbeat: Duration,
+    (period, over): (Duration, impl Fn() -> bool),
     mut watch: Watch,
 ) {
-    chain::urgent_thread();
     let began = Instant::now();
-    while !owner.gave_up() && connection.heartbeat().is_ok() {
-        std::thread::sleep(heartbeat);
+    while !over() {
+        std::thread::sleep(period);
         // The watch belongs to this configuration only.
         if !owner.is_current(connection.generation()) {
             continue;

@@ -12,6 +12,7 @@ use super::slot::Slot;
 use crate::files;
 use crate::greet::{Hello, Role};
 use crate::link::{HELLO_LIMIT, Link};
+use crate::urgent::ordinary_thread;
 use crate::wire::{self, Frame, Kind, Payload, WireError};
 
 /// A peer that does not greet keeps a thread for this long.
@@ -35,6 +36,7 @@ fn run(registry: &Registry, mut stream: &TcpStream) -> Result<(), WireError> {
     let link = Arc::new(Link::new(stream)?);
     let mut payload = Payload::default();
     stream.set_read_timeout(Some(GREETING_PATIENCE))?;
+    let mut answered = false;
     let (slot, role) = loop {
         let frame = wire::read(&mut stream, &mut payload)?;
         if frame.kind != Kind::Hello {
@@ -42,6 +44,10 @@ fn run(registry: &Registry, mut stream: &TcpStream) -> Result<(), WireError> {
         }
         let hello: Hello = codec::from_bytes(&payload, HELLO_LIMIT)
             .map_err(|_| WireError::Payload(Kind::Hello))?;
+        // One question is answered urgently, and nothing else is done so.
+        if hello.role != Role::Probe || std::mem::replace(&mut answered, true) {
+            ordinary_thread();
+        }
         if hello.role == Role::File && hello.to == registry.env.options.host {
             stream.set_read_timeout(Some(FILE_PATIENCE))?;
             link.send(&answer(&frame, Kind::HelloOk), &[])?;
