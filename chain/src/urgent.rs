@@ -1,5 +1,10 @@
 //! Scheduling of what must not wait for its turn: heartbeats, and the pause of a guest.
 
+/// Of real-time priorities the lowest two. What says that a host lives goes first: behind the pauses of many guests it would
+/// wait for longer than silence is borne.
+const SIGN_OF_LIFE: libc::c_int = 2;
+const PAUSE: libc::c_int = 1;
+
 fn set_policy(policy: libc::c_int, priority: libc::c_int) -> bool {
     let param = libc::sched_param {
         sched_priority: priority,
@@ -8,11 +13,11 @@ fn set_policy(policy: libc::c_int, priority: libc::c_int) -> bool {
     unsafe { libc::sched_setscheduler(0, policy, &param) == 0 }
 }
 
-/// Gives the calling thread the lowest real-time priority, if this process may: a heartbeat that waits behind busy vCPUs
+/// Gives the calling thread real-time priority, if this process may: a heartbeat that waits behind busy vCPUs
 /// for its turn looks like a dead host. Without the privilege the thread runs as any other, and suspicion may need a
 /// longer silence (`detection` in host.toml).
 pub fn urgent_thread() {
-    if !set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) {
+    if !set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, SIGN_OF_LIFE) {
         tracing::debug!(
             "no real-time priority for heartbeats: {}",
             std::io::Error::last_os_error()
@@ -22,7 +27,7 @@ pub fn urgent_thread() {
 
 /// As [`urgent_thread`], for the threads too that the calling one starts, until they call [`ordinary_thread`].
 pub(crate) fn urgent_family() {
-    set_policy(libc::SCHED_RR, 1);
+    set_policy(libc::SCHED_RR, SIGN_OF_LIFE);
 }
 
 /// Ends what [`urgent_family`] began, for the calling thread.
@@ -41,18 +46,18 @@ pub struct UrgentSection {
 /// Begins an urgent section, of milliseconds at most: a guest stands still as long as the thread that paused it waits.
 #[must_use]
 pub fn urgent_section() -> UrgentSection {
-    section(libc::SCHED_RESET_ON_FORK)
+    section(libc::SCHED_RESET_ON_FORK, PAUSE)
 }
 
 /// As [`urgent_section`]; the threads that are started in it are urgent to their end.
 #[must_use]
 pub(crate) fn urgent_section_with_threads() -> UrgentSection {
-    section(0)
+    section(0, SIGN_OF_LIFE)
 }
 
-fn section(flags: libc::c_int) -> UrgentSection {
+fn section(flags: libc::c_int, priority: libc::c_int) -> UrgentSection {
     UrgentSection {
-        raised: set_policy(libc::SCHED_RR | flags, 1),
+        raised: set_policy(libc::SCHED_RR | flags, priority),
         _not_send: std::marker::PhantomData,
     }
 }

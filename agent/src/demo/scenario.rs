@@ -160,7 +160,8 @@ impl Moment {
     }
 
     /// When that was, for this process.
-    fn instant(self, us: u64) -> Instant {
+    #[must_use]
+    pub fn instant(self, us: u64) -> Instant {
         self.at + Duration::from_micros(us.saturating_sub(self.us))
     }
 }

@@ -97,7 +97,10 @@ impl World {
             generation,
             ..
         } = link;
-        let alone = self.is_free() || self.hosts[from].bridge.is_none();
+        // A bridge of an older configuration's, that nobody has ended yet, has links of its own.
+        let bridge = self.hosts[from].bridge.as_ref();
+        let bridges = bridge.is_some_and(|bridge| bridge.view.generation == generation);
+        let alone = self.is_free() || !bridges;
         if let Some(owner) = &mut self.hosts[from].owner
             && owner.generation() == generation
             && alone

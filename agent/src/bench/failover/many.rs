@@ -1,12 +1,13 @@
 //! Many VMs on one host, whose agent and VMs all die at once: how long each is away, and whether any other moves at all.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::{Outcome, Phase, print};
 use crate::cli::FailoverArgs;
-use crate::lab::{Boot, Lab, Options, VmFile, wait};
+use crate::demo::scenario::Moment;
+use crate::lab::{Boot, Lab, Options, VmFile};
 use crate::probe::ProbeClient;
 
 /// Guest memory in MiB.
@@ -15,6 +16,8 @@ const MEMORY: u64 = 64;
 const INTERVAL: Duration = Duration::from_millis(20);
 /// Before and after the deaths nothing is to happen for so long.
 const QUIET: Duration = Duration::from_secs(5);
+/// After the deaths nobody is asked for so long.
+const UNASKED: Duration = Duration::from_secs(2);
 /// A VM that has not answered by then is lost.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -30,9 +33,22 @@ struct Report {
     takeovers: u64,
     /// Takeovers before or after the host's death.
     false_takeovers: u64,
+    detect_ms: Phase,
+    decide_ms: Phase,
+    activate_ms: Phase,
     first_reply_ms: Phase,
     /// Of each run: the last VM's first reply in medians of all.
     last_to_median: Vec<f64>,
+}
+
+/// Of one VM's takeover, in milliseconds.
+struct Times {
+    /// From the kill to the suspicion, from there to the decision, and from there until the guest runs.
+    detect: f64,
+    decide: f64,
+    activate: f64,
+    /// From the kill to the first reply.
+    reply: f64,
 }
 
 /// Runs it: a new lab for each of the runs.
@@ -48,8 +64,8 @@ pub(super) fn run(args: &FailoverArgs, vms: u8) -> Outcome<()> {
     };
     let mut all = Vec::new();
     for number in 1..=args.runs {
-        let replies = once(args, vms, &mut report).map_err(|e| format!("run {number}: {e}"))?;
-        let phase = Phase::of(replies.clone());
+        let times = once(args, vms, &mut report).map_err(|e| format!("run {number}: {e}"))?;
+        let phase = Phase::of(times.iter().map(|t| t.reply).collect());
         if !args.json {
             println!(
                 "run {number:>3}: first reply p50 {:>7.1}  last {:>7.1} ms",
@@ -57,9 +73,13 @@ pub(super) fn run(args: &FailoverArgs, vms: u8) -> Outcome<()> {
             );
         }
         report.last_to_median.push(phase.max / phase.p50);
-        all.extend(replies);
+        all.extend(times);
     }
-    report.first_reply_ms = Phase::of(all);
+    let phase = |pick: fn(&Times) -> f64| Phase::of(all.iter().map(pick).collect());
+    report.detect_ms = phase(|t| t.detect);
+    report.decide_ms = phase(|t| t.decide);
+    report.activate_ms = phase(|t| t.activate);
+    report.first_reply_ms = phase(|t| t.reply);
     print(args.json, &report, || text(&report))?;
     let Report {
         lost,
@@ -74,7 +94,7 @@ pub(super) fn run(args: &FailoverArgs, vms: u8) -> Outcome<()> {
     Ok(())
 }
 
-fn once(args: &FailoverArgs, vms: u8, report: &mut Report) -> Outcome<Vec<f64>> {
+fn once(args: &FailoverArgs, vms: u8, report: &mut Report) -> Outcome<Vec<Times>> {
     let lab = Lab::launch(Options::of(args.backups + 1)?)?;
     let files: Vec<VmFile> = (1..=vms).map(|number| file(args, number)).collect();
     for vm in &files {
@@ -86,22 +106,29 @@ fn once(args: &FailoverArgs, vms: u8, report: &mut Report) -> Outcome<Vec<f64>> 
     let clients = clients.collect::<Result<Vec<ProbeClient>, _>>()?;
     std::thread::sleep(QUIET);
     report.false_takeovers += moved(&lab, &files);
-    let killed = Instant::now();
+    let before = files.iter().map(|vm| lab.status(&vm.name, "a"));
+    let before: Vec<Option<u64>> = before.map(|s| s.map(|s| s.generation)).collect();
+    let killed = Moment::now();
     lab.kill("a")?;
-    // Each has moved once, and is protected again if a backup is left.
-    wait("each VM to be at another host", || {
-        (moved(&lab, &files) >= u64::from(vms)).then_some(())
-    })?;
-    let all_moved = Instant::now();
-    let mut replies = Vec::new();
-    for (vm, client) in files.iter().zip(&clients) {
-        let left = PATIENCE.saturating_sub(killed.elapsed());
-        let reply = client.wait_reply_after(all_moved, left);
-        reply.ok_or_else(|| lab.with_logs(format!("{} does not answer", vm.name)))?;
-        // A VM that is killed last still answers after the first has been: the outage's end is what counts.
-        let outage = client.longest_gap_after(killed);
-        let outage = outage.ok_or_else(|| format!("{}: no outage was seen", vm.name))?;
-        replies.push((outage.to - killed).as_secs_f64() * 1000.0);
+    // Whoever asks how it goes takes the processors from those that do it.
+    std::thread::sleep(UNASKED);
+    let mut runs = Vec::new();
+    for ((vm, client), before) in files.iter().zip(&clients).zip(before) {
+        // One that has moved for nothing is not this host's any more.
+        let Some(before) = before else { continue };
+        let taken = lab.wait_failover(&vm.name, before);
+        let (_, status) = taken.map_err(|e| lab.with_logs(e))?;
+        let times = status.failover.ok_or("a new owner without a report")?;
+        let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
+        // A VM that is killed last still answers after the first has been: what comes after the decision is new.
+        let reply = client.wait_reply_after(killed.instant(times.decided_us), PATIENCE);
+        let reply = reply.ok_or_else(|| lab.with_logs(format!("{} does not answer", vm.name)))?;
+        runs.push(Times {
+            detect: ms(killed.us, times.suspected_us),
+            decide: ms(times.suspected_us, times.decided_us),
+            activate: ms(times.decided_us, times.running_us),
+            reply: reply.duration_since(killed.at).as_secs_f64() * 1000.0,
+        });
     }
     std::thread::sleep(QUIET);
     let takeovers = moved(&lab, &files);
@@ -114,7 +141,7 @@ fn once(args: &FailoverArgs, vms: u8, report: &mut Report) -> Outcome<Vec<f64>> 
         report.broken += end.broken;
         report.not_verified += u64::from(!end.verified);
     }
-    Ok(replies)
+    Ok(runs)
 }
 
 fn file(args: &FailoverArgs, number: u8) -> VmFile {
@@ -143,7 +170,6 @@ fn moved(lab: &Lab, files: &[VmFile]) -> u64 {
 }
 
 fn text(report: &Report) {
-    let phase = report.first_reply_ms;
     println!(
         "{} VMs, {} runs, {} takeovers, {} of them for nothing; {} requests acknowledged: {} lost, {} connections broken",
         report.vms,
@@ -154,16 +180,21 @@ fn text(report: &Report) {
         report.lost,
         report.broken
     );
-    let ratios: Vec<String> = report
-        .last_to_median
-        .iter()
-        .map(|r| format!("{r:.2}"))
-        .collect();
+    for (name, phase) in [
+        ("detect", report.detect_ms),
+        ("decide", report.decide_ms),
+        ("activate", report.activate_ms),
+        ("first reply", report.first_reply_ms),
+    ] {
+        println!(
+            "{name:<16} p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms",
+            phase.p50, phase.p99, phase.max
+        );
+    }
+    let ratios = report.last_to_median.iter().map(|r| format!("{r:.2}"));
+    let ratios: Vec<String> = ratios.collect();
     println!(
-        "first reply      p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms; the last in medians of its run: {}",
-        phase.p50,
-        phase.p99,
-        phase.max,
+        "the last first reply, in medians of its run: {}",
         ratios.join(", ")
     );
 }
