@@ -4,9 +4,10 @@
 
 use checkpoint::codec;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_UNINITIALIZED, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr,
-    kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -100,6 +101,11 @@ pub(crate) struct VcpuState {
 }
 
 impl VcpuState {
+    /// Whether it waits for an interrupt: standing still costs it nothing (kvm/api.rst, 4.38: KVM_MP_STATE_HALTED).
+    pub(crate) fn is_halted(&self) -> bool {
+        self.mp_state.mp_state == KVM_MP_STATE_HALTED
+    }
+
     /// Reads the state of a stopped vCPU.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -89,6 +89,7 @@ pub struct Vm {
     vm: Arc<VmFd>,
     events: Events,
     life: Mutex<Life>,
+    halted: AtomicBool,
     layout: RamLayout,
     ram: RamFiles,
     memory: GuestMemory,
@@ -146,6 +147,7 @@ impl Vm {
             vm,
             events,
             life: Mutex::new(Life::Paused),
+            halted: AtomicBool::new(false),
             layout: spec.ram,
             ram,
             memory,
@@ -386,12 +388,15 @@ impl Vm {
             return Err(VmError::Ended);
         }
         let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        let mut halted = true;
         for (id, vcpu) in (0u8..).zip(&self.vcpus) {
-            let blob = VcpuState::capture(&vcpu.fd(), &self.traits)
-                .and_then(|state| state.to_blob())
-                .map_err(|source| VmError::Vcpu { id, source })?;
-            vcpus.push(blob);
+            let state = VcpuState::capture(&vcpu.fd(), &self.traits);
+            let state = state.map_err(|source| VmError::Vcpu { id, source })?;
+            halted &= state.is_halted();
+            let blob = state.to_blob();
+            vcpus.push(blob.map_err(|source| VmError::Vcpu { id, source })?);
         }
+        self.halted.store(halted, Ordering::Relaxed);
         let devices = self.bus.devices().save()?;
         Ok(MachineState {
             ram: self.layout.ranges().to_vec(),
@@ -399,6 +404,11 @@ impl Vm {
             vcpus,
             devices,
         })
+    }
+
+    /// Whether all vCPUs waited for an interrupt when the machine was captured last: it lost nothing by standing still.
+    pub fn was_halted(&self) -> bool {
+        self.halted.load(Ordering::Relaxed)
     }
 
     /// What each vCPU is at: a look at a machine that makes no progress. Stops the vCPUs of a running machine for as

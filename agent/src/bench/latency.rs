@@ -8,7 +8,6 @@ use serde::Serialize;
 
 use super::{Outcome, print};
 use crate::cli::LatencyArgs;
-use crate::control::Request;
 use crate::demo::vmfile::{self, VM};
 use crate::epoch::Percentiles;
 use crate::lab::{self, GUEST, Lab, Options};
@@ -45,11 +44,6 @@ pub fn run(args: &LatencyArgs) -> Outcome<()> {
     lab.protect(VM, "a", &lab.hosts()[1..])
         .map_err(|e| lab.with_logs(e))?;
     let mut control = lab.control("a")?;
-    control.order(&Request::EpochMs {
-        vm: VM.into(),
-        ms: args.epoch_ms,
-        min_ms: args.epoch_ms.min(2),
-    })?;
     control.stats(VM)?;
     let (tcp_protected, udp_protected) = measure(&lab, args.seconds)?;
     let stats = control.stats(VM)?;

@@ -17,9 +17,10 @@ use super::orphaned::Door;
 use super::protector::{self, Protector, Rhythm};
 use super::proto::{Activate, FromChild, GuestEnd, Owns, Role, Start, ToChild};
 pub use super::reporter::Reporter;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, Epochs, VmConfig};
 use crate::control::EventKind;
 use crate::epoch::owner::{EpochOptions, Owner, OwnerParts};
+use crate::epoch::rhythm::Lengths;
 use crate::ipc::{self, IpcError};
 
 /// Between two reports of how an owner is doing.
@@ -155,7 +156,7 @@ impl Child {
                 | ToChild::Freeze
                 | ToChild::Protect(_)
                 | ToChild::HarvestOnly { .. }
-                | ToChild::EpochMs { .. } => {
+                | ToChild::Epochs(_) => {
                     return Err(ChildError::Order("standby", "act as an owner"));
                 }
             }
@@ -214,10 +215,14 @@ impl Child {
         Ok((owner, protector))
     }
 
-    fn options(&self) -> EpochOptions {
+    fn options(&self, epochs: Epochs) -> EpochOptions {
         EpochOptions {
-            longest: Duration::from_millis(self.config.protect.epoch_ms),
-            shortest: Duration::from_millis(self.config.protect.min_epoch_ms),
+            lengths: Lengths {
+                longest: Duration::from_millis(epochs.longest_ms),
+                shortest: Duration::from_millis(epochs.shortest_ms),
+                idle: Duration::from_millis(epochs.idle_ms),
+                pause_percent: epochs.pause_percent,
+            },
             max_in_flight: self.config.protect.max_in_flight as usize,
         }
     }
@@ -240,7 +245,10 @@ impl Child {
         });
         // The gates' backends learn of the owner here; before, nothing was held.
         let _ = machine.owner.set(owner.clone());
-        let (runner, options) = (owner.clone(), self.options());
+        let (runner, options) = (
+            owner.clone(),
+            self.options(Epochs::of(&self.config.protect)),
+        );
         std::thread::Builder::new()
             .name("epochs".into())
             .spawn(move || runner.run(options))?;
@@ -407,11 +415,7 @@ impl Child {
             }
             ToChild::Freeze => protector.freeze(),
             ToChild::HarvestOnly { ms } => owner.harvest_only(Duration::from_millis(ms)),
-            ToChild::EpochMs { ms, min_ms } => owner.set_options(EpochOptions {
-                longest: Duration::from_millis(ms),
-                shortest: Duration::from_millis(min_ms),
-                ..self.options()
-            }),
+            ToChild::Epochs(epochs) => owner.set_options(self.options(epochs)),
             ToChild::TakeStats => self
                 .reporter
                 .send(&FromChild::Stats(Box::new(owner.take_stats()))),

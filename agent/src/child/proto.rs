@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use checkpoint::{ClusterId, CpuFeatures, Epoch, Generation, HostId, VmId};
 use serde::{Deserialize, Serialize};
 
+use crate::config::Epochs;
 use crate::control::EventKind;
 use crate::epoch::EpochStats;
 use crate::epoch::figures::{Figures, SyncFigures};
@@ -98,13 +99,8 @@ pub enum ToChild {
     },
     /// Answer with [`FromChild::Stats`] and begin a new measurement.
     TakeStats,
-    /// Bench and test only: replace the epoch lengths.
-    EpochMs {
-        /// Longest epoch.
-        ms: u64,
-        /// Shortest epoch with output waiting.
-        min_ms: u64,
-    },
+    /// Epochs of these lengths from now on.
+    Epochs(Epochs),
     /// Answer with [`FromChild::Inspected`].
     Inspect,
     /// End the VM.

@@ -45,7 +45,9 @@ impl Takes {
                 | "protect.alone"
                 | "protect.return_wait_s"
                 | "protect.epoch_ms"
-                | "protect.min_epoch_ms",
+                | "protect.min_epoch_ms"
+                | "protect.idle_epoch_ms"
+                | "protect.pause_percent",
             ) => Self::Now,
             (
                 "vcpus" | "memory_mib" | "low_memory_end_mib" | "kernel" | "kernel_blake3"

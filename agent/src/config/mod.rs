@@ -4,6 +4,7 @@
 //! line and the column.
 
 mod changes;
+mod epochs;
 mod host;
 mod master;
 mod vm;
@@ -11,6 +12,7 @@ mod vm;
 use std::path::{Path, PathBuf};
 
 pub use changes::{Change, Takes, changes, keeping_layout};
+pub use epochs::Epochs;
 pub use host::{Detection, HostConfig, Network};
 pub use master::{Addresses, MasterConfig, Members};
 pub use vm::{

@@ -165,8 +165,15 @@ pub struct ProtectConfig {
     #[serde(default = "default_epoch_ms")]
     pub epoch_ms: u64,
     /// An epoch with output waiting ends after this many milliseconds already, if nothing is in flight.
-    #[serde(default = "default_min_epoch_ms")]
+    #[serde(default)]
     pub min_epoch_ms: u64,
+    /// Longest epoch of an idle guest, in milliseconds; no shorter than `epoch_ms`.
+    #[serde(default = "default_idle_epoch_ms")]
+    pub idle_epoch_ms: u64,
+    /// Output that waits ends epochs early as long as the guest stands still for no more than this share of the time, in
+    /// percent.
+    #[serde(default = "default_pause_percent")]
+    pub pause_percent: u32,
     /// Checkpoints under way at once; at this bound the epoch grows instead.
     #[serde(default = "default_in_flight")]
     pub max_in_flight: u32,
@@ -202,7 +209,9 @@ impl Default for ProtectConfig {
         Self {
             backups: Vec::new(),
             epoch_ms: default_epoch_ms(),
-            min_epoch_ms: default_min_epoch_ms(),
+            min_epoch_ms: 0,
+            idle_epoch_ms: default_idle_epoch_ms(),
+            pause_percent: default_pause_percent(),
             max_in_flight: default_in_flight(),
             output_limit_kib: default_output_kib(),
             disk_limit_kib: default_disk_kib(),
@@ -234,8 +243,11 @@ fn yes() -> bool {
 fn default_epoch_ms() -> u64 {
     25
 }
-fn default_min_epoch_ms() -> u64 {
-    2
+fn default_idle_epoch_ms() -> u64 {
+    250
+}
+fn default_pause_percent() -> u32 {
+    10
 }
 fn default_in_flight() -> u32 {
     3
@@ -323,6 +335,8 @@ impl VmConfig {
         for (key, value, low, high) in [
             ("protect.epoch_ms", p.epoch_ms, 1, 10_000),
             ("protect.min_epoch_ms", p.min_epoch_ms, 0, p.epoch_ms),
+            ("protect.idle_epoch_ms", p.idle_epoch_ms, 1, 10_000),
+            ("protect.pause_percent", u64::from(p.pause_percent), 1, 100),
             ("protect.max_in_flight", u64::from(p.max_in_flight), 1, 64),
             (
                 "protect.output_limit_kib",

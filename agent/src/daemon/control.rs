@@ -18,7 +18,7 @@ use super::run::Shown;
 use super::table::Table;
 use super::{AgentError, slow, status};
 use crate::child::proto::ToChild;
-use crate::config::{VmConfig, changes};
+use crate::config::{Epochs, VmConfig, changes};
 use crate::control::{Asked, Point, Reply, Request, Switched};
 use crate::epoch::EpochStats;
 use crate::host::{Answered, Health, Order, Role};
@@ -166,7 +166,14 @@ impl Service {
             Request::Events { since } => return Ok(Reply::Events(self.env.events.since(since))),
             Request::HarvestOnly { vm, ms } => self.tell(&vm, &ToChild::HarvestOnly { ms })?,
             Request::EpochMs { vm, ms, min_ms } => {
-                self.tell(&vm, &ToChild::EpochMs { ms, min_ms })?;
+                // Of exactly these lengths, whatever the guest does.
+                let epochs = Epochs {
+                    longest_ms: ms,
+                    shortest_ms: min_ms,
+                    idle_ms: ms,
+                    pause_percent: 100,
+                };
+                self.tell(&vm, &ToChild::Epochs(epochs))?;
             }
         }
         Ok(Reply::Ok)

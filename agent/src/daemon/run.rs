@@ -222,10 +222,7 @@ impl Runner {
                 Tell::Freeze => ToChild::Freeze,
                 Tell::HandOver => ToChild::HandOver,
                 Tell::RunOn => ToChild::RunOn,
-                Tell::Epochs(epochs) => ToChild::EpochMs {
-                    ms: epochs.longest_ms,
-                    min_ms: epochs.shortest_ms,
-                },
+                Tell::Epochs(epochs) => ToChild::Epochs(epochs),
                 Tell::Reset => ToChild::Reset,
                 Tell::PowerButton { reboot } => ToChild::PowerButton { reboot },
             }),

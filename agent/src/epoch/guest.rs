@@ -31,6 +31,11 @@ pub trait Guest: Send + Sync {
     /// [`CaptureError`].
     fn capture(&self) -> Result<MachineState, CaptureError>;
 
+    /// Whether it waited for something when it was captured last: it lost nothing by standing still.
+    fn was_idle(&self) -> bool {
+        false
+    }
+
     /// Which pages change.
     fn dirty(&self) -> &dyn DirtyTracker;
 
@@ -52,6 +57,10 @@ impl Guest for Vm {
             VmError::Ended => CaptureError::Ended,
             other => CaptureError::Failed(other.to_string()),
         })
+    }
+
+    fn was_idle(&self) -> bool {
+        self.was_halted()
     }
 
     fn dirty(&self) -> &dyn DirtyTracker {

@@ -1,7 +1,7 @@
 //! The owner's side of protection: epochs of a running VM are captured, shipped to the chain and, once committed, their
 //! output is let out.
 //!
-//! [`pipeline`] decides (a plain state machine); [`owner`] runs the epoch loop over a [`guest`]; [`queue`] carries staged epochs and
+//! [`pipeline`] decides (a plain state machine), [`rhythm`] when an epoch ends; [`owner`] runs the epoch loop over a [`guest`]; [`queue`] carries staged epochs and
 //! disk writes to the shipping thread ([`ship`]); [`staging`] copies dirty pages while the guest is paused and keeps
 //! the shadow that deltas are computed against.
 
@@ -11,6 +11,7 @@ mod meter;
 pub mod owner;
 pub mod pipeline;
 pub mod queue;
+pub mod rhythm;
 pub mod ship;
 pub mod staging;
 mod stats;

@@ -23,6 +23,7 @@ use super::figures::{Figures, Progress, SyncFigures};
 use super::guest::{CaptureError, Guest};
 use super::pipeline::{Action, Mode, Pipeline};
 use super::queue::ShipQueue;
+use super::rhythm::Lengths;
 use super::staging::{RamView, StagingError};
 use super::stats::{EpochStats, Measures};
 use crate::fault::{self, Fault};
@@ -37,10 +38,8 @@ const QUEUED_MIN: u64 = 64 << 20;
 /// Lengths of epochs and bounds.
 #[derive(Clone, Copy, Debug)]
 pub struct EpochOptions {
-    /// Longest epoch.
-    pub longest: Duration,
-    /// An epoch with output waiting may end after this, if nothing is in flight.
-    pub shortest: Duration,
+    /// How long epochs may be.
+    pub lengths: Lengths,
     /// Checkpoints under way at most.
     pub max_in_flight: usize,
 }
@@ -153,6 +152,8 @@ pub struct Owner {
     changed: Condvar,
     orders: Mutex<VecDeque<Order>>,
     output_waiting: AtomicBool,
+    /// The chain has changed: epochs are as long as a guest's that is not idle.
+    stirred: AtomicBool,
     gave_up: AtomicBool,
     measures: Arc<Measures>,
     book: Mutex<Book>,
@@ -182,6 +183,7 @@ impl Owner {
             changed: Condvar::new(),
             orders: Mutex::default(),
             output_waiting: AtomicBool::new(false),
+            stirred: AtomicBool::new(false),
             gave_up: AtomicBool::new(false),
             measures: Arc::default(),
             book: Mutex::new(Book {
@@ -243,6 +245,8 @@ impl Owner {
     /// The chain goes on in place in a newer configuration; output stays held.
     pub fn go_on(&self, generation: Generation) {
         lock(&self.pipeline).go_on(generation);
+        self.stirred.store(true, Ordering::Release);
+        self.changed.notify_all();
     }
 
     /// The newest committed checkpoint.

@@ -4,7 +4,8 @@ use chain::master::Command;
 use chain::{Mark, Member, View, VmRecord};
 use checkpoint::Generation;
 
-use super::{Epochs, Ticket};
+use super::Ticket;
+use crate::config::Epochs;
 use crate::control::{EventKind, Switched};
 
 /// One thing to do, in the order given. Those marked *slow* are done on the side; their outcome comes as an input.

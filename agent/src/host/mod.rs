@@ -35,7 +35,7 @@ mod tests;
 pub use effect::{Answered, Disks, Effect, Tell};
 pub use input::{Health, Input, Loss, Order, Refusal, Report, Ticket};
 pub use machine::Machine;
-pub use policy::{Epochs, Policy};
+pub use policy::Policy;
 pub use summary::{Role, Summary};
 pub use survivor::Fate;
 

@@ -6,16 +6,7 @@ use chain::VmRecord;
 use checkpoint::HostId;
 
 use super::{Micros, SECOND};
-use crate::config::{Alone, VmConfig};
-
-/// How long a protected VM's epochs are, in milliseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Epochs {
-    /// At most.
-    pub longest_ms: u64,
-    /// With output waiting and nothing in flight.
-    pub shortest_ms: u64,
-}
+use crate::config::{Alone, Epochs, VmConfig};
 
 /// As the VM's administrator wants it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,10 +37,7 @@ impl Policy {
         };
         let protect = &config.protect;
         Self {
-            epochs: Some(Epochs {
-                longest_ms: protect.epoch_ms,
-                shortest_ms: protect.min_epoch_ms,
-            }),
+            epochs: Some(Epochs::of(protect)),
             backups: protect
                 .backups
                 .iter()

@@ -13,7 +13,7 @@ use crate::probe::ProbeClient;
 /// Guest memory in MiB.
 const MEMORY: u64 = 64;
 /// Between a client's requests: all clients share this machine with all VMs.
-const INTERVAL: Duration = Duration::from_millis(20);
+const INTERVAL: Duration = Duration::from_millis(50);
 /// Before and after the deaths nothing is to happen for so long.
 const QUIET: Duration = Duration::from_secs(5);
 /// After the deaths nobody is asked for so long.

@@ -16,10 +16,10 @@ impl Owner {
     /// One checkpoint: the only part of an epoch during which the guest does not run. Afterwards it does, unless `resume`
     /// says otherwise. False: it came to nothing, because of an order that is to be obeyed now.
     pub(super) fn checkpoint(&self, run: &mut Run, resume: bool) -> Result<bool, OwnerError> {
-        let Run { view, dirty, .. } = run;
+        let Run { view, dirty, .. } = &mut *run;
         let mut staging = self.queue.take_staging();
         dirty.clear();
-        self.output_waiting.store(false, Ordering::Release);
+        let output = self.output_waiting.swap(false, Ordering::AcqRel);
         let _urgent = chain::urgent_section();
         let begun = Instant::now();
         self.guest.pause().map_err(OwnerError::Vm)?;
@@ -75,6 +75,8 @@ impl Owner {
         r.state.push(us(stopped, state));
         r.harvest.push(us(state, harvested));
         r.copy.push(us(harvested, copied));
+        drop(r);
+        self.epoch_ended(run, resumed - begun, output);
         Ok(true)
     }
 

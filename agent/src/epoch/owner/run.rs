@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use checkpoint::{Epoch, Generation, PageBitmap};
 
 use super::{EpochOptions, Mode, Order, Owner, OwnerError, OwnerEvent, Pipeline, RamView, lock};
+use crate::epoch::rhythm::{Open, Rhythm};
 
 /// No deadline: only an order ends the wait.
 const FOREVER: Duration = Duration::from_secs(3600);
@@ -34,6 +35,16 @@ enum Stands {
     Ended,
 }
 
+/// What comes next, while a guest runs.
+enum Next {
+    /// The epoch ends.
+    End,
+    /// Pages are counted.
+    Look,
+    /// Something else.
+    Other,
+}
+
 /// What only the loop's thread has.
 pub(super) struct Run {
     pub(super) view: RamView,
@@ -41,8 +52,22 @@ pub(super) struct Run {
     options: EpochOptions,
     harvesting: Duration,
     stands: Stands,
-    /// When the last epoch ended.
-    last: Instant,
+    /// When epochs end; its times are counted from `began`.
+    rhythm: Rhythm,
+    began: Instant,
+    /// Disk writes before the open epoch.
+    writes: u64,
+}
+
+impl Run {
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    fn begin_epoch(&mut self) {
+        let now = self.now();
+        self.rhythm.begin(now);
+    }
 }
 
 impl Owner {
@@ -55,7 +80,9 @@ impl Owner {
             options,
             harvesting: Duration::ZERO,
             stands: Stands::No,
-            last: Instant::now(),
+            rhythm: Rhythm::new(options.lengths, Duration::ZERO),
+            began: Instant::now(),
+            writes: 0,
         };
         loop {
             let order = lock(&self.orders).pop_front();
@@ -81,7 +108,7 @@ impl Owner {
             Order::Begin(generation, session) => return self.obey_begin(generation, session, run),
             Order::BeginHeld => {
                 lock(&self.pipeline).begin_held();
-                run.last = Instant::now();
+                run.begin_epoch();
             }
             Order::Unprotect(generation) => {
                 self.gave_up.store(false, Ordering::Release);
@@ -103,9 +130,12 @@ impl Owner {
             Order::HarvestOnly(period) => {
                 self.switch_harvest(&mut run.dirty, run.harvesting, period)?;
                 run.harvesting = period;
-                run.last = Instant::now();
+                run.begin_epoch();
             }
-            Order::Options(options) => run.options = options,
+            Order::Options(options) => {
+                run.options = options;
+                run.rhythm.set(options.lengths);
+            }
             Order::Quiesce(stopped) => {
                 if lock(&self.pipeline).mode() == Mode::Protected
                     && matches!(run.stands, Stands::No)
@@ -160,7 +190,7 @@ impl Owner {
         if whole && frozen && self.checkpoint(run, true)? {
             run.stands = Stands::No;
         }
-        run.last = Instant::now();
+        run.begin_epoch();
         Ok(())
     }
 
@@ -206,21 +236,20 @@ impl Owner {
             Mode::Syncing if full_is_next => {
                 self.wait(FOREVER, |_| false);
             }
-            Mode::Syncing | Mode::Holding | Mode::Protected => {
-                if self.wait_for_epoch_end(run) {
-                    self.checkpoint(run, true)?;
-                    run.last = Instant::now();
-                }
-            }
+            Mode::Syncing | Mode::Holding | Mode::Protected => match self.wait_for_epoch_end(run) {
+                Next::End => drop(self.checkpoint(run, true)?),
+                Next::Look => self.look(run)?,
+                Next::Other => {}
+            },
             Mode::Unprotected if run.harvesting.is_zero() => {
                 self.wait(FOREVER, |_| false);
             }
             Mode::Unprotected => {
-                let due = run.last + run.harvesting;
-                self.wait(due.saturating_duration_since(Instant::now()), |_| false);
-                if Instant::now() >= due {
+                let due = run.rhythm.last() + run.harvesting;
+                self.wait(due.saturating_sub(run.now()), |_| false);
+                if run.now() >= due {
                     self.harvest(&mut run.dirty)?;
-                    run.last = Instant::now();
+                    run.begin_epoch();
                 }
             }
         }
@@ -302,37 +331,39 @@ impl Owner {
         }
     }
 
-    /// Waits until the open epoch should end. False: something else has to be looked at first.
-    fn wait_for_epoch_end(&self, run: &Run) -> bool {
+    /// Waits until the open epoch should end, or there is something else to do.
+    fn wait_for_epoch_end(&self, run: &mut Run) -> Next {
         let mut pipeline = lock(&self.pipeline);
         // Since when the epoch should have ended; up to then it has been counted.
         let mut blocked: Option<Instant> = None;
-        let over = loop {
+        let next = loop {
             if pipeline.mode() == Mode::Fenced || !lock(&self.orders).is_empty() {
-                break false;
+                break Next::Other;
             }
-            let early = pipeline.mode().holds()
-                && pipeline.in_flight() == 0
-                && self.output_waiting.load(Ordering::Acquire);
-            let due = run.last
-                + if early {
-                    run.options.shortest
-                } else {
-                    run.options.longest
-                };
-            let now = Instant::now();
+            if self.stirred.swap(false, Ordering::AcqRel) || self.queue.writes() != run.writes {
+                run.rhythm.stir();
+            }
+            let due = run.rhythm.due(Open {
+                output: pipeline.mode().holds() && self.output_waiting.load(Ordering::Acquire),
+                in_flight: pipeline.in_flight() > 0,
+                begins: pipeline.mode() != Mode::Protected,
+            });
+            let now = run.now();
             if now >= due && self.may_capture(&pipeline) {
-                break true;
+                break Next::End;
             }
             if now >= due {
+                let now = Instant::now();
                 let since = blocked.replace(now);
                 self.blocked(since, now);
+            } else if run.rhythm.look().is_some_and(|at| now >= at) {
+                break Next::Look;
             }
-            // At the bound an ack helps, which notifies, or the shipping thread, which does not.
-            let wait = match due.saturating_duration_since(now) {
+            // At the bound an ack helps, which notifies, or the shipping thread, which does not; nor does a disk.
+            let wait = match due.saturating_sub(now) {
                 Duration::ZERO if pipeline.may_capture() => POLL,
                 Duration::ZERO => STEP,
-                wait => wait,
+                wait => wait.min(run.options.lengths.longest),
             };
             pipeline = self
                 .changed
@@ -343,7 +374,29 @@ impl Owner {
         if let Some(since) = blocked {
             self.blocked(Some(since), Instant::now());
         }
-        over
+        next
+    }
+
+    /// Whether a guest that was idle still is.
+    fn look(&self, run: &mut Run) -> Result<(), OwnerError> {
+        run.dirty.clear();
+        self.harvest_into(&mut run.dirty)?;
+        run.rhythm.looked(run.dirty.count());
+        self.guest.dirty().merge_back(&run.dirty);
+        Ok(())
+    }
+
+    /// An epoch has ended, in a pause of this length.
+    pub(super) fn epoch_ended(&self, run: &mut Run, pause: Duration, output: bool) {
+        let pause = match self.guest.was_idle() {
+            true => Duration::ZERO,
+            false => pause,
+        };
+        let writes = self.queue.writes();
+        let active = output || writes != run.writes;
+        run.writes = writes;
+        let now = run.now();
+        run.rhythm.ended(now, pause, run.dirty.count(), active);
     }
 
     fn blocked(&self, since: Option<Instant>, now: Instant) {

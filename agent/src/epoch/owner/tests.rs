@@ -230,8 +230,12 @@ struct Rig {
 }
 
 const OPTIONS: EpochOptions = EpochOptions {
-    longest: Duration::from_millis(5),
-    shortest: Duration::from_millis(1),
+    lengths: Lengths {
+        longest: Duration::from_millis(5),
+        shortest: Duration::from_millis(1),
+        idle: Duration::from_millis(5),
+        pause_percent: 100,
+    },
     max_in_flight: 2,
 };
 

@@ -1,7 +1,7 @@
 //! Unprotect and apply.
 
 use super::*;
-use crate::host::Epochs;
+use crate::config::Epochs;
 
 fn answers(effects: &[Effect]) -> Vec<&Result<Answered, String>> {
     let answers = effects.iter().filter_map(|effect| match effect {
@@ -133,6 +133,8 @@ fn l10_a_running_vm_is_configured_anew_and_its_chain_goes_on_in_place() {
     let epochs = Epochs {
         longest_ms: 77,
         shortest_ms: 7,
+        idle_ms: 250,
+        pause_percent: 10,
     };
     assert!(
         effects.contains(&Effect::Tell(Tell::Epochs(epochs))),
