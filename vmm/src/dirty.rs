@@ -12,6 +12,7 @@ use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::dirty_log::{self, Protects};
 use crate::memory::GuestMemory;
 
 /// Why dirty pages could not be tracked.
@@ -39,6 +40,17 @@ pub trait DirtyTracker: Send + Sync {
     /// [`DirtyTracker::merge_back`].
     fn harvest(&self, out: &mut PageBitmap) -> Result<(), DirtyError>;
 
+    /// ORs into `out` what the next harvest will report at least, and forgets nothing. The guest may run. Where KVM can, this
+    /// costs it no write faults.
+    ///
+    /// # Errors
+    /// KVM's refusal.
+    fn peek(&self, out: &mut PageBitmap) -> Result<(), DirtyError> {
+        self.harvest(out)?;
+        self.merge_back(out);
+        Ok(())
+    }
+
     /// Takes pages back whose checkpoint failed: the next harvest reports them again.
     fn merge_back(&self, pages: &PageBitmap);
 
@@ -52,6 +64,7 @@ pub trait DirtyTracker: Send + Sync {
 /// [`DirtyTracker`] over KVM's dirty bitmap, one memory slot per region of guest memory.
 pub struct BitmapTracker {
     vm: Arc<VmFd>,
+    protects: Protects,
     memory: GuestMemory,
     ranges: Vec<RamRange>,
     /// Pages given back, to be reported again.
@@ -62,11 +75,22 @@ impl BitmapTracker {
     /// Tracks `memory`, whose region i is memory slot i of `vm` and range i of `ranges`.
     pub(crate) fn new(vm: Arc<VmFd>, memory: GuestMemory, ranges: Vec<RamRange>) -> BitmapTracker {
         BitmapTracker {
+            protects: dirty_log::protect_by_name(&vm),
             vm,
             memory,
             ranges,
             returned: Mutex::new(None),
         }
+    }
+
+    fn failed(what: &'static str, slot: u32) -> impl Fn(std::io::Error) -> DirtyError {
+        move |source| DirtyError { what, slot, source }
+    }
+
+    /// The log of a slot; pages in it stay there, unless reading it takes them out.
+    fn read(&self, slot: u32, bytes: usize) -> Result<Vec<u64>, DirtyError> {
+        let log = dirty_log::read(&self.vm, slot, bytes);
+        log.map_err(Self::failed("reading the dirty log", slot))
     }
 
     fn set_logging(&self, on: bool) -> Result<(), DirtyError> {
@@ -107,17 +131,32 @@ impl DirtyTracker for BitmapTracker {
             out.or_assign(&pages);
         }
         for (index, region) in self.memory.iter().enumerate() {
-            let slot = index as u32;
-            let log = self
-                .vm
-                .get_dirty_log(slot, region.len() as usize)
-                .map_err(|e| DirtyError {
-                    what: "reading the dirty log",
-                    slot,
-                    source: e.into(),
-                })?;
+            let (slot, bytes) = (index as u32, region.len() as usize);
+            let mut log = self.read(slot, bytes)?;
             out.or_words(index, &log);
+            if self.protects == Protects::ByName {
+                let cleared = dirty_log::clear(&self.vm, slot, bytes, &mut log);
+                cleared.map_err(Self::failed("clearing the dirty log", slot))?;
+            }
             out.or_words(index, &region.get_mmap().bitmap().get_and_reset());
+        }
+        Ok(())
+    }
+
+    fn peek(&self, out: &mut PageBitmap) -> Result<(), DirtyError> {
+        let mut taken = PageBitmap::new(&self.ranges);
+        for (index, region) in self.memory.iter().enumerate() {
+            let log = self.read(index as u32, region.len() as usize)?;
+            match self.protects {
+                Protects::ByName => out.or_words(index, &log),
+                Protects::ByReading => taken.or_words(index, &log),
+            }
+            taken.or_words(index, &region.get_mmap().bitmap().get_and_reset());
+        }
+        self.merge_back(&taken);
+        let returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(returned) = &*returned {
+            out.or_assign(returned);
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ mod control;
 mod cpuid;
 pub mod devices;
 pub mod dirty;
+mod dirty_log;
 pub mod events;
 mod inspect;
 mod kernel;

@@ -130,6 +130,36 @@ fn the_vmms_own_writes_count() {
 }
 
 #[test]
+fn a_look_forgets_nothing() {
+    let (vm, _) = booted(1, &two_slots(), touch());
+    vm.dirty().start().unwrap();
+    pass(&vm);
+    harvest(&vm);
+    let look = || {
+        let mut seen = PageBitmap::new(vm.layout().ranges());
+        vm.dirty().peek(&mut seen).unwrap();
+        seen.iter().collect::<Vec<u64>>()
+    };
+    assert!(look().is_empty());
+    for _ in 0..3 {
+        pass(&vm);
+        assert_eq!(look(), with_command(written()));
+        vm.memory()
+            .write_obj(7u64, GuestAddress(0x30_0000))
+            .unwrap();
+        let mut all = with_command(written());
+        all.push(0x300);
+        all.sort_unstable();
+        assert_eq!(look(), all, "what this process writes, too");
+        pass(&vm);
+        assert_eq!(look(), all, "written again, and still known");
+        assert_eq!(harvest(&vm), all);
+        assert!(look().is_empty());
+        assert!(harvest(&vm).is_empty());
+    }
+}
+
+#[test]
 fn a_failed_checkpoints_pages_come_back() {
     let (vm, _) = booted(1, &two_slots(), touch());
     vm.dirty().start().unwrap();

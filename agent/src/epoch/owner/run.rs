@@ -380,9 +380,9 @@ impl Owner {
     /// Whether a guest that was idle still is.
     fn look(&self, run: &mut Run) -> Result<(), OwnerError> {
         run.dirty.clear();
-        self.harvest_into(&mut run.dirty)?;
+        let seen = self.guest.dirty().peek(&mut run.dirty);
+        seen.map_err(|e| OwnerError::Vm(e.to_string()))?;
         run.rhythm.looked(run.dirty.count());
-        self.guest.dirty().merge_back(&run.dirty);
         Ok(())
     }
 
