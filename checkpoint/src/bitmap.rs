@@ -50,6 +50,19 @@ impl PageBitmap {
         true
     }
 
+    /// Takes a frame out.
+    pub fn unset(&mut self, gfn: u64) {
+        if let Some((range, bit)) = self.find(gfn) {
+            self.ranges[range].words[(bit / 64) as usize] &= !(1 << (bit % 64));
+        }
+    }
+
+    /// The bits of range number `range`, as a KVM dirty log has them; none if there is no such range.
+    #[must_use]
+    pub fn words(&self, range: usize) -> &[u64] {
+        self.ranges.get(range).map_or(&[], |range| &range.words)
+    }
+
     /// Whether the frame is in the set.
     #[must_use]
     pub fn test(&self, gfn: u64) -> bool {
@@ -164,7 +177,14 @@ mod tests {
                 prop_assert_eq!(bitmap.set(gfn), inside);
                 if inside { model.insert(gfn); }
                 prop_assert_eq!(bitmap.test(gfn), inside);
+                if gfn % 3 == 0 {
+                    bitmap.unset(gfn);
+                    model.remove(&gfn);
+                    prop_assert!(!bitmap.test(gfn));
+                }
             }
+            let bits: u32 = [0, 1, 2].iter().flat_map(|r| bitmap.words(*r)).map(|w| w.count_ones()).sum();
+            prop_assert_eq!(bits as usize, model.len());
             prop_assert_eq!(bitmap.iter().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(bitmap.count(), model.len() as u64);
         }

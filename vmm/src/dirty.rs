@@ -40,6 +40,16 @@ pub trait DirtyTracker: Send + Sync {
     /// [`DirtyTracker::merge_back`].
     fn harvest(&self, out: &mut PageBitmap) -> Result<(), DirtyError>;
 
+    /// As [`DirtyTracker::harvest`], but the pages of `hot` stay writable unnoticed, if KVM can leave them so: once one of them
+    /// has been written, each harvest reports it, whether it was written again or not, until one whose `hot` it is not in.
+    ///
+    /// # Errors
+    /// As [`DirtyTracker::harvest`].
+    fn harvest_but(&self, out: &mut PageBitmap, hot: &PageBitmap) -> Result<(), DirtyError> {
+        let _ = hot;
+        self.harvest(out)
+    }
+
     /// ORs into `out` what the next harvest will report at least, and forgets nothing. The guest may run. Where KVM can, this
     /// costs it no write faults.
     ///
@@ -93,6 +103,32 @@ impl BitmapTracker {
         log.map_err(Self::failed("reading the dirty log", slot))
     }
 
+    /// A harvest that leaves `hot` as it is.
+    fn take(&self, out: &mut PageBitmap, hot: Option<&PageBitmap>) -> Result<(), DirtyError> {
+        if let Some(pages) = self
+            .returned
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
+            out.or_assign(&pages);
+        }
+        for (index, region) in self.memory.iter().enumerate() {
+            let (slot, bytes) = (index as u32, region.len() as usize);
+            let mut log = self.read(slot, bytes)?;
+            out.or_words(index, &log);
+            if self.protects == Protects::ByName {
+                // The others stay in the log, and so in what comes next.
+                let hot = hot.map_or(&[][..], |hot| hot.words(index));
+                log.iter_mut().zip(hot).for_each(|(log, hot)| *log &= !hot);
+                let cleared = dirty_log::clear(&self.vm, slot, bytes, &mut log);
+                cleared.map_err(Self::failed("clearing the dirty log", slot))?;
+            }
+            out.or_words(index, &region.get_mmap().bitmap().get_and_reset());
+        }
+        Ok(())
+    }
+
     fn set_logging(&self, on: bool) -> Result<(), DirtyError> {
         let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         set_slots(&self.vm, &self.memory, flags).map_err(|(slot, source)| DirtyError {
@@ -122,25 +158,11 @@ impl DirtyTracker for BitmapTracker {
     }
 
     fn harvest(&self, out: &mut PageBitmap) -> Result<(), DirtyError> {
-        if let Some(pages) = self
-            .returned
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-        {
-            out.or_assign(&pages);
-        }
-        for (index, region) in self.memory.iter().enumerate() {
-            let (slot, bytes) = (index as u32, region.len() as usize);
-            let mut log = self.read(slot, bytes)?;
-            out.or_words(index, &log);
-            if self.protects == Protects::ByName {
-                let cleared = dirty_log::clear(&self.vm, slot, bytes, &mut log);
-                cleared.map_err(Self::failed("clearing the dirty log", slot))?;
-            }
-            out.or_words(index, &region.get_mmap().bitmap().get_and_reset());
-        }
-        Ok(())
+        self.take(out, None)
+    }
+
+    fn harvest_but(&self, out: &mut PageBitmap, hot: &PageBitmap) -> Result<(), DirtyError> {
+        self.take(out, Some(hot))
     }
 
     fn peek(&self, out: &mut PageBitmap) -> Result<(), DirtyError> {

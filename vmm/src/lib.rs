@@ -29,6 +29,7 @@ mod vcpu_state;
 pub mod vm;
 mod vm_error;
 mod vm_state;
+mod write_fault;
 
 pub use boot::{BootError, BootFile, BootSpec, KernelSource};
 pub use console_out::ConsoleOut;
@@ -39,3 +40,4 @@ pub use inspect::VcpuReport;
 pub use memory::{GuestMemory, MemoryError, RamFiles, RamLayout};
 pub use reset::Restart;
 pub use vm::{Vm, VmError, VmSpec};
+pub use write_fault::{measure_write_fault, write_fault};

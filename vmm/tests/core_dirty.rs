@@ -160,6 +160,44 @@ fn a_look_forgets_nothing() {
 }
 
 #[test]
+fn hot_pages_are_reported_until_they_are_not_hot() {
+    let (vm, _) = booted(1, &two_slots(), touch());
+    vm.dirty().start().unwrap();
+    pass(&vm);
+    harvest(&vm);
+    let mut hot = PageBitmap::new(vm.layout().ranges());
+    for page in written().into_iter().skip(1).step_by(2) {
+        hot.set(page);
+    }
+    let none = PageBitmap::new(vm.layout().ranges());
+    let harvest_but = |hot: &PageBitmap| {
+        let mut pages = PageBitmap::new(vm.layout().ranges());
+        vm.dirty().harvest_but(&mut pages, hot).unwrap();
+        pages.iter().collect::<Vec<u64>>()
+    };
+    assert!(harvest_but(&hot).is_empty(), "hot, but never written");
+    for _ in 0..3 {
+        pass(&vm);
+        assert_eq!(harvest_but(&hot), with_command(written()));
+        let mut still = PageBitmap::new(vm.layout().ranges());
+        vm.dirty().peek(&mut still).unwrap();
+        // Where KVM protects all that it reports, nothing stays writable.
+        if !still.is_empty() {
+            assert_eq!(still, hot);
+            assert_eq!(harvest_but(&hot), hot.iter().collect::<Vec<u64>>());
+        }
+    }
+    let left = harvest_but(&none);
+    assert!(left.is_empty() || left == hot.iter().collect::<Vec<u64>>());
+    assert!(harvest_but(&none).is_empty());
+    let before = memory_bytes(vm.memory());
+    pass(&vm);
+    let dirty = harvest_but(&none);
+    assert_eq!(dirty, with_command(written()), "noticed again");
+    assert_eq!(differing(&before, &memory_bytes(vm.memory())), dirty);
+}
+
+#[test]
 fn a_failed_checkpoints_pages_come_back() {
     let (vm, _) = booted(1, &two_slots(), touch());
     vm.dirty().start().unwrap();

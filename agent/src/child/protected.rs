@@ -97,6 +97,14 @@ fn serve(socket: &UnixStream, reporter: &Reporter) -> Result<(), ChildError> {
         start,
         reporter: reporter.clone(),
     };
+    // Not at a takeover, when every moment counts: a standby knows it by then.
+    std::thread::Builder::new()
+        .name("write-fault".into())
+        .spawn(|| match vmm::measure_write_fault() {
+            Ok(cost) => tracing::debug!("a write fault costs {cost:?}"),
+            // All that is lost is speed.
+            Err(e) => tracing::warn!("write faults are not measured, so all are taken: {e}"),
+        })?;
     match &child.start.role {
         Role::Boot { disks, cpu } => child.boot(socket, disks.as_deref(), cpu.clone()),
         Role::Standby { disk_sizes } => child.standby(socket, fds, &disk_sizes.clone()),
@@ -223,6 +231,8 @@ impl Child {
                 idle: Duration::from_millis(epochs.idle_ms),
                 pause_percent: epochs.pause_percent,
             },
+            pause_budget: Duration::from_micros(epochs.pause_budget_us),
+            verify_epochs: epochs.verify_epochs,
             max_in_flight: self.config.protect.max_in_flight as usize,
         }
     }

@@ -311,6 +311,15 @@ fn shipping_failed(
     error: &ShipError,
 ) {
     let why = error.to_string();
+    if let ShipError::Unnoticed(_) = error {
+        tracing::error!("{why}");
+        let trouble = Trouble {
+            unfit: true,
+            host: None,
+            why,
+        };
+        return lost(reporter, generation, trouble);
+    }
     if owner.is_current(generation) && owner.is_protected() {
         return owner.give_up(why);
     }
@@ -325,7 +334,7 @@ fn shipping_failed(
                 why,
             },
         ),
-        ShipError::Staging(_) | ShipError::Machine(_) => {
+        ShipError::Staging(_) | ShipError::Machine(_) | ShipError::Unnoticed(_) => {
             reporter.send(&FromChild::AttemptFailed { generation, why });
         }
     }

@@ -47,7 +47,9 @@ impl Takes {
                 | "protect.epoch_ms"
                 | "protect.min_epoch_ms"
                 | "protect.idle_epoch_ms"
-                | "protect.pause_percent",
+                | "protect.pause_percent"
+                | "protect.pause_budget_us"
+                | "protect.verify_epochs",
             ) => Self::Now,
             (
                 "vcpus" | "memory_mib" | "low_memory_end_mib" | "kernel" | "kernel_blake3"

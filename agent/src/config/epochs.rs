@@ -15,6 +15,10 @@ pub struct Epochs {
     pub idle_ms: u64,
     /// The share of the time for which the guest may stand still because of output that waits, in percent.
     pub pause_percent: u32,
+    /// What a pause may cost because of pages that are left writable, in microseconds.
+    pub pause_budget_us: u64,
+    /// Memory is compared with what the backups have after so many epochs; 0: never.
+    pub verify_epochs: u64,
 }
 
 impl Epochs {
@@ -26,6 +30,8 @@ impl Epochs {
             shortest_ms: protect.min_epoch_ms,
             idle_ms: protect.idle_epoch_ms,
             pause_percent: protect.pause_percent,
+            pause_budget_us: protect.pause_budget_us,
+            verify_epochs: protect.verify_epochs,
         }
     }
 }

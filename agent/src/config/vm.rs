@@ -174,6 +174,13 @@ pub struct ProtectConfig {
     /// percent.
     #[serde(default = "default_pause_percent")]
     pub pause_percent: u32,
+    /// Microseconds of a pause that may be spent on pages which are left writable, because the guest writes them all the time.
+    #[serde(default = "default_pause_budget_us")]
+    pub pause_budget_us: u64,
+    /// A check for the doubtful: all of memory is compared with what the backups have after so many epochs (0: never). Its pause
+    /// is as long as copying all of memory takes.
+    #[serde(default)]
+    pub verify_epochs: u64,
     /// Checkpoints under way at once; at this bound the epoch grows instead.
     #[serde(default = "default_in_flight")]
     pub max_in_flight: u32,
@@ -212,6 +219,8 @@ impl Default for ProtectConfig {
             min_epoch_ms: 0,
             idle_epoch_ms: default_idle_epoch_ms(),
             pause_percent: default_pause_percent(),
+            pause_budget_us: default_pause_budget_us(),
+            verify_epochs: 0,
             max_in_flight: default_in_flight(),
             output_limit_kib: default_output_kib(),
             disk_limit_kib: default_disk_kib(),
@@ -245,6 +254,9 @@ fn default_epoch_ms() -> u64 {
 }
 fn default_idle_epoch_ms() -> u64 {
     250
+}
+fn default_pause_budget_us() -> u64 {
+    2000
 }
 fn default_pause_percent() -> u32 {
     10
@@ -336,6 +348,8 @@ impl VmConfig {
             ("protect.epoch_ms", p.epoch_ms, 1, 10_000),
             ("protect.min_epoch_ms", p.min_epoch_ms, 0, p.epoch_ms),
             ("protect.idle_epoch_ms", p.idle_epoch_ms, 1, 10_000),
+            ("protect.pause_budget_us", p.pause_budget_us, 0, 1_000_000),
+            ("protect.verify_epochs", p.verify_epochs, 0, 1_000_000),
             ("protect.pause_percent", u64::from(p.pause_percent), 1, 100),
             ("protect.max_in_flight", u64::from(p.max_in_flight), 1, 64),
             (

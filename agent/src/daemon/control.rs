@@ -18,7 +18,7 @@ use super::run::Shown;
 use super::table::Table;
 use super::{AgentError, slow, status};
 use crate::child::proto::ToChild;
-use crate::config::{Epochs, VmConfig, changes};
+use crate::config::{Epochs, ProtectConfig, VmConfig, changes};
 use crate::control::{Asked, Point, Reply, Request, Switched};
 use crate::epoch::EpochStats;
 use crate::host::{Answered, Health, Order, Role};
@@ -172,6 +172,7 @@ impl Service {
                     shortest_ms: min_ms,
                     idle_ms: ms,
                     pause_percent: 100,
+                    ..Epochs::of(&ProtectConfig::default())
                 };
                 self.tell(&vm, &ToChild::Epochs(epochs))?;
             }

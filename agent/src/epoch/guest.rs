@@ -1,5 +1,7 @@
 //! What the epoch loop needs of a virtual machine.
 
+use std::time::Duration;
+
 use checkpoint::MachineState;
 use vmm::{DirtyTracker, GuestMemory, Vm, VmError};
 
@@ -36,6 +38,11 @@ pub trait Guest: Send + Sync {
         false
     }
 
+    /// What a write fault under the dirty log costs it, if that is known.
+    fn write_fault(&self) -> Option<Duration> {
+        None
+    }
+
     /// Which pages change.
     fn dirty(&self) -> &dyn DirtyTracker;
 
@@ -61,6 +68,10 @@ impl Guest for Vm {
 
     fn was_idle(&self) -> bool {
         self.was_halted()
+    }
+
+    fn write_fault(&self) -> Option<Duration> {
+        vmm::write_fault()
     }
 
     fn dirty(&self) -> &dyn DirtyTracker {

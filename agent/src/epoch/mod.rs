@@ -7,6 +7,7 @@
 
 pub mod figures;
 pub mod guest;
+pub mod hot;
 mod meter;
 pub mod owner;
 pub mod pipeline;

@@ -40,6 +40,10 @@ const QUEUED_MIN: u64 = 64 << 20;
 pub struct EpochOptions {
     /// How long epochs may be.
     pub lengths: Lengths,
+    /// What a pause may cost because of pages that are left writable.
+    pub pause_budget: Duration,
+    /// All of memory is compared with what the replicas have after so many epochs; 0: never.
+    pub verify_epochs: u64,
     /// Checkpoints under way at most.
     pub max_in_flight: usize,
 }

@@ -13,6 +13,8 @@ use super::staging::Staging;
 const PAGES_MAX: u64 = 64 << 20;
 /// Staging buffers held ready, to be filled without page faults; they take no more than pages that are queued may.
 const FREE: usize = 8;
+/// Checkpoints whose unchanged pages are kept for whoever wants to know.
+const UNCHANGED: usize = 16;
 
 /// Something to send.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub enum Content {
     Disk(Vec<u8>),
     /// Pages of the open epoch: while the guest runs (first synchronisation), or stands still because they find no room.
     Pages(Staging),
+    /// All of memory as it was at the checkpoint before: to be compared with what the replicas have then. Not sent.
+    Check(Staging),
     /// A question about the disks' content, during the first synchronisation: what the owner's disk held a moment ago.
     Compare(Blocks),
     /// The rest of an epoch: it is complete with this.
@@ -47,7 +51,7 @@ impl Content {
     fn page_bytes(&self) -> u64 {
         match self {
             Content::Pages(staging) | Content::Checkpoint { staging, .. } => staging.bytes(),
-            Content::Disk(_) | Content::Compare(_) => 0,
+            Content::Disk(_) | Content::Compare(_) | Content::Check(_) => 0,
         }
     }
 }
@@ -84,6 +88,8 @@ struct State {
     shipping: u64,
     pages_limit: u64,
     free: Vec<Staging>,
+    /// Of the checkpoints shipped, the pages that had not changed.
+    unchanged: VecDeque<Vec<u64>>,
 }
 
 /// The queue. Bounded: disk records and pages by bytes, staged epochs by the pipeline's limit.
@@ -284,6 +290,25 @@ impl ShipQueue {
             });
             self.more.notify_one();
         }
+    }
+
+    /// These pages of a checkpoint, ascending, had not changed since the one before.
+    pub fn tell_unchanged(&self, pages: Vec<u64>) {
+        let mut state = self.lock();
+        state.unchanged.push_back(pages);
+        if state.unchanged.len() > UNCHANGED {
+            state.unchanged.pop_front();
+        }
+    }
+
+    /// What [`ShipQueue::tell_unchanged`] was told, a checkpoint at a time.
+    pub fn take_unchanged(&self) -> Option<Vec<u64>> {
+        self.lock().unchanged.pop_front()
+    }
+
+    /// Queues all of memory, to be checked against what the checkpoint before it made of the replicas' image.
+    pub fn push_check(&self, whole: Staging) {
+        self.push(&mut self.lock(), Content::Check(whole));
     }
 
     /// A staging buffer, warm if one was given back.

@@ -41,6 +41,11 @@ pub enum ShipError {
     /// A page outside RAM: a bug, reported rather than sent.
     #[error(transparent)]
     Staging(#[from] StagingError),
+    /// What the replicas have of a page is not what the guest had: it was written, and nothing noticed.
+    #[error(
+        "frame {0:#x} changed unnoticed: the backups' copy of the memory is wrong, and is made anew"
+    )]
+    Unnoticed(u64),
     /// The machine state cannot be encoded.
     #[error("encoding the machine state: {0}")]
     Machine(String),
@@ -61,6 +66,7 @@ pub struct Shipper {
     /// Of the epoch in hand, in pages.
     dirty: u64,
     encodings: [u64; 5],
+    unchanged: Vec<u64>,
 }
 
 impl Shipper {
@@ -87,6 +93,7 @@ impl Shipper {
             sent: 0,
             dirty: 0,
             encodings: [0; 5],
+            unchanged: Vec::new(),
         }
     }
 
@@ -108,8 +115,12 @@ impl Shipper {
             content,
         } = item;
         let started = Instant::now();
+        if let Content::Check(whole) = &content {
+            return self.check(whole);
+        }
         self.begin(epoch, held)?;
         match content {
+            Content::Check(_) => {}
             Content::Disk(bytes) => {
                 self.link.disk(epoch, &bytes).map_err(ShipError::Link)?;
                 self.count(epoch, bytes.len());
@@ -131,6 +142,8 @@ impl Shipper {
                 self.link.end(epoch).map_err(ShipError::Link)?;
                 self.count(epoch, state.len());
                 self.queue.give_staging(staging);
+                self.queue
+                    .tell_unchanged(std::mem::take(&mut self.unchanged));
                 self.record(started);
             }
         }
@@ -163,8 +176,9 @@ impl Shipper {
             let reference = known.then_some(&*shadow);
             let encoded = self.encoder.encode(gfn, page, reference, &mut self.buffer);
             self.encodings[encoding_index(encoded)] += 1;
-            if encoded != Encoded::Unchanged {
-                *shadow = *page;
+            match encoded {
+                Encoded::Unchanged => self.unchanged.push(gfn),
+                _ => *shadow = *page,
             }
             if !known {
                 self.shadow.learn(gfn);
@@ -174,6 +188,16 @@ impl Shipper {
             }
         }
         self.flush_pages(epoch)
+    }
+
+    /// Whether the replicas have what the guest had, as far as it is known what they have.
+    fn check(&mut self, whole: &Staging) -> Result<(), ShipError> {
+        for (gfn, page) in whole.pages() {
+            if self.shadow.is_known(gfn) && self.shadow.page_mut(gfn)? != page {
+                return Err(ShipError::Unnoticed(gfn));
+            }
+        }
+        Ok(())
     }
 
     fn flush_pages(&mut self, epoch: Epoch) -> Result<(), ShipError> {

@@ -224,6 +224,18 @@ impl RamView {
         Ok(())
     }
 
+    /// A copy of everything that may hold something.
+    ///
+    /// # Errors
+    /// As [`RamView::copy`].
+    pub fn whole(&self) -> Result<Staging, StagingError> {
+        let mut staging = Staging::default();
+        for range in self.touched() {
+            self.copy(range.start, range.end - range.start, &mut staging)?;
+        }
+        Ok(staging)
+    }
+
     /// The frames that may hold something: the others were never touched, by anybody, and are zero. Looking touches none.
     ///
     /// What is written later is not in it: the dirty log has to be on.

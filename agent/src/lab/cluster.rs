@@ -762,8 +762,20 @@ impl Drop for Lab {
         for host in self.hosts_locked().iter() {
             process::bury(host.number);
         }
-        if !self.keep.load(Ordering::Relaxed) {
+        let unnoticed = self.names.iter().find_map(|name| {
+            let log = fs::read_to_string(self.dir.join(format!("{name}.log"))).ok()?;
+            let line = log
+                .lines()
+                .find(|line| line.contains("changed unnoticed"))?;
+            Some(format!("{name}: {line}"))
+        });
+        if unnoticed.is_none() && !self.keep.load(Ordering::Relaxed) {
             let _ = fs::remove_dir_all(&self.dir);
+        }
+        if let Some(line) = unnoticed
+            && !std::thread::panicking()
+        {
+            panic!("{line}; logs in {}", self.dir.display());
         }
     }
 }

@@ -14,6 +14,8 @@ pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 pub const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x75, 0x73, 0x01];
 /// Where agents listen for each other.
 const CHAIN_PORT: u16 = 7700;
+/// In programs that tests run, memory is compared with what the backups have after so many epochs.
+const VERIFY_EPOCHS: u64 = 40;
 /// Where the master, or its member, listens.
 const MASTER_PORT: u16 = 7690;
 /// What its members say to each other.
@@ -220,6 +222,10 @@ impl VmFile {
             text += &format!("\n[[disk]]\npath = \"{}\"\n", disk.display());
         }
         text += &format!("\n[protect]\n{}", self.protect);
+        // Programs that tests run are built so; benches measure without.
+        if cfg!(debug_assertions) && !self.protect.contains("verify_epochs") {
+            text += &format!("verify_epochs = {VERIFY_EPOCHS}\n");
+        }
         Ok(text)
     }
 }

@@ -16,7 +16,11 @@ impl Owner {
     /// One checkpoint: the only part of an epoch during which the guest does not run. Afterwards it does, unless `resume`
     /// says otherwise. False: it came to nothing, because of an order that is to be obeyed now.
     pub(super) fn checkpoint(&self, run: &mut Run, resume: bool) -> Result<bool, OwnerError> {
-        let Run { view, dirty, .. } = &mut *run;
+        self.learn(run);
+        let verifies = self.verifies(run);
+        let Run {
+            view, dirty, hot, ..
+        } = &mut *run;
         let mut staging = self.queue.take_staging();
         dirty.clear();
         let output = self.output_waiting.swap(false, Ordering::AcqRel);
@@ -26,7 +30,8 @@ impl Owner {
         let stopped = Instant::now();
         let machine = self.guest.capture()?;
         let state = Instant::now();
-        self.harvest_into(dirty)?;
+        let log = self.guest.dirty().harvest_but(dirty, hot.pages());
+        log.map_err(|e| OwnerError::Vm(e.to_string()))?;
         let harvested = Instant::now();
         if self.queue.fits(dirty.count() * PAGE_SIZE as u64) {
             view.copy_dirty(dirty, &mut staging)?;
@@ -39,6 +44,7 @@ impl Owner {
             }
         }
         let copied = Instant::now();
+        let whole = verifies.then(|| view.whole()).transpose()?;
         {
             // The pipeline's lock is always taken before the queue's (an ack that fences does so too).
             let mut pipeline = lock(&self.pipeline);
@@ -63,10 +69,15 @@ impl Owner {
                 captured.next_held,
             );
         }
+        if let Some(whole) = whole {
+            self.queue.push_check(whole);
+        }
         if resume {
             self.guest.resume();
         }
         let resumed = Instant::now();
+        hot.learn_copies(dirty.count(), copied - harvested);
+        hot.harvested(dirty);
         let mut r = self.measures.recorder();
         let us = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
         r.epochs += 1;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use checkpoint::{Epoch, Generation, PageBitmap};
 
 use super::{EpochOptions, Mode, Order, Owner, OwnerError, OwnerEvent, Pipeline, RamView, lock};
+use crate::epoch::hot::HotSet;
 use crate::epoch::rhythm::{Open, Rhythm};
 
 /// No deadline: only an order ends the wait.
@@ -57,6 +58,9 @@ pub(super) struct Run {
     began: Instant,
     /// Disk writes before the open epoch.
     writes: u64,
+    pub(super) hot: HotSet,
+    /// Epochs since memory was compared.
+    unverified: u64,
 }
 
 impl Run {
@@ -76,6 +80,8 @@ impl Owner {
         let view = RamView::new(self.guest.memory());
         let mut run = Run {
             dirty: PageBitmap::new(&view.ranges()),
+            hot: HotSet::new(&view.ranges(), options.pause_budget),
+            unverified: 0,
             view,
             options,
             harvesting: Duration::ZERO,
@@ -375,6 +381,25 @@ impl Owner {
             self.blocked(Some(since), Instant::now());
         }
         next
+    }
+
+    /// What has become known about pages that were left writable.
+    pub(super) fn learn(&self, run: &mut Run) {
+        run.hot.learn_fault(self.guest.write_fault());
+        while let Some(pages) = self.queue.take_unchanged() {
+            run.hot.unchanged(&pages);
+        }
+    }
+
+    /// Whether memory is to be compared at the end of this epoch.
+    pub(super) fn verifies(&self, run: &mut Run) -> bool {
+        let every = run.options.verify_epochs;
+        run.unverified += 1;
+        let due = every > 0 && run.unverified >= every;
+        if due {
+            run.unverified = 0;
+        }
+        due
     }
 
     /// Whether a guest that was idle still is.

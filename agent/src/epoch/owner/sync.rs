@@ -48,6 +48,7 @@ impl Owner {
         if !self.queue.activate(session, epoch, false) {
             return Ok(false);
         }
+        run.hot.clear();
         let dirty = self.guest.dirty();
         dirty.start().map_err(|e| OwnerError::Vm(e.to_string()))?;
         self.copy_disks(epoch)?;

@@ -236,6 +236,8 @@ const OPTIONS: EpochOptions = EpochOptions {
         idle: Duration::from_millis(5),
         pause_percent: 100,
     },
+    pause_budget: Duration::from_millis(2),
+    verify_epochs: 3,
     max_in_flight: 2,
 };
 

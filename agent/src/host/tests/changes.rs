@@ -135,6 +135,8 @@ fn l10_a_running_vm_is_configured_anew_and_its_chain_goes_on_in_place() {
         shortest_ms: 7,
         idle_ms: 250,
         pause_percent: 10,
+        pause_budget_us: 2000,
+        verify_epochs: 0,
     };
     assert!(
         effects.contains(&Effect::Tell(Tell::Epochs(epochs))),
