@@ -33,6 +33,7 @@ struct Report {
     ship_us: Percentiles,
     commit_us: Percentiles,
     dirty_pages_per_epoch: Percentiles,
+    hot_pages_per_epoch: Percentiles,
     sent_bytes_per_epoch: Percentiles,
     epochs_per_second: f64,
     back_pressure: u64,
@@ -102,6 +103,7 @@ pub fn run(args: &PauseArgs) -> Outcome<()> {
         ship_us: stats.ship_us,
         commit_us: stats.commit_us,
         dirty_pages_per_epoch: stats.dirty_pages,
+        hot_pages_per_epoch: stats.hot_pages,
         sent_bytes_per_epoch: stats.sent_bytes,
         epochs_per_second: stats.epochs as f64 * 1e6 / stats.elapsed_us as f64,
         back_pressure: stats.back_pressure,
@@ -118,8 +120,10 @@ pub fn run(args: &PauseArgs) -> Outcome<()> {
             p.p50, p.p99, p.max
         );
         println!(
-            "dirty pages      p50 {:>7}  per epoch, {:.1} epochs/s",
-            report.dirty_pages_per_epoch.p50, report.epochs_per_second
+            "dirty pages      p50 {:>7}  per epoch, {} of them left writable, {:.1} epochs/s",
+            report.dirty_pages_per_epoch.p50,
+            report.hot_pages_per_epoch.p50,
+            report.epochs_per_second
         );
         println!(
             "passes/s         unprotected {plain:.1}, dirty log only {logged:.1}, protected {protected:.1}"

@@ -98,6 +98,9 @@ pub struct EpochStats {
     pub ship_us: Percentiles,
     /// Dirty pages per epoch.
     pub dirty_pages: Percentiles,
+    /// Of these, pages that had been left writable, changed or not.
+    #[serde(default)]
+    pub hot_pages: Percentiles,
     /// Bytes sent per epoch.
     pub sent_bytes: Percentiles,
     /// From capture to commit, microseconds.
@@ -129,6 +132,8 @@ pub struct Recorder {
     pub stop: Series,
     /// See [`EpochStats::state_us`].
     pub state: Series,
+    /// See [`EpochStats::hot_pages`].
+    pub hot: Series,
     /// See [`EpochStats::harvest_us`].
     pub harvest: Series,
     /// See [`EpochStats::copy_us`].
@@ -164,6 +169,7 @@ impl Recorder {
             stop_us: self.stop.percentiles(),
             state_us: self.state.percentiles(),
             harvest_us: self.harvest.percentiles(),
+            hot_pages: self.hot.percentiles(),
             copy_us: self.copy.percentiles(),
             ship_us: self.ship.percentiles(),
             dirty_pages: self.dirty.percentiles(),

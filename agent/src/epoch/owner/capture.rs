@@ -76,6 +76,7 @@ impl Owner {
             self.guest.resume();
         }
         let resumed = Instant::now();
+        let hot_pages = hot.count();
         hot.learn_copies(dirty.count(), copied - harvested);
         hot.harvested(dirty);
         let mut r = self.measures.recorder();
@@ -84,6 +85,7 @@ impl Owner {
         r.pause.push(us(begun, resumed));
         r.stop.push(us(begun, stopped));
         r.state.push(us(stopped, state));
+        r.hot.push(hot_pages);
         r.harvest.push(us(state, harvested));
         r.copy.push(us(harvested, copied));
         drop(r);

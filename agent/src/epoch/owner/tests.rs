@@ -538,6 +538,29 @@ fn h3_an_unreadable_disk_ends_the_attempt_and_the_guest_runs_on() {
 }
 
 #[test]
+fn i6_memory_that_changes_unnoticed_is_found() {
+    let (rig, shipping) = Rig::protected();
+    let go_on = |until: &dyn Fn() -> bool| {
+        eventually("what is waited for", || {
+            let newest = rig.owner.figures().open_epoch - 1;
+            rig.owner.ack(Generation(1), Epoch(newest)).unwrap();
+            until()
+        });
+    };
+    // What the log knows of is no reason to complain.
+    let epoch = rig.owner.committed().0;
+    rig.count(1);
+    go_on(&|| rig.owner.committed().0 > epoch + 3 * OPTIONS.verify_epochs);
+    assert!(!shipping.is_finished());
+    let unlogged = GuestAddress(0x7008);
+    rig.guest.memory.write_slice(&[1], unlogged).unwrap();
+    go_on(&|| shipping.is_finished());
+    let error = shipping.join().unwrap().expect_err("a write was lost");
+    assert!(matches!(error, ShipError::Unnoticed(7)), "{error}");
+    rig.stop();
+}
+
+#[test]
 fn h1_an_owner_that_cannot_go_on_gives_the_vm_up_and_its_output_stays_held() {
     let (rig, shipping) = Rig::protected();
     assert!(!rig.owner.gave_up());
