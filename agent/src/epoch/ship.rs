@@ -1,6 +1,7 @@
 //! The shipping thread: takes staged epochs and disk writes off the queue, encodes them and sends them to the head
 //! while the guest runs on.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -67,6 +68,8 @@ pub struct Shipper {
     dirty: u64,
     encodings: [u64; 5],
     unchanged: Vec<u64>,
+    /// Pages that differed at the last check, and have not been sent since.
+    differed: BTreeSet<u64>,
 }
 
 impl Shipper {
@@ -94,6 +97,7 @@ impl Shipper {
             dirty: 0,
             encodings: [0; 5],
             unchanged: Vec::new(),
+            differed: BTreeSet::new(),
         }
     }
 
@@ -176,6 +180,7 @@ impl Shipper {
             let reference = known.then_some(&*shadow);
             let encoded = self.encoder.encode(gfn, page, reference, &mut self.buffer);
             self.encodings[encoding_index(encoded)] += 1;
+            self.differed.remove(&gfn);
             match encoded {
                 Encoded::Unchanged => self.unchanged.push(gfn),
                 _ => *shadow = *page,
@@ -190,13 +195,19 @@ impl Shipper {
         self.flush_pages(epoch)
     }
 
-    /// Whether the replicas have what the guest had, as far as it is known what they have.
+    /// Whether the replicas have what the guest had, as far as it is known what they have. A read from a disk may be under way in
+    /// a pause: what it changes is noted after it, and sent before the next check.
     fn check(&mut self, whole: &Staging) -> Result<(), ShipError> {
+        let mut differ = BTreeSet::new();
         for (gfn, page) in whole.pages() {
             if self.shadow.is_known(gfn) && self.shadow.page_mut(gfn)? != page {
-                return Err(ShipError::Unnoticed(gfn));
+                if self.differed.contains(&gfn) {
+                    return Err(ShipError::Unnoticed(gfn));
+                }
+                differ.insert(gfn);
             }
         }
+        self.differed = differ;
         Ok(())
     }
 
