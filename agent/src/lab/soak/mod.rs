@@ -147,6 +147,8 @@ impl Soak {
                 work: 50_000,
             },
             memory_mib: 32,
+            // No write may go unnoticed, whatever else happens.
+            protect: "epoch_ms = 25\nverify_epochs = 40\n".into(),
             ..VmFile::probe(format!("vm{number}"), number)
         };
         let mut order = self.lab.hosts().to_vec();
