@@ -23,6 +23,8 @@ const COPY: Duration = Duration::from_nanos(600);
 pub struct HotSet {
     hot: PageBitmap,
     count: u64,
+    /// What the last harvest reported.
+    reported: PageBitmap,
     /// When each page was last seen to be written, in epochs counted from 1; 0: never.
     written: PerPage<u32>,
     /// Epochs since, if it is hot.
@@ -42,6 +44,7 @@ impl HotSet {
         Self {
             hot: PageBitmap::new(ram),
             count: 0,
+            reported: PageBitmap::new(ram),
             written: PerPage::new(ram),
             unwritten: PerPage::new(ram),
             epoch: 0,
@@ -101,6 +104,14 @@ impl HotSet {
     pub fn harvested(&mut self, dirty: &PageBitmap) {
         self.epoch = self.epoch.saturating_add(1);
         let (patience, most) = (self.patience(), self.most());
+        self.reported.clear();
+        self.reported.or_assign(dirty);
+        // One that was not written since it became hot is still protected: it costs nothing, but takes another's place.
+        let unwritten = self.hot.iter().filter(|gfn| !dirty.test(*gfn));
+        let unwritten: Vec<u64> = unwritten.collect();
+        for gfn in unwritten {
+            self.unwritten_once_more(gfn, patience);
+        }
         for gfn in dirty.iter() {
             if self.hot.test(gfn) {
                 continue;
@@ -118,34 +129,39 @@ impl HotSet {
     pub fn unchanged(&mut self, unchanged: &[u64]) {
         let (patience, most) = (self.patience(), self.most());
         let mut unchanged = unchanged.iter().copied().peekable();
-        let mut left = Vec::new();
+        let mut still = Vec::new();
         for gfn in self.hot.iter() {
             while unchanged.next_if(|page| *page < gfn).is_some() {}
-            let idle = self.unwritten.at(gfn);
-            if unchanged.next_if_eq(&gfn).is_none() {
-                *idle = 0;
+            if unchanged.next_if_eq(&gfn).is_some() {
+                still.push(gfn);
+            } else if self.reported.test(gfn) {
+                *self.unwritten.at(gfn) = 0;
                 *self.written.at(gfn) = self.epoch;
-                continue;
             }
-            *idle = idle.saturating_add(1);
-            if u32::from(*idle) > patience {
-                left.push(gfn);
-            }
+        }
+        for gfn in still {
+            self.unwritten_once_more(gfn, patience);
         }
         // What a page costs may have grown meanwhile.
-        let over = self.count.saturating_sub(left.len() as u64 + most);
-        if over > 0 {
-            let more = self
-                .hot
-                .iter()
-                .filter(|gfn| left.binary_search(gfn).is_err());
-            let more: Vec<u64> = more.take(over as usize).collect();
-            left.extend(more);
+        let over = self.count.saturating_sub(most);
+        let over: Vec<u64> = self.hot.iter().take(over as usize).collect();
+        for gfn in over {
+            self.leave(gfn);
         }
-        for gfn in left {
-            self.hot.unset(gfn);
-            self.count -= 1;
+    }
+
+    /// A hot page was not written in another epoch.
+    fn unwritten_once_more(&mut self, gfn: u64, patience: u32) {
+        let epochs = self.unwritten.at(gfn);
+        *epochs = epochs.saturating_add(1);
+        if u32::from(*epochs) > patience {
+            self.leave(gfn);
         }
+    }
+
+    fn leave(&mut self, gfn: u64) {
+        self.hot.unset(gfn);
+        self.count -= 1;
     }
 }
 
@@ -330,6 +346,16 @@ mod tests {
             20 * 3,
             "twice to become hot, once more as it does"
         );
+        run(&mut world, &vec![Vec::new(); 8], 1).unwrap();
+        assert_eq!(world.set.count(), 0);
+    }
+
+    #[test]
+    fn a_page_that_is_not_written_again_once_it_is_hot_leaves_too() {
+        let mut world = World::new(US * 5);
+        let twice = [vec![1, 2], vec![1, 2], vec![], vec![]];
+        run(&mut world, &twice, 1).unwrap();
+        assert_eq!(world.set.count(), 2);
         run(&mut world, &vec![Vec::new(); 8], 1).unwrap();
         assert_eq!(world.set.count(), 0);
     }

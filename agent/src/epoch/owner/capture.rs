@@ -33,7 +33,8 @@ impl Owner {
         let log = self.guest.dirty().harvest_but(dirty, hot.pages());
         log.map_err(|e| OwnerError::Vm(e.to_string()))?;
         let harvested = Instant::now();
-        if self.queue.fits(dirty.count() * PAGE_SIZE as u64) {
+        let fits = self.queue.fits(dirty.count() * PAGE_SIZE as u64);
+        if fits {
             view.copy_dirty(dirty, &mut staging)?;
         } else {
             // The last piece too: it needs room as the others do.
@@ -77,7 +78,9 @@ impl Owner {
         }
         let resumed = Instant::now();
         let hot_pages = hot.count();
-        hot.learn_copies(dirty.count(), copied - harvested);
+        if fits {
+            hot.learn_copies(dirty.count(), copied - harvested);
+        }
         hot.harvested(dirty);
         let mut r = self.measures.recorder();
         let us = |from: Instant, to: Instant| to.duration_since(from).as_micros() as u64;
