@@ -89,8 +89,13 @@ pub fn command_to(lab: &Lab, kind: Kind, host: &str, vm: &str) -> Result<String,
             let Some((owner, status)) = lab.owner(vm) else {
                 return Ok(format!("nobody runs {vm}"));
             };
-            let mut backups: Vec<String> = status.chain.iter().map(|m| m.host.clone()).collect();
-            backups.reverse();
+            // All of them: one that has just been left out is wanted all the same.
+            let mut backups = lab.hosts().to_vec();
+            backups.retain(|host| *host != owner);
+            backups.sort_by_key(|host| {
+                let place = status.chain.iter().position(|m| m.host == *host);
+                std::cmp::Reverse(place)
+            });
             asked(Some(owner), Request::Protect { vm: name, backups })
         }
         Kind::Evacuate => run(lab, host, &["evacuate"])?,
