@@ -201,6 +201,9 @@ impl World {
                     "I6: h{i} boots the VM from disks without what the outside has seen of it"
                 ));
             }
+            let known = disks.filter(|_| whole).map(|(_, content)| content.clone());
+            let life = known.unwrap_or_else(|| self.visible.clone());
+            self.lives.0.push(life);
             self.boot += 1;
             self.boots.0.push(record.view.generation);
             boot = self.boot;

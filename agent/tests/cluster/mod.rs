@@ -479,6 +479,9 @@ pub struct World {
     pub boots: Aside<Vec<Generation>>,
     /// How often the VM has been booted after the first time.
     pub boot: u32,
+    /// What the VM had done in each of its lives before, as far as its last owner knew. An ack that was on its way when that life
+    /// ended still lets out what belongs to it.
+    pub lives: Aside<Vec<Content>>,
     /// What the outside has seen since.
     pub visible: Content,
     /// What was sent under each name.
@@ -559,6 +562,7 @@ impl World {
             answers: Vec::new(),
             boots: Aside::default(),
             boot: 0,
+            lives: Aside::default(),
             visible: Vec::new(),
             truth: Arc::default(),
             clock: Aside::default(),

@@ -295,7 +295,9 @@ impl World {
         };
         let seen = owner.output.visible(&owner.content);
         if owner.boot != boot {
-            return match seen.len() > owner.shown {
+            let life = self.lives.0.get(owner.boot as usize);
+            let known = life.is_some_and(|life| life.starts_with(seen));
+            return match seen.len() > owner.shown && !known {
                 true => Err(format!("I4: h{i} speaks as the VM was before it booted")),
                 false => Ok(()),
             };
