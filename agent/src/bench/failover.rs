@@ -6,7 +6,7 @@ mod many;
 
 use serde::Serialize;
 
-use super::{Outcome, Phase, print};
+use super::{Outcome, Phase, phases, print};
 use crate::cli::{FailoverArgs, FaultKind};
 use crate::demo::scenario::Failover;
 use crate::lab;
@@ -131,17 +131,12 @@ fn text(report: &Report) {
         report.failed,
         report.broken
     );
-    for (name, phase) in [
+    phases(&[
         ("detect", report.detect_ms),
         ("decide", report.decide_ms),
         ("activate", report.activate_ms),
         ("first reply", report.first_reply_ms),
         ("protected again", report.reprotected_ms),
         ("longest gap", report.longest_gap_ms),
-    ] {
-        println!(
-            "{name:<16} p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms",
-            phase.p50, phase.p99, phase.max
-        );
-    }
+    ]);
 }

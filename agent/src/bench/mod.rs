@@ -36,6 +36,16 @@ impl Phase {
     }
 }
 
+/// A line for each.
+fn phases(phases: &[(&str, Phase)]) {
+    for (name, phase) in phases {
+        println!(
+            "{name:<16} p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms",
+            phase.p50, phase.p99, phase.max
+        );
+    }
+}
+
 fn print(json: bool, report: &impl Serialize, text: impl FnOnce()) -> Outcome<()> {
     if json {
         println!("{}", serde_json::to_string_pretty(report)?);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{MEMORY, Outcome, Phase, print};
+use super::{MEMORY, Outcome, Phase, phases, print};
 use crate::cli::FailoverArgs;
 use crate::demo::scenario::{self, Failover, Traffic};
 use crate::demo::vmfile::{self, VM};
@@ -140,17 +140,12 @@ fn text(report: &Report) {
         report.lost,
         report.broken
     );
-    for (name, phase) in [
+    phases(&[
         ("detect", report.detect_ms),
         ("decide", report.decide_ms),
         ("activate", report.activate_ms),
         ("first reply", report.first_reply_ms),
         ("protected again", report.reprotected_ms),
         ("joined again", report.rejoined_ms),
-    ] {
-        println!(
-            "{name:<16} p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms",
-            phase.p50, phase.p99, phase.max
-        );
-    }
+    ]);
 }

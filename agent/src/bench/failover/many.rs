@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Outcome, Phase, print};
+use super::{Outcome, Phase, phases, print};
 use crate::cli::FailoverArgs;
 use crate::demo::scenario::Moment;
 use crate::lab::{Boot, Lab, Options, VmFile};
@@ -180,17 +180,12 @@ fn text(report: &Report) {
         report.lost,
         report.broken
     );
-    for (name, phase) in [
+    phases(&[
         ("detect", report.detect_ms),
         ("decide", report.decide_ms),
         ("activate", report.activate_ms),
         ("first reply", report.first_reply_ms),
-    ] {
-        println!(
-            "{name:<16} p50 {:>7.1}  p99 {:>7.1}  max {:>7.1} ms",
-            phase.p50, phase.p99, phase.max
-        );
-    }
+    ]);
     let ratios = report.last_to_median.iter().map(|r| format!("{r:.2}"));
     let ratios: Vec<String> = ratios.collect();
     println!(
