@@ -39,7 +39,7 @@ pub struct ReplicaServer {
 /// Takes connections and serves each on a thread of its own.
 fn accept(registry: &Arc<Registry>, listener: &TcpListener) {
     // Whoever asks whether this host is alive would take a late answer for none: each connection is greeted urgently.
-    crate::urgent::urgent_family();
+    let _urgent = crate::urgent::urgent_section_with_threads();
     for stream in listener.incoming() {
         if registry.is_stopping() {
             return;

@@ -25,12 +25,7 @@ pub fn urgent_thread() {
     }
 }
 
-/// As [`urgent_thread`], for the threads too that the calling one starts, until they call [`ordinary_thread`].
-pub(crate) fn urgent_family() {
-    set_policy(libc::SCHED_RR, SIGN_OF_LIFE);
-}
-
-/// Ends what [`urgent_family`] began, for the calling thread.
+/// Ends for the calling thread what it was started with: see [`urgent_section_with_threads`].
 pub(crate) fn ordinary_thread() {
     set_policy(libc::SCHED_OTHER, 0);
 }
@@ -49,7 +44,8 @@ pub fn urgent_section() -> UrgentSection {
     section(libc::SCHED_RESET_ON_FORK, PAUSE)
 }
 
-/// As [`urgent_section`]; the threads that are started in it are urgent to their end.
+/// As [`urgent_section`], for signs of life, and as long as it takes; the threads that are started in it are urgent, too, until
+/// they call [`ordinary_thread`].
 #[must_use]
 pub(crate) fn urgent_section_with_threads() -> UrgentSection {
     section(0, SIGN_OF_LIFE)

@@ -232,12 +232,6 @@ impl ShipQueue {
         state.pages + state.shipping
     }
 
-    /// Writes to the disks so far.
-    #[must_use]
-    pub fn writes(&self) -> u64 {
-        self.lock().writes
-    }
-
     /// Whether another epoch's pages may be expected to find room: at least half of it is free.
     #[must_use]
     pub fn expects_room(&self) -> bool {

@@ -51,8 +51,6 @@ pub struct Rhythm {
     length: Duration,
     /// When the changed pages of an idle guest are counted next, to see whether it still is.
     look: Duration,
-    /// The last pause.
-    pause: Duration,
     /// Ends and lengths of the pauses within the window.
     pauses: VecDeque<(Duration, Duration)>,
 }
@@ -66,7 +64,6 @@ impl Rhythm {
             last: now,
             length: lengths.longest,
             look: now,
-            pause: Duration::ZERO,
             pauses: VecDeque::new(),
         };
         rhythm.begin(now);
@@ -107,7 +104,6 @@ impl Rhythm {
             false => self.lengths.longest,
         };
         self.look = now + self.lengths.longest;
-        self.pause = pause;
         self.pauses.push_back((now, pause));
         while self
             .pauses
@@ -152,7 +148,8 @@ impl Rhythm {
     /// When another pause, as long as the last one, keeps to the share of time that pauses may take: at once after a time with
     /// few of them, and else after as long as this share asks for.
     fn earliest(&self) -> Duration {
-        let (percent, next) = (self.lengths.pause_percent, self.pause);
+        let percent = self.lengths.pause_percent;
+        let next = self.pauses.back().map_or(Duration::ZERO, |(_, len)| *len);
         let recent = self.pauses.iter().map(|(_, len)| *len).sum::<Duration>();
         let wait = match (recent + next) * 200 <= WINDOW * percent {
             true => Duration::ZERO,

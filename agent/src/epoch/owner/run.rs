@@ -346,7 +346,9 @@ impl Owner {
             if pipeline.mode() == Mode::Fenced || !lock(&self.orders).is_empty() {
                 break Next::Other;
             }
-            if self.stirred.swap(false, Ordering::AcqRel) || self.queue.writes() != run.writes {
+            if self.stirred.swap(false, Ordering::AcqRel)
+                || self.queue.barrier().writes() != run.writes
+            {
                 run.rhythm.stir();
             }
             let due = run.rhythm.due(Open {
@@ -417,7 +419,7 @@ impl Owner {
             true => Duration::ZERO,
             false => pause,
         };
-        let writes = self.queue.writes();
+        let writes = self.queue.barrier().writes();
         let active = output || writes != run.writes;
         run.writes = writes;
         let now = run.now();
